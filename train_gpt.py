@@ -1,0 +1,2667 @@
+"""train_gpt.py -- train a small language model, shrink it to 16,000,000 bytes, and score it from those bytes.
+
+    ./run.sh                                                 set up, make demo data, run the demo on a CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    the `record` preset on 8 GPUs
+    PRESET=demo python train_gpt.py                          every stage on a CPU, in minutes
+    EVAL_ONLY=logs/<run>.bin python train_gpt.py             score an artifact again; needs no training data
+    python train_gpt.py --help | --check                     every knob | validate, print the plan, stop
+
+Every knob is an environment variable (section 1). Data comes from `data/prepare.py`; the files that a run leaves
+are `logs/<run_id>.txt`, `.jsonl` and `.bin` (the artifact).
+
+  1 Config       every number that can change a result      7 Optimizer     update rules, then communication
+  2 Run          rank, device, clock of phases, log         8 Schedule      functions of the used budget
+  3 Data         shards -> documents -> batches             9 Quantization  Hessians, step sizes, GPTQ
+  4 Score        bytes of a token, bits per byte           10 Artifact      tensors <-> bytes, fit to the cap
+  5 Kernels      a reference and a fast twin, in pairs     11 Evaluation    plain and sliding windows, one scorer
+  6 Model        layer plan, weights seam, one forward     12 Train, main   the story, in order
+
+Shape letters: R rows of a batch, T tokens of a row, D model width, N query heads, K key/value heads, H head width,
+F MLP width, V vocabulary, L stored blocks, S document pieces, M = R*T tokens; O x I is a matrix (output, input).
+Words: a *block* is stored, a *visit* is one execution of a block; *bytes* are UTF-8 bytes of text; losses in *nats*.
+"""
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":  # libgomp reads this once, when torch loads it: spinning threads starve a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import ast
+import bisect
+import collections
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import fnmatch
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import platform
+import struct
+import sys
+import textwrap
+import time
+import typing
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------
+# 1 Config: every number that can change a result
+# ----------------------------------------------------------------------------------------------------
+# One frozen dataclass, flat to its readers; each group of knobs is a base class, so that the model can be handed the
+# model's knobs alone (they travel in the artifact). A knob is a field: its environment name is the field in capitals,
+# its documentation the string below it, and `--help` and README's table are generated from both. The defaults are
+# the preset `record`: record #1855 (2026-04-27), except where a docstring says otherwise. Names follow the records.
+# Safe to change: any default; to add a knob, add a field and read it somewhere (a test looks for the reader).
+
+
+class UserError(Exception):
+    """Something that the user can repair. Printed as one line; `exit_code` becomes the exit status."""
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """The loss is not finite any more."""
+    exit_code = 3
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `ok`."""
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunKnobs:
+    """Run: what to do, where, and what to leave behind"""
+    preset: str = "record"
+    """Named set of overrides: `record` (8xH100) or `demo` (a laptop CPU). Variables override the preset."""
+    seed: int = 1337
+    """Seeds initialisation and data order."""
+    run_id: str = ""
+    """Name of the log and artifact files. Empty: preset, date, time and seed."""
+    log_dir: str = "logs"
+    """Folder of the logs."""
+    artifact_dir: str = ""
+    """Folder of the artifact `<run_id>.bin`. Empty: LOG_DIR."""
+    eval_only: str = ""
+    """Path of an artifact to score instead of training. The model's knobs then come from the artifact."""
+    device: str = "auto"
+    """auto | cuda | cpu. Auto takes CUDA where there is a GPU."""
+    dtype: str = "auto"
+    """Activations: auto | float32 | bfloat16. Auto: bfloat16 on CUDA and on CPUs with AMX, else float32."""
+    threads: int = 0
+    """CPU threads of one process. 0: all cores that this process may use, divided by the local processes."""
+    compile: str = "auto"
+    """torch.compile: auto | on | off. Auto is on for CUDA, off for CPU (there it pays only past minutes)."""
+    attention: str = "auto"
+    """Attention kernel: auto | sdpa | varlen | fa2 | fa3. Auto: the fastest that can be imported (section 5)."""
+    dist_timeout_seconds: float = 900.0
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKnobs:
+    """Data: where the tokens are and how they become batches"""
+    data_dir: str = "./data"
+    """Root that holds `datasets/` and `tokenizers/`."""
+    data_path: str = ""
+    """Folder of the shards. Empty: DATA_DIR/datasets/fineweb10B_sp<VOCAB_SIZE>, or the CaseOps export."""
+    tokenizer_path: str = ""
+    """SentencePiece model. Empty: the one named in the dataset's manifest, else by VOCAB_SIZE in DATA_DIR."""
+    caseops_enabled: bool = False
+    """1: bytes of a target come from the `fineweb_val_bytes_*.bin` side files (case operators, #1729)."""
+    train_seq_len: int = 2048
+    """Tokens in a training row; longer documents are cut. Row count = TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN."""
+    train_batch_tokens: int = 786_432
+    """Tokens of one optimizer step over all ranks."""
+    micro_batch_tokens: int = 98_304
+    """Most tokens of one forward and backward on one device; more are accumulated."""
+    shuffle: str = "window"
+    """Order of an epoch, by SEED: window (rows cut from the stream), document (whole documents), none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKnobs:
+    """Model: shape and topology (stored in the artifact)"""
+    vocab_size: int = 8192
+    """Vocabulary V of the tokenizer, at most 65,536."""
+    num_layers: int = 11
+    """Stored blocks L. How many run per token: `layer_plan`."""
+    model_dim: int = 512
+    """Width D of the residual stream."""
+    num_heads: int = 8
+    """Query heads N; head width H = D / N must be even."""
+    num_kv_heads: int = 4
+    """Key/value heads K; must divide NUM_HEADS."""
+    mlp_mult: float = 4.0
+    """MLP width F as a multiple of D."""
+    mlp_slope: float = 0.5
+    """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
+    ln_scale: bool = True
+    """1: the inputs of block i are scaled by 1/sqrt(i+1) (#315)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_dims: int = 16
+    """Dimensions of each head that rotate (partial RoPE, #315). 0: none."""
+    rope_yarn: bool = False
+    """1: rows longer than ROPE_TRAIN_SEQ_LEN grow the base by (T / T_train)^(d/(d-2)), the NTK rule."""
+    rope_train_seq_len: int = 2048
+    """T_train of ROPE_YARN."""
+    qk_gain_init: float = 5.0
+    """Initial learned gain of each query head after QK norm (#1413)."""
+    xsa_last_n: int = 11
+    """Blocks, counted from the last, whose attention output loses its own value's direction (XSA, #265)."""
+    attn_gate: str = "sparse"
+    """Gate on each head's output: none | output (#1667) | sparse (#1787) | dense (#1736)."""
+    gate_window: int = 12
+    """Input channels read by SmearGate and by the output and sparse gates."""
+    sparse_attn_gate_scale: float = 0.5
+    """Factor inside the sparse gate's sigmoid."""
+    gated_attn_init_std: float = 0.01
+    """Standard deviation of the dense gate's initial weights."""
+    gated_attn_bias: float = 0.0
+    """Dense gate: 0 has no bias; otherwise a bias starts here and the weights at zero (2.94: gate 0.95)."""
+    smear_gate_enabled: bool = True
+    """1: a learned share of the previous token's embedding is added, never across documents (#1667, #1851)."""
+    loop_start: int = 3
+    """First block of the depth recurrence."""
+    loop_end: int = 5
+    """Last block (inclusive) of the depth recurrence."""
+    num_loops: int = 2
+    """Extra passes over blocks LOOP_START..LOOP_END. 0: no recurrence."""
+    skip_gates_enabled: bool = True
+    """1: U-Net skips are mixed in by a learned gate; 0: added."""
+    parallel_residual: str = "two"
+    """none | single (attention and MLP read one lane, #1412) | two (two lanes, #1529), from PARALLEL_START_LAYER."""
+    parallel_start_layer: int = 8
+    """First block of the parallel residuals."""
+    parallel_final_lane: str = "mean"
+    """What two lanes end in: mean | attn | mlp."""
+    logit_softcap: float = 30.0
+    """Logits are c * tanh(z / c)."""
+    tied_embed_init_std: float = 0.005
+    """Standard deviation of the initial embedding, which is also the output matrix."""
+    bigram_buckets: int = 0
+    """Rows of the hashed bigram embedding (#162, #1060). 0: none."""
+    bigram_dim: int = 112
+    """Width of the bigram embedding before its projection to D."""
+
+    def __post_init__(self) -> None:
+        require(1 < self.vocab_size <= 65_536, f"VOCAB_SIZE={self.vocab_size}: expected 2..65536 (ids are uint16)")
+        require(self.num_layers >= 1, f"NUM_LAYERS={self.num_layers}: expected at least 1")
+        require(self.num_heads >= 1 and self.model_dim % (2 * self.num_heads) == 0,
+                f"MODEL_DIM={self.model_dim}: expected a multiple of 2 * NUM_HEADS = {2 * self.num_heads}")
+        require(self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+                f"NUM_KV_HEADS={self.num_kv_heads}: expected a divisor of NUM_HEADS={self.num_heads}")
+        require(self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+                f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {self.head_dim}")
+        require(self.mlp_dim >= 1, f"MLP_MULT={self.mlp_mult}: the MLP would have no units")
+        require(1 <= self.gate_window <= self.model_dim,
+                f"GATE_WINDOW={self.gate_window}: expected 1..MODEL_DIM={self.model_dim}")
+        require(self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers,
+                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: expected 0 <= start <= end < NUM_LAYERS="
+                f"{self.num_layers}; NUM_LOOPS=0 turns the recurrence off")
+        require(self.parallel_residual == "none" or 0 <= self.parallel_start_layer <= self.num_layers,
+                f"PARALLEL_START_LAYER={self.parallel_start_layer}: expected 0..NUM_LAYERS={self.num_layers}")
+        require(self.parallel_residual != "two" or self.num_loops == 0
+                or not self.loop_start < self.parallel_start_layer <= self.loop_end,
+                f"PARALLEL_START_LAYER={self.parallel_start_layer} lies inside the loop {self.loop_start}.."
+                f"{self.loop_end}: two lanes cannot be left again; move one of them")
+        require(self.logit_softcap > 0, f"LOGIT_SOFTCAP={self.logit_softcap}: expected a positive number")
+        require(self.bigram_buckets == 0 or self.bigram_buckets >= 2,
+                f"BIGRAM_BUCKETS={self.bigram_buckets}: expected 0 (none) or at least 2")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerKnobs:
+    """Optimizer: who learns how fast"""
+    matrix_lr: float = 0.026
+    """Peak learning rate of Muon (matrices), in units of the update's spectral norm."""
+    scalar_lr: float = 0.02
+    """Peak learning rate of AdamW for gains, gates, skips and other small parameters."""
+    tied_embed_lr: float = 0.03
+    """Peak learning rate of AdamW for the embedding."""
+    muon_momentum: float = 0.97
+    """Nesterov momentum of Muon after its warm-up (#1514)."""
+    muon_momentum_warmup_start: float = 0.92
+    """Muon's momentum at step 0."""
+    muon_momentum_warmup_steps: int = 1500
+    """Steps over which Muon's momentum rises."""
+    muon_coefficients: str = "polar"
+    """Newton-Schulz coefficients: polar (Polar Express, #1344) or classic (Jordan et al. 2024)."""
+    muon_backend_steps: int = 5
+    """Newton-Schulz steps; Polar Express has 5."""
+    muon_row_normalize: bool = True
+    """1: rows of the update are normalised before Newton-Schulz (MuonEq-R, #1217)."""
+    normuon_beta2: float = 0.0
+    """Decay of the per-row second moment that rescales the update (NorMuon). 0: none; 0.95 is usual."""
+    muon_wd: float = 0.095
+    """Decoupled weight decay of the matrices."""
+    cautious_wd: bool = False
+    """1: Muon decays a weight only where the update has the same sign."""
+    embed_wd: float = 0.085
+    """Decoupled weight decay of the embedding."""
+    adam_wd: float = 0.02
+    """Decoupled weight decay of the small parameters."""
+    beta1: float = 0.9
+    """First-moment decay of AdamW."""
+    beta2: float = 0.99
+    """Second-moment decay of AdamW."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    grad_clip_norm: float = 0.3
+    """Largest global gradient norm, taken once after averaging over ranks. 0: no clipping."""
+    ema_decay: float = 0.9965
+    """Decay of the averaged weights that are shipped, per step. 0: ship the last weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleKnobs:
+    """Schedule: the budget and what happens when"""
+    max_wallclock_seconds: float = 600.0
+    """Budget of training plus GPTQ. 0: train ITERATIONS steps instead, bit-reproducible on a CPU."""
+    gptq_reserve_seconds: float = 8.0
+    """Part of the budget kept for calibration, GPTQ and packing (#1868 used 8; the records 0.5 to 13)."""
+    iterations: int = 20_000
+    """Most optimizer steps; the whole budget when MAX_WALLCLOCK_SECONDS=0."""
+    warmdown_frac: float = 0.85
+    """Final fraction of the budget over which the learning rates fall linearly."""
+    min_lr: float = 0.1
+    """Floor of the learning rates as a fraction of their peak."""
+    enable_looping_at: float = 0.35
+    """Fraction of the budget at which the depth recurrence starts (#1420)."""
+    warmup_steps: int = 20
+    """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
+    train_log_every: int = 500
+    """Steps between log lines of training (the first five are always logged)."""
+    val_loss_every: int = 0
+    """Steps between validations of the live weights, outside the clock and marked in the log. 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantKnobs:
+    """Quantization: how many bytes each matrix gets"""
+    matrix_bits: int = 6
+    """Bits of the codes of attention and MLP matrices, 2..8."""
+    embed_bits: int = 7
+    """Bits of the codes of the embedding, 2..8."""
+    attn_clip_sigmas: float = 13.0
+    """SDClip (#1394) of attention: a row's largest code stands for this many standard deviations."""
+    mlp_clip_sigmas: float = 11.5
+    """SDClip of the MLP."""
+    embed_clip_sigmas: float = 14.0
+    """SDClip of the embedding."""
+    gptq_calibration_batches: int = 16
+    """Batches of MICRO_BATCH_TOKENS training tokens for the Hessians, over all ranks together."""
+    gptq_damp: float = 0.01
+    """Damping of the Hessian as a fraction of its mean diagonal; raised tenfold while Cholesky fails."""
+    artifact_bytes_cap: int = 16_000_000
+    """Code plus weights may not exceed this; steps are made coarser until they fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalKnobs:
+    """Evaluation: how the score is taken"""
+    eval_seq_len: int = 2048
+    """Longest context of a scored token, in tokens."""
+    eval_stride: int = 64
+    """Sliding windows advance by this many targets (#122). 0: plain only, documents cut into EVAL_SEQ_LEN."""
+    val_batch_tokens: int = 524_288
+    """Ids of one evaluation batch over eight devices: one forward on one device takes an eighth of them."""
+
+
+GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
+CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
+           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "varlen", "fa2", "fa3"),
+           "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
+           "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
+           "muon_coefficients": ("polar", "classic")}
+
+# The demo beats xz and brotli on its own validation text after about three minutes on two cores; how each value was
+# found is in bench/LOG.md (2026-11-22).
+PRESETS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "demo": dict(
+        data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
+        shuffle="document", vocab_size=1024, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
+        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, xsa_last_n=6, muon_momentum_warmup_steps=100,
+        ema_decay=0.97, max_wallclock_seconds=180.0, gptq_reserve_seconds=5.0, warmup_steps=1, train_log_every=25,
+        gptq_calibration_batches=8, eval_seq_len=256, eval_stride=128, val_batch_tokens=65536),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, DataKnobs, RunKnobs):
+    """Every knob of a run. Build it with `Config.from_env`; it never changes afterwards."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            require(value in allowed, f"{name.upper()}={value}: expected one of {', '.join(allowed)}")
+        super().__post_init__()
+        for name in ("train_seq_len", "train_batch_tokens", "micro_batch_tokens", "eval_seq_len", "val_batch_tokens",
+                     "iterations", "train_log_every", "gptq_calibration_batches", "muon_backend_steps"):
+            require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
+        for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
+                     "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm", "matrix_lr", "scalar_lr",
+                     "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops", "xsa_last_n", "min_lr"):
+            require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
+        for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start"):
+            require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
+        for name in ("warmdown_frac", "enable_looping_at", "min_lr"):
+            require(getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
+        for name in ("matrix_bits", "embed_bits"):
+            require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
+        for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp"):
+            require(getattr(self, name) > 0, f"{name.upper()}={getattr(self, name)}: expected a positive number")
+        require(self.train_batch_tokens % self.train_seq_len == 0,
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
+                f"nearest: {max(1, round(self.train_batch_tokens / self.train_seq_len)) * self.train_seq_len}")
+        require(self.micro_batch_tokens >= self.train_seq_len,
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} holds no row of TRAIN_SEQ_LEN={self.train_seq_len}")
+        require(self.eval_stride <= self.eval_seq_len,
+                f"EVAL_STRIDE={self.eval_stride}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        require(self.muon_coefficients != "polar" or self.muon_backend_steps <= len(POLAR_EXPRESS),
+                f"MUON_BACKEND_STEPS={self.muon_backend_steps}: Polar Express has {len(POLAR_EXPRESS)} steps; "
+                f"lower it or set MUON_COEFFICIENTS=classic")
+        require(self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
+                f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+                f"{self.max_wallclock_seconds:g} to train in")
+
+    @property
+    def dataset_dir(self) -> Path:
+        name = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved" if self.caseops_enabled \
+            else f"fineweb10B_sp{self.vocab_size}"
+        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / name
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of one optimizer step over all ranks."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of one evaluation forward on one device."""
+        return max(1, self.val_batch_tokens // 8 // self.eval_seq_len)
+
+    def grid(self, family: str) -> tuple[int, float]:
+        """(bits, clip in standard deviations) of the codes of one family of matrices: attn, mlp or embed."""
+        return {"attn": (self.matrix_bits, self.attn_clip_sigmas), "mlp": (self.matrix_bits, self.mlp_clip_sigmas),
+                "embed": (self.embed_bits, self.embed_clip_sigmas)}[family]
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, Any] | None = None) -> tuple[Config, list[str]]:
+        """Preset, then what an artifact has `stored` (EVAL_ONLY), then variables: the config, and warnings.
+
+        Raises `UserError` for a value that does not parse, an impossible combination, and a variable that looks
+        like a knob but is none.
+        """
+        types = typing.get_type_hints(cls)
+        stored = dict(stored or {})
+        given, warnings = translate(env, set(types))
+        preset = given.get("preset", stored.get("preset", "record"))
+        require(preset in PRESETS, f"PRESET={preset}: expected one of {', '.join(PRESETS)}")
+        values = {**PRESETS[preset], **stored, "preset": preset}
+        for name, text in given.items():
+            value = parse(name, types[name], text)
+            fixed = name in stored and name in {f.name for f in dataclasses.fields(ModelKnobs)}
+            require(not fixed or value == stored[name],
+                    f"{name.upper()}={text}: the artifact was made with {stored.get(name)}; unset it")
+            values[name] = value
+        return cls(**values), warnings
+
+
+def parse(name: str, kind: type, text: str) -> Any:
+    """The value of one variable. Booleans are 0 or 1 only; integers may have underscores."""
+    try:
+        if kind is bool:
+            return {"0": False, "1": True}[text.strip()]
+        value = kind(text.strip())
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        expected = {bool: "0 or 1", int: "an integer", float: "a number"}[kind]
+        raise UserError(f"{name.upper()}={text!r}: expected {expected}") from None
+
+
+# What published run commands set and we name otherwise: old name -> (our name, {old value: ours} or None for as is).
+# A switch that is off only matters where our preset has that choice on, hence the third column: the value that a 0
+# takes away.
+RENAMED: dict[str, tuple[str, dict[str, str] | None]] = {
+    "EVAL_ONLY_PATH": ("EVAL_ONLY", None),
+    "EVAL_ONLY_QUANTIZED_PATH": ("EVAL_ONLY", None),
+    "DATASETS_DIR": ("DATA_PATH", None),
+    "SMEAR_GATE": ("SMEAR_GATE_ENABLED", None),
+    "SMEAR_GATE_WIDTH": ("GATE_WINDOW", None),
+    "GATE_WIDTH": ("GATE_WINDOW", None),
+    "BIGRAM_VOCAB_SIZE": ("BIGRAM_BUCKETS", None),
+    "USE_POLAR_EXPRESS": ("MUON_COEFFICIENTS", {"0": "classic", "1": "polar"}),
+    "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two"}),
+    "SLIDING_WINDOW_ENABLED": ("EVAL_STRIDE", {"0": "0", "1": "64"}),
+}
+GATE_SWITCHES = {"SPARSE_ATTN_GATE_ENABLED": "sparse", "GATED_ATTN_ENABLED": "dense", "GATED_ATTN": "dense",
+                 "ATTN_OUT_GATE_ENABLED": "output", "GATE_ATTN_OUT": "output"}
+
+# Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
+NO_EFFECT: tuple[tuple[str, str], ...] = (
+    ("TTT_* GLOBAL_TTT_* PHASED_TTT_* VAL_DOC_FRACTION", "this program has no test-time training yet"),
+    ("NGRAM_* ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "this program does not tilt or rescale scores"),
+    ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS INT5_LAYERS",
+     "quantization here is GPTQ with SDClip alone"),
+    ("COMPRESSOR", "the artifact is always packed by Brotli-11; no external program is needed"),
+    ("GATED_ATTN_QUANT_GATE", "gates are always stored in int8 with one scale a row"),
+    ("FUSED_CE_ENABLED", "the kernels are chosen by what the machine has; see the log"),
+    ("GPTQ_ENABLED", "GPTQ is always on"),
+    ("EMBED_LR HEAD_LR TIE_EMBEDDINGS EMBEDDING_DIM", "the output matrix is always the embedding, of width MODEL_DIM"),
+    ("MUON_BETA2", "no record reads it; NorMuon here is NORMUON_BETA2"),
+    ("VAL_BATCH_SIZE", "the batch of evaluation is VAL_BATCH_TOKENS"),
+    ("WARMDOWN_ITERS WARMDOWN_STEPS", "the warm-down is a fraction of the budget, WARMDOWN_FRAC"),
+    ("WD_TAPER_* SWA_ENABLED SWA_EVERY LATE_QAT_THRESHOLD QAT_ENABLED", "retired by the later records"),
+    ("VE_* VALUE_RESIDUAL DISABLE_LAYER0_ATTN REPEAT_UNTIE_MLP REPEAT_UNTIE_MLP_LAYERS GATE_MLP_OUT",
+     "the model has no such part"),
+    ("ATTN_OUT_GATE_SRC GATE_ATTN_SRC SPARSE_ATTN_GATE_INIT_STD",
+     "the gates read the block's normed input, and start at zero"),
+    ("RECUR_START_STEP RECUR_WARMUP_STEPS", "the loop starts at the fraction ENABLE_LOOPING_AT of the budget"),
+    ("PARALLEL_START_LAYER_IS_PHYSICAL", "it always is"),
+    ("TRAIN_FILES VAL_FILES SAVE_QUANT_STATE PREQUANT_ONLY SKIP_POST_TRAIN_EVAL EVAL_INCLUDE_TAIL",
+     "every shard of DATA_PATH is used, and every target is scored"),
+    ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
+    ("MATCHED_FINEWEB_*", "this is a variable of the data scripts"),
+)
+# Prefixes that only a knob of this field starts with; a stranger with one of them is taken for a misspelt knob.
+KNOB_PREFIXES = ("ATTN_", "BIGRAM_", "EMBED_", "EVAL_", "GATED_ATTN", "GLOBAL_TTT_", "GPTQ_", "GRAD_CLIP", "LOOP_",
+                 "LQER_", "MATRIX_", "MLP_", "MUON_", "NORMUON_", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "QK_",
+                 "ROPE_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN", "TIED_EMBED", "TRAIN_BATCH", "TRAIN_SEQ",
+                 "TTT_", "VAL_LOSS", "WARMDOWN_", "XSA_")
+
+
+def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Field name -> text for every knob in `env`, and one warning for each variable without effect.
+
+    Old names are mapped (`RENAMED`, `GATE_SWITCHES` and the three below it). A name that is neither a knob nor known
+    raises `UserError` if it is one or two edits from a knob or has one of `KNOB_PREFIXES`; anything else in the
+    environment is none of our business.
+    """
+    given = {name.lower(): env[name] for name in env if name.isupper() and name.lower() in fields}
+    reasons: dict[str, list[str]] = {}
+    knobs = {name.upper() for name in fields}
+
+    def offer(name: str, value: str) -> None:
+        given.setdefault(name.lower(), value)
+
+    for name, (new, values) in RENAMED.items():
+        if name in env:
+            value = env[name] if values is None else values.get(env[name], env[name])
+            if name == new:
+                given[new.lower()] = value
+            elif not (name == "SLIDING_WINDOW_ENABLED" and env[name] == "1"):
+                offer(new, value)
+    switches = {name: env[name] for name in GATE_SWITCHES if name in env}
+    for name, value in switches.items():
+        parse(name, bool, value)
+    on = sorted({GATE_SWITCHES[name] for name, value in switches.items() if value == "1"})
+    require(len(on) <= 1, f"attention gates {' and '.join(on)} are both switched on; ATTN_GATE takes one of them")
+    if on or any(GATE_SWITCHES[name] == ModelKnobs.attn_gate for name in switches):
+        offer("ATTN_GATE", on[0] if on else "none")
+    if env.get("GATED_ATTN") == "1":
+        offer("GATED_ATTN_BIAS", "2.0")  # the form of #1514
+    if "PARALLEL_RESIDUAL_START" in env:
+        start = parse("PARALLEL_RESIDUAL_START", int, env["PARALLEL_RESIDUAL_START"])
+        offer("PARALLEL_RESIDUAL", "single" if start >= 0 else "none")
+        offer("PARALLEL_START_LAYER", str(max(start, 0)))
+    if "RECUR_LAYERS" in env:
+        try:
+            blocks = [int(part) for part in env["RECUR_LAYERS"].split(",")]
+            assert blocks == list(range(blocks[0], blocks[-1] + 1))
+        except (ValueError, AssertionError):
+            raise UserError(f"RECUR_LAYERS={env['RECUR_LAYERS']}: expected consecutive blocks such as 4,5") from None
+        offer("LOOP_START", str(blocks[0]))
+        offer("LOOP_END", str(blocks[-1]))
+        offer("NUM_LOOPS", "1")
+    if "MATRIX_CLIP_SIGMAS" in env:
+        offer("ATTN_CLIP_SIGMAS", env["MATRIX_CLIP_SIGMAS"])
+        offer("MLP_CLIP_SIGMAS", env["MATRIX_CLIP_SIGMAS"])
+
+    known = {*RENAMED, *GATE_SWITCHES, "PARALLEL_RESIDUAL_START", "RECUR_LAYERS", "MATRIX_CLIP_SIGMAS"}
+    for name in sorted(env):
+        if name in knobs or name in known:
+            continue
+        reason = next((why for patterns, why in NO_EFFECT
+                       if any(fnmatch.fnmatchcase(name, p) for p in patterns.split())), None)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+            continue
+        nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.0)[0] if name.isupper() else ""
+        # A swapped pair is two edits; short names may differ by one edit only (SEED, but not HEAD or USER).
+        close = bool(nearest) and edits(name, nearest) <= (2 if len(nearest) > 8 else 1)
+        if close or name.startswith(KNOB_PREFIXES):
+            raise UserError(f"{name}={env[name]}: no such knob; did you mean {nearest}? (--help lists them all)")
+    return given, [f"{', '.join(names)}: no effect here: {why}" for why, names in reasons.items()]
+
+
+def edits(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and replacements that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+class Knob(NamedTuple):
+    """One row of `--help`."""
+    group: str
+    name: str
+    kind: str
+    default: Any
+    doc: str
+
+
+def knobs() -> list[Knob]:
+    """All knobs in the order of the source. Their docs are read from the source; a packed file has none left."""
+    rows = []
+    for group in GROUPS:
+        docs: dict[str, str] = {}
+        with contextlib.suppress(OSError):
+            body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body  # type: ignore[attr-defined]
+            for field, text in zip(body, body[1:]):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    docs[field.target.id] = ast.literal_eval(text.value)  # type: ignore[union-attr, arg-type]
+        for f in dataclasses.fields(group):
+            rows.append(Knob((group.__doc__ or group.__name__).strip(), f.name.upper(), str(f.type), f.default,
+                             docs.get(f.name, "")))
+    return rows
+
+
+def show(value: Any) -> str:
+    """A knob's value as one would type it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def help_text() -> str:
+    """What `--help` prints: usage, then every knob by group with type, default and preset values."""
+    out = ["usage: [KNOB=value ...] python train_gpt.py [--help | --check]", "",
+           "--check validates the knobs, prints layer plan, routes and predicted artifact size, and stops.",
+           "Presets: " + ", ".join(PRESETS) + ". A value in [brackets] is the one of the preset demo."]
+    group = None
+    for knob in knobs():
+        if knob.group != group:
+            out += ["", knob.group]
+            group = knob.group
+        demo = PRESETS["demo"].get(knob.name.lower(), knob.default)
+        head = f"  {knob.name}={show(knob.default)} ({knob.kind})"
+        out.append(head + (f" [{show(demo)}]" if demo != knob.default else ""))
+        out += textwrap.wrap(knob.doc, 104, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(out)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files of the log
+# ----------------------------------------------------------------------------------------------------
+# With one process every collective is the identity, so the code above it has one path. Ranks come from torchrun.
+# Every second between start and end belongs to a phase (`run.phase`), each marked as training, evaluation or neither;
+# the verdict adds them up. Only rank 0 writes. Collectives of CPU tensors go over gloo also where the model is on
+# GPUs, so that a number can be agreed upon without waiting for the GPU.
+# Safe to change: what is logged. Not safe: a collective that only some ranks reach.
+
+
+class Phase(NamedTuple):
+    """One stretch of wall-clock time; `budget` is train, eval or none (set-up and diagnostics)."""
+    name: str
+    budget: str
+    start: float
+    seconds: float
+    depth: int
+
+
+def format_value(value: Any) -> str:
+    """A logged value without spaces: floats with 7 significant digits, containers as JSON."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, (dict, list, tuple)) else str(value)
+
+
+class Run:
+    """Rank, device, threads, phase clock and log of this process. Use as a context manager.
+
+    Raises `UserError` where the requested device does not exist.
+    """
+
+    def __init__(self, cfg: Config, env: Mapping[str, str], log: bool = True) -> None:
+        self.started = time.perf_counter()
+        self.cfg = cfg
+        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.local_rank, self.local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        self.phases: list[Phase] = []
+        self._depth = 0
+        self.device = self._pick_device(cfg)
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            cfg.dtype, torch.bfloat16 if self.is_cuda or cpu_has_bf16_units() else torch.float32)
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # master weights are fp32; products run in tf32 or bf16
+        else:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(cfg.threads or max(1, cores // self.local_world))
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
+                                    timeout=datetime.timedelta(seconds=cfg.dist_timeout_seconds),
+                                    device_id=self.device if self.is_cuda else None)
+        self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
+        self.run_id = self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
+        self.log_path = Path(cfg.log_dir) / f"{self.run_id}.txt"
+        self.artifact_path = Path(cfg.artifact_dir or cfg.log_dir) / f"{self.run_id}.bin"
+        self._text: io.TextIOBase | None = None
+        self._json: io.TextIOBase | None = None
+        if log:
+            self._open_log()
+
+    def _pick_device(self, cfg: Config) -> torch.device:
+        if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        require(torch.cuda.is_available(), "DEVICE=cuda: torch sees no CUDA device; DEVICE=cpu runs without")
+        count = torch.cuda.device_count()
+        require(self.local_rank < count,
+                f"local rank {self.local_rank} has no GPU: torch sees {count}; lower --nproc_per_node to {count}")
+        return torch.device("cuda", self.local_rank)
+
+    def _open_log(self) -> None:
+        """Rank 0 creates both log files; an existing log is never written over."""
+        problem = ""
+        if self.is_main:
+            try:
+                self.log_path.parent.mkdir(parents=True, exist_ok=True)
+                self.artifact_path.parent.mkdir(parents=True, exist_ok=True)
+                self._text = open(self.log_path, "x", encoding="utf-8")
+                self._json = open(self.log_path.with_suffix(".jsonl"), "x", encoding="utf-8")
+            except FileExistsError as error:
+                problem = f"RUN_ID={self.run_id}: {error.filename} exists already; choose another RUN_ID"
+            except OSError as error:
+                problem = f"LOG_DIR={self.cfg.log_dir}: cannot write the log: {error}"
+        problem = self.share(problem)
+        require(not problem, problem)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._text, self._json):
+            if file is not None:
+                file.close()
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    # -- collectives -----------------------------------------------------------------------------------
+
+    def total(self, t: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def broadcast(self, t: Tensor) -> Tensor:
+        """Rank 0's values on every rank, in place."""
+        if self.world > 1:
+            dist.broadcast(t, src=0)
+        return t
+
+    def reduce_scatter(self, full: Tensor) -> Tensor:
+        """Sum over ranks of `full` [W*k, ...]; each rank gets its k rows."""
+        if self.world == 1:
+            return full
+        rows = full.size(0) // self.world
+        if not self.is_cuda:  # gloo of older torch has no reduce-scatter; the values are the same
+            return self.total(full)[self.rank * rows:(self.rank + 1) * rows]
+        own = torch.empty_like(full[:rows])
+        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full)
+        return own
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """[k, ...] of each rank, concatenated to [W*k, ...] everywhere."""
+        if self.world == 1:
+            return own
+        full = own.new_empty(self.world * own.size(0), *own.shape[1:])
+        if self.is_cuda:
+            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own.contiguous())
+        else:
+            dist.all_gather(list(full.chunk(self.world)), own.contiguous())
+        return full
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's Python object on every rank (small things: names, messages, a file's bytes)."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's Python object, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def agree(self, problem: str) -> None:
+        """Raise the first rank's `problem` (empty: none) as `UserError` on all ranks, so that none is left waiting."""
+        problems = [p for p in self.gather(problem) if p]
+        require(not problems, problems[0] if problems else "")
+
+    # -- clock, log, progress --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: str, budget: str = "none") -> Iterator[None]:
+        """Everything inside is timed as `name` and charged to `budget`: train, eval or none."""
+        self.synchronize()
+        start = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if sys.exc_info()[0] is None:
+                self.synchronize()
+            took = time.perf_counter() - start
+            self.phases.append(Phase(name, budget, start - self.started, took, self._depth))
+            if self._depth == 0:
+                self.log("phase", name=name, budget=budget, phase_seconds=round(took, 3))
+
+    def spent(self, budget: str) -> float:
+        """Seconds of all top-level phases charged to `budget`."""
+        return sum(p.seconds for p in self.phases if p.depth == 0 and p.budget == budget)
+
+    def synchronize(self) -> None:
+        """Wait for the GPU (nothing to wait for on a CPU)."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def log(self, event: str, **values: Any) -> None:
+        """One event: a line `seconds event name=value ...` on screen and in the log, an object in the JSON lines."""
+        if not self.is_main:
+            return
+        seconds = time.perf_counter() - self.started
+        line = f"{seconds:9.1f} {event:14s} " + " ".join(f"{k}={format_value(v)}" for k, v in values.items())
+        self.write(line.rstrip())
+        if self._json is not None:
+            self._json.write(json.dumps({"seconds": round(seconds, 3), "event": event, **values}) + "\n")
+            self._json.flush()
+
+    def write(self, line: str) -> None:
+        """One line for readers only, on screen and in the text log of rank 0."""
+        if self.is_main:
+            tqdm.write(line)
+            if self._text is not None:
+                self._text.write(line + "\n")
+                self._text.flush()
+
+    def progress(self, total: float, name: str, unit: str) -> tqdm:
+        """A progress bar with rate and time left on rank 0's terminal; silent in a file."""
+        return tqdm(total=total, desc=name, unit=unit, leave=False, dynamic_ncols=True,
+                    disable=not (self.is_main and sys.stderr.isatty()))
+
+    def compiled(self, function: Callable) -> Callable:
+        """`function` as one compiled graph where this run compiles, else itself."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+
+
+def cpu_has_bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX); elsewhere bf16 is slower than fp32."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3 Data: shards -> documents -> batches
+# ----------------------------------------------------------------------------------------------------
+# A shard is 256 little-endian int32 (magic, version, token count, zeros) and then uint16 ids; every document starts
+# with BOS; documents may run on into the next shard, so the shards of a split are read as one stream. Which row goes
+# where is a pure function of (seed, step): any world size sees the same global batch, and a batch can be rebuilt from
+# its number alone. Nothing here knows the model.
+# Safe to change: the order of an epoch. Not safe: anything that makes two ranks read different plans.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS_ID = 1
+"""Beginning of document, in every tokenizer of the challenge."""
+IGNORE = -100
+"""Target of a token that is not trained on (padding rows)."""
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 ids of one shard; `UserError` unless magic, version and file size fit."""
+    size = path.stat().st_size
+    require(size >= SHARD_HEADER_BYTES, f"{path}: {size} bytes is no shard (the header alone has 1024); rebuild it "
+            f"with data/prepare.py")
+    header = np.fromfile(path, dtype="<i4", count=256)
+    require(int(header[0]) == SHARD_MAGIC and int(header[1]) == SHARD_VERSION,
+            f"{path}: magic {header[0]} version {header[1]}, expected {SHARD_MAGIC} and {SHARD_VERSION}: not a "
+            f"token shard; rebuild it with data/prepare.py")
+    tokens = int(header[2])
+    require(size == SHARD_HEADER_BYTES + 2 * tokens,
+            f"{path}: header says {tokens:,} tokens = {SHARD_HEADER_BYTES + 2 * tokens:,} bytes, the file has "
+            f"{size:,}: truncated or damaged; fetch or prepare it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)) if tokens else \
+        np.empty(0, dtype="<u2")
+
+
+class TokenStream:
+    """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        require(folder.is_dir(), f"{folder}: no such dataset folder; make the demo's with `python data/prepare.py "
+                f"demo`, or set DATA_PATH")
+        self.paths = sorted(p for p in folder.glob(f"{prefix}_*.bin") if prefix.endswith("bytes")
+                            or "_bytes_" not in p.name)
+        require(bool(self.paths), f"{folder}: no {prefix}_*.bin in it; prepare or download the dataset, or set "
+                f"DATA_PATH")
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids [start, stop) of the stream, copied; may span shards."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        parts = []
+        while start < stop:
+            begin = int(self.ends[first]) - len(self.shards[first])
+            end = min(stop, int(self.ends[first]))
+            parts.append(self.shards[first][start - begin:end - begin])
+            start, first = end, first + 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype="<u2")
+
+    def check(self, vocab_size: int, part: int = 0, parts: int = 1) -> str:
+        """What is wrong with the ids of shards part, part+parts, ...: a message, or "" if nothing is."""
+        for path, shard in list(zip(self.paths, self.shards))[part::parts]:
+            top = int(shard.max()) if len(shard) else 0
+            if top >= vocab_size:
+                return f"{path}: holds id {top}, but VOCAB_SIZE={vocab_size}: another tokenizer's shard, or damaged"
+        if part == 0 and not any((s[:1 << 20] == BOS_ID).any() for s in self.shards):
+            return f"{self.paths[0]}: no document start (id {BOS_ID}) in it; prepare it again with BOS"
+        return ""
+
+    def document_starts(self) -> np.ndarray:
+        """Stream positions of all BOS, int64; whatever precedes the first one counts as a document too."""
+        with ThreadPoolExecutor() as pool:  # the comparison releases the GIL
+            found = list(pool.map(lambda s: np.flatnonzero(s == BOS_ID), self.shards))
+        starts = np.concatenate([f + int(end) - len(s) for f, s, end in zip(found, self.shards, self.ends)])
+        return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+
+
+def row_offsets(num_tokens: int, seq_len: int, seed: int, epoch: int, shuffled: bool) -> np.ndarray:
+    """Start of each row of an epoch cut from the stream; every row has seq_len inputs and as many targets.
+
+    Shuffled epochs also start at a random phase below seq_len, so that epochs cut the stream differently.
+    """
+    if not shuffled:
+        return np.arange((num_tokens - 1) // seq_len, dtype=np.int64) * seq_len
+    rng = np.random.default_rng([seed, epoch])
+    phase = int(rng.integers(0, min(seq_len, num_tokens - seq_len)))
+    return phase + rng.permutation((num_tokens - 1 - phase) // seq_len).astype(np.int64) * seq_len
+
+
+def document_order(starts: np.ndarray, num_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(documents of an epoch in random order, end of each in the stream of that order)."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(starts))
+    lengths = np.diff(np.append(starts, num_tokens))
+    return order, np.cumsum(lengths[order])
+
+
+class Batch(NamedTuple):
+    """What one forward needs, R rows of T tokens. Attention and smearing never cross a document start."""
+    ids: Tensor
+    """[R, T] int64."""
+    targets: Tensor
+    """[R, T] int64: the next id, or IGNORE."""
+    positions: Tensor
+    """[R, T] int32: distance from the start of the document piece; 0 where a piece starts."""
+    cu_seqlens: Tensor
+    """[S+1] int32: where pieces start in the flattened rows, padded with R*T to a multiple of 4*R + 1."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def pin(self) -> Batch:
+        return Batch(*(t.pin_memory() for t in self))
+
+
+def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
+    """Rows of at most seq_len + 1 ids each -> `Batch` with num_rows rows; what is missing is padding (no targets).
+
+    A piece starts at each row's start and at each BOS among the inputs.
+    """
+    ids = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
+    targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
+    starts = np.zeros((num_rows, seq_len), dtype=bool)
+    for r, row in enumerate(rows):
+        n = len(row) - 1
+        ids[r, :n], targets[r, :n] = row[:-1], row[1:]
+        starts[r, :n] = row[:-1] == BOS_ID
+        starts[r, n:n + 1] = True  # padding is a piece of its own, and must not hold one piece per BOS
+    starts[:, 0] = True
+    return pack_batch(ids, targets, starts)
+
+
+def pack_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> Batch:
+    """[R, T] ids, targets and piece starts -> `Batch`."""
+    num_rows, seq_len = ids.shape
+    column = np.arange(seq_len, dtype=np.int32)
+    positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    begins = np.flatnonzero(starts.reshape(-1))
+    bucket = 4 * num_rows  # few distinct lengths: each would be a graph of its own where the model is compiled
+    cu_seqlens = np.full(-(-len(begins) // bucket) * bucket + 1, ids.size, dtype=np.int32)
+    cu_seqlens[:len(begins)] = begins
+    return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
+
+
+class TrainData:
+    """The training stream as numbered rows: row i is the same on every rank and in every run with this seed."""
+
+    def __init__(self, cfg: Config, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.stream = TokenStream(cfg.dataset_dir, "fineweb_train")
+        run.agree(self.stream.check(cfg.vocab_size, run.rank, run.world))
+        require(len(self.stream) > cfg.train_seq_len,
+                f"{cfg.dataset_dir}: {len(self.stream):,} training tokens make no row of TRAIN_SEQ_LEN="
+                f"{cfg.train_seq_len} and its target")
+        self.starts = self.stream.document_starts() if cfg.shuffle == "document" else np.zeros(1, dtype=np.int64)
+        self._epochs: dict[int, Any] = {}
+        rows = -(-cfg.train_rows // run.world)
+        self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)
+        """Rows of one forward on this device."""
+        self.num_micro = -(-rows // self.micro_rows)
+        """Forwards of one optimizer step, the same on every rank."""
+
+    @functools.cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows in every epoch: a shuffled phase may leave one row less, so one is never used."""
+        return max(1, (len(self.stream) - 1) // self.cfg.train_seq_len - (self.cfg.shuffle == "window"))
+
+    def row(self, index: int) -> np.ndarray:
+        """The seq_len + 1 ids of global row `index`."""
+        epoch, i = divmod(index, self.rows_per_epoch)
+        seq_len = self.cfg.train_seq_len
+        if epoch not in self._epochs:
+            plan = document_order(self.starts, len(self.stream), self.cfg.seed, epoch) \
+                if self.cfg.shuffle == "document" else \
+                row_offsets(len(self.stream), seq_len, self.cfg.seed, epoch, self.cfg.shuffle == "window")
+            self._epochs = {epoch: plan, **{e: p for e, p in self._epochs.items() if e == epoch - 1}}
+        plan = self._epochs[epoch]
+        if self.cfg.shuffle != "document":
+            return self.stream.read(int(plan[i]), int(plan[i]) + seq_len + 1)
+        order, ends = plan
+        start, stop, parts = i * seq_len, (i + 1) * seq_len + 1, []
+        k = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            begin = int(self.starts[order[k]]) - (int(ends[k - 1]) if k else 0)
+            end = min(stop, int(ends[k]))
+            parts.append(self.stream.read(start + begin, end + begin))
+            start, k = end, k + 1
+        return np.concatenate(parts)
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""
+        first = step * self.cfg.train_rows
+        mine = range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)
+        return [make_batch([self.row(i) for i in mine[m * self.micro_rows:(m + 1) * self.micro_rows]],
+                           self.micro_rows, self.cfg.train_seq_len) for m in range(self.num_micro)]
+
+    def steps(self, first: int = 0) -> Iterator[list[Batch]]:
+        """`step(first)`, `step(first + 1)`, ...; the next two are built by a thread while the device works."""
+        build = (lambda s: [b.pin() for b in self.step(s)]) if self.run.is_cuda else self.step
+        with ThreadPoolExecutor(1) as pool:
+            ahead: collections.deque[Future] = collections.deque(pool.submit(build, first + i) for i in range(2))
+            try:
+                for step in range(first + 2, sys.maxsize):
+                    ready = ahead.popleft().result()
+                    ahead.append(pool.submit(build, step))
+                    yield ready
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+
+class ValData:
+    """The validation stream with its documents, and the bytes of every target."""
+
+    def __init__(self, cfg: Config, run: Run) -> None:
+        stream = TokenStream(cfg.dataset_dir, "fineweb_val")
+        run.agree(stream.check(cfg.vocab_size) if run.is_main else "")
+        require(len(stream) >= 2, f"{cfg.dataset_dir}: the validation shards hold {len(stream)} tokens, no target")
+        self.ids = stream.read(0, len(stream))
+        """[N] uint16. Target t (0 <= t < N-1) is ids[t + 1]: every id but the first is scored."""
+        self.starts = stream.document_starts()
+        if cfg.caseops_enabled:
+            side = TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
+            require(len(side) == len(stream), f"{cfg.dataset_dir}: the byte side file has {len(side):,} entries for "
+                    f"{len(stream):,} tokens; they belong to different exports")
+            self.target_bytes = side.read(1, len(side)).astype(np.int32)
+        else:
+            self.target_bytes = TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(self.ids)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.ids) - 1
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The dataset's manifest.json, or {} where the export has none (the published ones)."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+    except (ValueError, AssertionError):
+        raise UserError(f"{path}: not a JSON object; prepare the dataset again") from None
+
+
+def tokenizer_path(cfg: Config) -> Path:
+    """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
+    tied = manifest(cfg.dataset_dir).get("tokenizer", {})
+    if cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path)
+    elif "path" in tied:
+        path = cfg.dataset_dir / tied["path"]
+    else:
+        path = Path(cfg.data_dir) / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
+    require(path.is_file(), f"{path}: no such tokenizer; set TOKENIZER_PATH or prepare the dataset")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(tied.get("sha256", digest) == digest,
+            f"{path}: SHA-256 {digest[:12]}..., but the shards in {cfg.dataset_dir} were made with "
+            f"{str(tied.get('sha256'))[:12]}...; set TOKENIZER_PATH to that model or prepare the data again")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4 Score: bytes of a token, bits per byte, and the ledger in which each target is scored once
+# ----------------------------------------------------------------------------------------------------
+# val_bpb = (nats of all targets / ln 2) / (UTF-8 bytes of all targets). A target is every id of the validation stream
+# but the very first; BOS targets cost their nats and count no bytes. Nothing about the model may touch this section.
+# Safe to change: nothing without a referee.
+
+
+class TokenBytes(NamedTuple):
+    """How many UTF-8 bytes of text each id stands for (three tables over ids, spec of the challenge)."""
+    base: np.ndarray
+    """[V] int32: bytes without the leading space; 0 for control, unknown and unused pieces, 1 for byte pieces."""
+    leading_space: np.ndarray
+    """[V] bool: the piece begins with the space mark, one byte unless it follows a boundary."""
+    boundary: np.ndarray
+    """[V] bool: control, unknown and unused pieces; a space after one of them is not text."""
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int) -> TokenBytes:
+        """From a SentencePiece model, whose size must be `vocab_size`."""
+        from sentencepiece import SentencePieceProcessor
+        try:
+            sp = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        require(sp.vocab_size() == vocab_size,
+                f"{path}: the tokenizer has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must agree")
+        require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
+        return cls.build(sp)
+
+    @classmethod
+    def build(cls, sp: Any) -> TokenBytes:
+        """From a loaded SentencePiece processor."""
+        n = sp.vocab_size()
+        base, space = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=bool)
+        boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
+        for i in np.flatnonzero(~boundary).tolist():
+            piece = sp.id_to_piece(i)
+            space[i] = piece.startswith("\u2581")
+            base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]):].encode("utf-8"))
+        return cls(base, space, boundary)
+
+    def of_targets(self, ids: np.ndarray) -> np.ndarray:
+        """[N-1] int32: bytes of ids[1:], each given the id before it."""
+        before, target = ids[:-1], ids[1:]
+        return self.base[target] + (self.leading_space[target] & ~self.boundary[before])
+
+
+class Score(NamedTuple):
+    """Totals over all targets."""
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class Ledger:
+    """The loss of every target, written exactly once by some rank."""
+
+    def __init__(self, num_targets: int) -> None:
+        self.nats = torch.zeros(num_targets, dtype=torch.float32)
+        self.times = torch.zeros(num_targets, dtype=torch.uint8)
+
+    def record(self, targets: Tensor, nats: Tensor) -> None:
+        """Losses of the targets with these numbers (int64, distinct). A second write is a bug and raises."""
+        assert not bool(self.times[targets].any()), "a target was scored twice"
+        self.nats[targets] = nats.detach().float().cpu()
+        self.times[targets] = 1
+
+    def close(self, target_bytes: np.ndarray, run: Run) -> Score:
+        """Totals over all ranks; raises unless each target was scored exactly once.
+
+        Summed in stream order in float64, so that the total does not depend on who scored what.
+        """
+        nats, times = run.total(self.nats.clone()), run.total(self.times.int())
+        assert bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once"
+        score = Score(float(nats.double().sum()), len(nats), int(target_bytes.sum(dtype=np.int64)))
+        require(math.isfinite(score.nats), "the score is not finite: the weights are broken")
+        require(score.bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
+        return score
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5 Kernels: a plain reference and the fast twin that must agree with it, picked once
+# ----------------------------------------------------------------------------------------------------
+# The reference is plain PyTorch and right on every device. A fast twin has the same signature, imports what it needs
+# when it is picked, and is named in the log. Attention is causal and never crosses a document piece.
+# Safe to change: the order of preference. A new twin needs a test against the reference.
+
+
+class Attention(NamedTuple):
+    """One attention kernel: `prepare` once a batch, then `run` once a visit."""
+    name: str
+    prepare: Callable[[Batch], Any]
+    """Batch -> whatever `run` needs to know about the pieces."""
+    run: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    """q [R,T,N,H], k and v [R,T,K,H], prepared -> [R,T,N,H]. Scale 1/sqrt(H)."""
+
+
+def sdpa_attention() -> Attention:
+    """Reference: dense attention with a mask of pieces. On a CPU the mask costs 2-8 % (bench/LOG.md 2026-11-22)."""
+
+    def prepare(batch: Batch) -> Tensor:
+        column = torch.arange(batch.positions.size(1), device=batch.positions.device)
+        back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
+        return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                           enable_gqa=True)
+        return y.transpose(1, 2)
+
+    return Attention("sdpa", prepare, run)
+
+
+def flat_attention(name: str, varlen: Callable[..., Tensor]) -> Attention:
+    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest)` on [M, heads, H]."""
+
+    def prepare(batch: Batch) -> tuple[Tensor, int]:
+        return batch.cu_seqlens, batch.ids.size(1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int]) -> Tensor:
+        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces).view_as(q)
+
+    return Attention(name, prepare, run)
+
+
+def varlen_attention() -> Attention:
+    """PyTorch's own variable-length attention (CUDA; torch 2.10 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    gqa = {"enable_gqa": True} if "enable_gqa" in known else {}
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+        if not gqa and q.size(1) != k.size(1):
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **gqa)
+
+    return flat_attention("varlen", varlen)
+
+
+def fa2_attention() -> Attention:
+    """FlashAttention 2 (package flash-attn)."""
+    from flash_attn import flash_attn_varlen_func
+    return flat_attention("fa2", lambda q, k, v, cu, longest: flash_attn_varlen_func(
+        q, k, v, cu, cu, longest, longest, causal=True))
+
+
+def fa3_attention() -> Attention:
+    """FlashAttention 3 (package flash_attn_interface, Hopper)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+        y = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+        return y[0] if isinstance(y, tuple) else y  # older builds also return the log-sum-exp
+
+    return flat_attention("fa3", varlen)
+
+
+ATTENTIONS = {"fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}
+"""In order of preference."""
+
+
+def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The kernel called `wanted`, or the first of ATTENTIONS that this machine has; `UserError` if it lacks it."""
+    fast = device.type == "cuda" and dtype == torch.bfloat16
+    require(wanted in ("auto", "sdpa") or fast, f"ATTENTION={wanted}: needs CUDA and DTYPE=bfloat16; use auto")
+    for name in ([wanted] if wanted != "auto" else ATTENTIONS if fast else ["sdpa"]):
+        if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+            continue
+        try:
+            return ATTENTIONS[name]()
+        except ImportError as error:
+            require(wanted == "auto", f"ATTENTION={wanted}: cannot be imported here ({error}); use ATTENTION=auto")
+    raise UserError(f"ATTENTION={wanted}: needs a Hopper GPU; use ATTENTION=auto")
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    """max(x, slope*x)^2 (#493, #549); its derivative is 2x above zero and 2*slope^2*x below."""
+    return F.leaky_relu(x, slope).square()
+
+
+def softcapped_cross_entropy(logits_MV: Tensor, targets_M: Tensor, softcap: float) -> Tensor:
+    """Nats of each target under softmax(c*tanh(z/c)), in fp32; 0 where the target is IGNORE."""
+    capped = softcap * torch.tanh(logits_MV.float() / softcap)
+    return F.cross_entropy(capped, targets_M, reduction="none", ignore_index=IGNORE)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6 Model: layer plan, weights seam, one forward
+# ----------------------------------------------------------------------------------------------------
+# Which block runs when is data (`layer_plan`): loop off and loop on are two tuples. A block reads its matrices only
+# through `w.linear(name, block, x)`, so that training, calibration and evaluation share every gate and norm. Matrices
+# of one kind lie in one bank [count, O, I] for the optimizer; a parameter is fp32 and is cast where it is used.
+# Positions restart at every document piece; nothing else has to be told where documents end.
+# Safe to change: a gate is one class and one entry of GATES. A new parameter needs a row in ROUTES (section 7).
+
+
+class Visit(NamedTuple):
+    """One execution of one stored block."""
+    block: int
+    """Which stored block runs."""
+    skip_from: int | None
+    """Number of the visit whose output is mixed in before this one (U-Net skip)."""
+    skip_slot: int | None
+    """Row of the skip weights: the position in the decoder half."""
+    lanes: str
+    """`none`: attention, then MLP; `single`: both read one lane; `two`: two lanes."""
+
+
+def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
+    """The order in which stored blocks run: pure data, printed in the log.
+
+    The first half of the visits (rounded down) is the encoder; the decoder's j-th visit takes the output of the
+    encoder's j-th last one.
+
+    >>> cfg = ModelKnobs(num_layers=4, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3)
+    >>> [(v.block, v.skip_from) for v in layer_plan(cfg, looped=True)]
+    [(0, None), (1, None), (2, None), (1, 2), (2, 1), (3, 0)]
+    """
+    first, last = cfg.loop_start, cfg.loop_end
+    order = list(range(cfg.num_layers))
+    if looped and cfg.num_loops:
+        order = [*range(first), *list(range(first, last + 1)) * (cfg.num_loops + 1), *range(last + 1, cfg.num_layers)]
+    encoder = len(order) // 2
+    visits = []
+    for i, block in enumerate(order):
+        slot = i - encoder if 0 <= i - encoder < encoder else None
+        lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
+        visits.append(Visit(block, None if slot is None else encoder - 1 - slot, slot, lanes))
+    return tuple(visits)
+
+
+def num_skips(cfg: ModelKnobs) -> int:
+    """Rows of the skip weights: decoder visits of the looped plan that have an encoder partner."""
+    return len(layer_plan(cfg, looped=True)) // 2
+
+
+class Weights:
+    """How a block reads its matrices: cast once a forward, q, k and v joined to one product.
+
+    Names: `qkv` [N*H + 2*K*H, D], `o` [D, N*H], `up` [F, D], `down` [D, F] of each block, `head` [V, D].
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        layers = model.cfg.num_layers
+        qo, kv = model.qo_bank.to(dtype).unbind(), model.kv_bank.to(dtype).unbind()
+        up, down = model.mlp_up_bank.to(dtype).unbind(), model.mlp_down_bank.to(dtype).unbind()
+        self.dtype, self.table = dtype, model.tok_emb
+        self.matrices = {("head", 0): model.tok_emb.to(dtype)}
+        for i in range(layers):
+            self.matrices["qkv", i] = torch.cat([qo[i], kv[i], kv[layers + i]])
+            self.matrices["o", i] = qo[layers + i]
+            self.matrices["up", i], self.matrices["down", i] = up[i], down[i]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
+        return F.embedding(ids, self.table).to(self.dtype)
+
+    def linear(self, name: str, block: int, x: Tensor) -> Tensor:
+        """x [..., I] times the matrix's transpose -> [..., O]."""
+        return F.linear(x, self.matrices[name, block])
+
+
+class RecordingWeights(Weights):
+    """Plain weights that also sum x x^T of every input (GPTQ's Hessians): all visits of a block, in fp32."""
+
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype)
+        self.gram: dict[tuple[str, int], Tensor] = {}
+        self.tokens = 0
+
+    def linear(self, name: str, block: int, x: Tensor) -> Tensor:
+        x_MI = x.detach().flatten(0, -2).float()
+        seen = self.gram.get((name, block))
+        self.gram[name, block] = x_MI.T @ x_MI if seen is None else seen.addmm_(x_MI.T, x_MI)
+        return super().linear(name, block, x)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first 2*P dimensions, halves convention; cos and sin are [R, T, 1, P]."""
+    half = cos.size(-1)
+    if half == 0:
+        return x_RTNH
+    a, b, rest = x_RTNH.split([half, half, x_RTNH.size(-1) - 2 * half], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def exclusive(y_RTNH: Tensor, v_RTKH: Tensor) -> Tensor:
+    """XSA (#265): take from each head's output its component along the token's own value vector.
+
+    y - (y.v / v.v) v: the same as with a normalised v, without a normalised copy.
+    """
+    y = y_RTNH.unflatten(2, (v_RTKH.size(2), -1))
+    v = v_RTKH.unsqueeze(3)
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    return (y - share * v).flatten(2, 3)
+
+
+class NoGate(nn.Module):
+    """Attention output passes unchanged."""
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__()
+
+    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
+        return y_RTNH
+
+
+class OutputGate(NoGate):
+    """2*sigmoid(w . n[:G]) per head: starts as the identity (#1667)."""
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__(cfg)
+        self.weight = nn.Parameter(torch.zeros(cfg.num_layers, cfg.num_heads, cfg.gate_window))
+
+    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
+        weight = self.weight[block].to(n_RTD.dtype)
+        return y_RTNH * (2 * torch.sigmoid(F.linear(n_RTD[..., :weight.size(1)], weight))).unsqueeze(-1)
+
+
+class SparseGate(OutputGate):
+    """sigmoid(c * w . n[:G]) per head: starts at one half (#1787)."""
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__(cfg)
+        self.scale = cfg.sparse_attn_gate_scale
+
+    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
+        weight = self.weight[block].to(n_RTD.dtype)
+        return y_RTNH * torch.sigmoid(self.scale * F.linear(n_RTD[..., :weight.size(1)], weight)).unsqueeze(-1)
+
+
+class DenseGate(NoGate):
+    """sigmoid(w . n) per head over the whole width (#1736, after Qwen's gated attention)."""
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__(cfg)
+        self.weight = nn.Parameter(cfg.gated_attn_init_std * torch.randn(cfg.num_layers, cfg.num_heads, cfg.model_dim))
+
+    def gate(self, n_RTD: Tensor, block: int) -> Tensor:
+        return torch.sigmoid(F.linear(n_RTD, self.weight[block].to(n_RTD.dtype)))
+
+    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
+        return y_RTNH * self.gate(n_RTD, block).unsqueeze(-1)
+
+
+class DenseBiasGate(DenseGate):
+    """sigmoid(w . n + b): weights start at zero, the bias at GATED_ATTN_BIAS, so that the gate starts open."""
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__(cfg)
+        nn.init.zeros_(self.weight)
+        self.bias = nn.Parameter(torch.full((cfg.num_layers, cfg.num_heads), cfg.gated_attn_bias))
+
+    def gate(self, n_RTD: Tensor, block: int) -> Tensor:
+        dtype = n_RTD.dtype
+        return torch.sigmoid(F.linear(n_RTD, self.weight[block].to(dtype), self.bias[block].to(dtype)))
+
+
+GATES: dict[str, Callable[[ModelKnobs], NoGate]] = {
+    "none": NoGate, "output": OutputGate, "sparse": SparseGate,
+    "dense": lambda cfg: DenseBiasGate(cfg) if cfg.gated_attn_bias else DenseGate(cfg)}
+
+
+class BigramHash(nn.Module):
+    """A hashed embedding of (previous, current) token, projected to D and scaled (#162, form of #1060).
+
+    The last bucket is for tokens without a predecessor in their piece. The table starts at zero and the projection
+    orthogonal: were both zero, neither would ever get a gradient.
+    """
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(cfg.bigram_buckets, cfg.bigram_dim))
+        self.proj = nn.Parameter(nn.init.orthogonal_(torch.empty(cfg.model_dim, cfg.bigram_dim)))
+        self.scale = nn.Parameter(torch.full((1,), 0.05))
+
+    def forward(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        last = self.table.size(0) - 1
+        before = batch.ids.roll(1, dims=1)
+        bucket = torch.bitwise_xor(36313 * batch.ids, 27191 * before) % last
+        bucket = torch.where(batch.positions > 0, bucket, last)
+        return self.scale.to(dtype) * F.linear(F.embedding(bucket, self.table).to(dtype), self.proj.to(dtype))
+
+
+class Step(NamedTuple):
+    """What all visits of one forward share."""
+    w: Weights
+    attention: Attention
+    pieces: Any
+    cos: Tensor
+    sin: Tensor
+
+
+class GPT(nn.Module):
+    """The language model: parameters in fp32, activations in the dtype of the forward.
+
+    Raises `UserError` through `ModelKnobs` for impossible shapes. Parameter count of record #1855: 35,945,671.
+    """
+
+    def __init__(self, cfg: ModelKnobs) -> None:
+        super().__init__()
+        self.cfg = cfg
+        layers, dim, kv_dim, ones = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, torch.ones
+        self.tok_emb = nn.Parameter(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, dim))
+        # Rows 0..L-1 are read from the residual stream (q, k, up) and start orthogonal; what writes into it starts
+        # at zero, so that every block starts as the identity.
+        self.qo_bank = nn.Parameter(torch.cat([orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
+        self.kv_bank = nn.Parameter(orthogonal(2 * layers, kv_dim, dim))
+        self.mlp_up_bank = nn.Parameter(orthogonal(layers, cfg.mlp_dim, dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
+        self.q_gain = nn.Parameter(torch.full((layers, cfg.num_heads), cfg.qk_gain_init))
+        self.attn_scale, self.mlp_scale = nn.Parameter(ones(layers, dim)), nn.Parameter(ones(layers, dim))
+        self.resid_mix = nn.Parameter(torch.stack([ones(layers, dim), torch.zeros(layers, dim)], dim=1))
+        self.skip_weights = nn.Parameter(ones(num_skips(cfg), dim))
+        self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), dim)) if cfg.skip_gates_enabled else None
+        self.gate = GATES[cfg.attn_gate](cfg)
+        if cfg.smear_gate_enabled:
+            self.smear_gate = nn.Parameter(torch.zeros(1, cfg.gate_window))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
+        if cfg.parallel_residual == "two":
+            self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
+            self.parallel_post_lambdas = nn.Parameter(ones(layers, 2, 2))
+        self.attention = sdpa_attention()
+        """Replaced by `pick_attention` where there is a faster one."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+        """(name, values, parameter it belongs to) of all that an artifact holds; banks are split into matrices.
+
+        A matrix's name says which input it reads: blocks.<i>.{q,k,v,o,up,down}.
+        """
+        layers = self.cfg.num_layers
+        banks = {"qo_bank": ("q", "o"), "kv_bank": ("k", "v"), "mlp_up_bank": ("up",), "mlp_down_bank": ("down",)}
+        for name, parameter in self.named_parameters():
+            if name not in banks:
+                yield name, parameter.detach(), name
+            else:
+                for row, matrix in enumerate(parameter.detach().unbind()):
+                    yield f"blocks.{row % layers}.{banks[name][row // layers]}", matrix, name
+
+    def rotary(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its piece."""
+        cfg, seq_len = self.cfg, batch.ids.size(1)
+        base = cfg.rope_base
+        if cfg.rope_yarn and seq_len > cfg.rope_train_seq_len and cfg.rope_dims > 2:
+            base *= (seq_len / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+        exponent = torch.arange(0, cfg.rope_dims, 2, device=batch.ids.device) / max(1, cfg.rope_dims)
+        angle = batch.positions[..., None, None] * base ** -exponent
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def embed(self, batch: Batch, w: Weights) -> Tensor:
+        """[R, T, D]: token embedding, smeared with its predecessor's (never across a piece's start), then normed."""
+        e = w.embed(batch.ids)
+        if self.cfg.smear_gate_enabled:
+            gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(
+                F.linear(e[..., :self.cfg.gate_window], self.smear_gate.to(e.dtype)))
+            e = e + gate * e.roll(1, dims=1) * (batch.positions > 0).unsqueeze(-1).to(e.dtype)
+        if self.bigram is not None:
+            e = e + self.bigram(batch, e.dtype)
+        return rms_norm(e)
+
+    def attn(self, n: Tensor, block: int, step: Step) -> Tensor:
+        """Attention of one block on its normed input n [R, T, D], scaled per channel."""
+        cfg, heads, kv = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads
+        qkv = step.w.linear("qkv", block, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
+        q, k, v = qkv.split([heads, kv, kv], dim=2)
+        q = rotate(rms_norm(q), step.cos, step.sin) * self.q_gain[block].to(n.dtype).unsqueeze(-1)
+        y = step.attention.run(q, rotate(rms_norm(k), step.cos, step.sin), v, step.pieces)
+        if block >= cfg.num_layers - cfg.xsa_last_n:
+            y = exclusive(y, v)
+        y = self.gate(y, n, block)
+        return step.w.linear("o", block, y.flatten(2)) * self.attn_scale[block].to(n.dtype)
+
+    def mlp(self, n: Tensor, block: int, step: Step) -> Tensor:
+        """MLP of one block on its normed input, scaled per channel."""
+        hidden = leaky_relu_squared(step.w.linear("up", block, n), self.cfg.mlp_slope)
+        return step.w.linear("down", block, hidden) * self.mlp_scale[block].to(n.dtype)
+
+    def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights) -> Tensor:
+        """[R, T, D]: the normed input of the output matrix. The only forward there is."""
+        dtype = w.dtype
+        step = Step(w, self.attention, self.attention.prepare(batch), *self.rotary(batch, dtype))
+        x = x0 = self.embed(batch, w)
+        lane = None  # the second lane, once there are two
+        outputs: list[Tensor] = []
+        for visit in plan:
+            i = visit.block
+            scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
+            if visit.skip_from is not None:
+                skip = self.skip_weights[visit.skip_slot].to(dtype) * outputs[visit.skip_from]
+                x = x + skip if self.skip_gates is None else \
+                    torch.lerp(skip, x, torch.sigmoid(self.skip_gates[visit.skip_slot]).to(dtype))
+            mix = self.resid_mix[i].to(dtype)
+            u = mix[0] * x + mix[1] * x0
+            n = scale * rms_norm(u)
+            a = self.attn(n, i, step)
+            if visit.lanes == "none":
+                x = u + a
+                x = x + self.mlp(scale * rms_norm(x), i, step)
+            elif visit.lanes == "single":
+                x = u + a + self.mlp(n, i, step)
+            else:
+                lane = x if lane is None else lane
+                m = self.mlp(scale * rms_norm(lane), i, step)
+                keep, post = self.parallel_resid_lambdas[i].to(dtype), self.parallel_post_lambdas[i].to(dtype)
+                x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
+                lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
+            outputs.append(x)
+        if lane is not None:
+            x = {"attn": x, "mlp": lane}.get(self.cfg.parallel_final_lane, 0.5 * (x + lane))
+        return rms_norm(x)
+
+    def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
+        """Nats of each target [M] given the final hidden states, fp32."""
+        return softcapped_cross_entropy(w.linear("head", 0, hidden_MD), targets_M, self.cfg.logit_softcap)
+
+    def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
+        """Sum of nats over the batch's targets (a scalar): what training differentiates."""
+        w = Weights(self, dtype)
+        return self.losses(self.hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten(), w).sum()
+
+
+def orthogonal(count: int, rows: int, cols: int) -> Tensor:
+    """[count, rows, cols]: each matrix with orthonormal rows or columns, whichever are fewer."""
+    return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
+
+
+def build_model(cfg: Config, run: Run) -> GPT:
+    """A freshly initialised model on this run's device; SEED and rank 0 decide the values."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg)
+    model.attention = pick_attention(cfg.attention, run.device, run.dtype)
+    model.to(run.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            run.broadcast(parameter)  # LAPACK may differ between nodes
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# 7 Optimizer: update rules are pure functions; communication wraps them
+# ----------------------------------------------------------------------------------------------------
+# ROUTES says for every parameter who updates it, with which learning rate and decay, and how the artifact stores it.
+# Each rank holds the momentum of its own slices of the banks: gradients are summed and scattered, every rank
+# orthogonalises its slices, the updates are gathered and applied everywhere. With one process these are identities.
+# Clipping uses the norm of the summed gradient, once, so that a step does not depend on the world size.
+# Safe to change: a route. A new rule is a function of tensors and a branch in `ShardedOptimizer.step`.
+
+
+class Route(NamedTuple):
+    """How the parameters that match are treated."""
+    patterns: str
+    """Parameter names, as shell patterns."""
+    rule: str
+    """muon or adam."""
+    lr: str
+    """Knob of the peak learning rate."""
+    wd: str
+    """Knob of the weight decay."""
+    stored: str
+    """In the artifact: gptq:<family>, int8 (one fp16 scale a row) or fp16."""
+
+
+ROUTES = (
+    Route("qo_bank kv_bank", "muon", "matrix_lr", "muon_wd", "gptq:attn"),
+    Route("mlp_up_bank mlp_down_bank", "muon", "matrix_lr", "muon_wd", "gptq:mlp"),
+    Route("tok_emb", "adam", "tied_embed_lr", "embed_wd", "gptq:embed"),
+    Route("bigram.table", "adam", "tied_embed_lr", "embed_wd", "int8"),
+    Route("bigram.proj gate.weight", "adam", "scalar_lr", "adam_wd", "int8"),
+    Route("q_gain attn_scale mlp_scale resid_mix skip_weights skip_gates gate.bias smear_gate smear_lambda "
+          "bigram.scale parallel_resid_lambdas parallel_post_lambdas", "adam", "scalar_lr", "adam_wd", "fp16"),
+)
+
+
+def route(name: str) -> Route:
+    """The one row of ROUTES for a parameter; a parameter with none or several is a bug."""
+    rows = [r for r in ROUTES if any(fnmatch.fnmatchcase(name, p) for p in r.patterns.split())]
+    assert len(rows) == 1, f"parameter {name} matches {len(rows)} rows of ROUTES, expected exactly one"
+    return rows[0]
+
+
+CLASSIC = ((3.4445, -4.7750, 2.0315),)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Coefficients (a, b, c) of each Newton-Schulz step (Amsel et al. 2025; #1344). Five of them take singular values in
+[0.001, 1] to [0.86, 1.14]; five classic ones (Jordan et al. 2024) to [0.47, 1.20]."""
+
+
+def coefficients(cfg: OptimizerKnobs) -> tuple[tuple[float, float, float], ...]:
+    """The Newton-Schulz steps that the knobs ask for."""
+    if cfg.muon_coefficients == "classic":
+        return CLASSIC * cfg.muon_backend_steps
+    return POLAR_EXPRESS[:cfg.muon_backend_steps]
+
+
+def orthogonalize(g_KOI: Tensor, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
+    """Approximate U V^T of each matrix of a stack [K, O, I] by Newton-Schulz, computed and returned in `dtype`.
+
+    Cost: len(steps) * (4 m^2 n + 2 m^3) FLOPs a matrix, m = min(O, I), n = max(O, I).
+    """
+    x = g_KOI.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | None, mu: float, beta2: float,
+                row_normalize: bool, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
+    """Muon's direction for a stack of matrices, in units of spectral norm; the two states change in place.
+
+    Nesterov momentum, rows normalised (MuonEq-R, #1217), orthogonalised, scaled by sqrt(max(1, O/I)). With a second
+    moment the rows are rescaled by their own running size at unchanged Frobenius norm (NorMuon, Li et al. 2025).
+    """
+    momentum_KOI.mul_(mu).add_(grad_KOI)
+    u = grad_KOI + mu * momentum_KOI
+    if row_normalize:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    x = orthogonalize(u, steps, dtype)
+    if second_KO1 is not None:
+        size = x.norm(dim=(-2, -1), keepdim=True)
+        second_KO1.lerp_(x.float().square().mean(dim=-1, keepdim=True), 1 - beta2)
+        x = x * second_KO1.clamp_min(1e-10).rsqrt().to(x.dtype)
+        x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
+    return x * math.sqrt(max(1.0, x.size(-2) / x.size(-1)))
+
+
+def decay_and_apply(weight: Tensor, update: Tensor, lr: float, wd: float, cautious: bool) -> None:
+    """weight <- (1 - lr*wd) weight - lr*update; cautious decay only where update and weight have the same sign."""
+    if cautious:
+        weight.sub_(lr * wd * weight * (update * weight > 0))
+    else:
+        weight.mul_(1 - lr * wd)
+    weight.add_(update.to(weight.dtype), alpha=-lr)
+
+
+class ShardedOptimizer:
+    """Muon for the banks, sharded over ranks by slices; AdamW for the rest, replicated."""
+
+    def __init__(self, model: GPT, cfg: Config, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        routes = {name: route(name) for name, _ in model.named_parameters()}
+        self.banks = [(p, routes[n]) for n, p in model.named_parameters() if routes[n].rule == "muon"]
+        self.small = [p for n, p in model.named_parameters() if routes[n].rule == "adam"]
+        groups = collections.defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if routes[name].rule == "adam":
+                groups[routes[name].lr, routes[name].wd].append(parameter)
+        self.adam = torch.optim.AdamW(
+            [dict(params=params, lr=getattr(cfg, lr), peak=getattr(cfg, lr), weight_decay=getattr(cfg, wd))
+             for (lr, wd), params in groups.items()], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all momentum, as before the first step."""
+        self.adam.state.clear()
+        self.state = []
+        for bank, _ in self.banks:
+            slices = -(-bank.size(0) // self.run.world)
+            momentum = bank.new_zeros(slices, *bank.shape[1:])
+            second = momentum.new_zeros(*momentum.shape[:2], 1) if self.cfg.normuon_beta2 else None
+            self.state.append((momentum, second))
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """One update from the gradients of all ranks' shares of the loss; returns the gradient norm (a scalar).
+
+        Gradients are consumed. `lr_scale` multiplies every peak learning rate.
+        """
+        cfg, run = self.cfg, self.run
+        grads = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
+        flat = run.total(torch.cat([p.grad.flatten() for p in self.small]))
+        own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
+        norm = (run.total(own.clone()) + flat.square().sum()).sqrt()
+        shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
+        if shrink is not None:
+            torch._foreach_mul_([*grads, flat], shrink)
+        for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
+            p.grad = g.view_as(p)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * lr_scale
+        self.adam.step()
+        for (bank, row), grad, (buffer, second) in zip(self.banks, grads, self.state):
+            update = muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
+                                 coefficients(cfg), run.dtype)
+            update = run.all_gather(update)[:bank.size(0)]
+            decay_and_apply(bank, update, getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd), cfg.cautious_wd)
+        for parameter in [*self.small, *(bank for bank, _ in self.banks)]:
+            parameter.grad = None
+        return norm
+
+
+def padded(bank: Tensor, world: int) -> Tensor:
+    """The bank with zero matrices appended until `world` divides their number."""
+    missing = -bank.size(0) % world
+    return F.pad(bank, (0, 0, 0, 0, 0, missing)) if missing else bank
+
+
+class Ema:
+    """Exponential moving average of all parameters, fp32, started at the initial weights (#287)."""
+
+    def __init__(self, model: GPT, decay: float) -> None:
+        self.decay = decay
+        self.live = list(model.parameters())
+        self.average = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- decay*average + (1-decay)*weights."""
+        torch._foreach_lerp_(self.average, self.live, 1 - self.decay)
+
+    @torch.no_grad()
+    def load_into_model(self) -> None:
+        """The live weights become the averaged ones."""
+        torch._foreach_copy_(self.live, self.average)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 8 Schedule: pure functions of the used fraction of the budget, and the clock that measures it
+# ----------------------------------------------------------------------------------------------------
+# `frac` runs from 0 to 1 over the budget: seconds of rank 0's clock, or steps. All ranks use the same number.
+# Safe to change: the shape of a schedule.
+
+
+def ramp(x: float, start: float, end: float) -> float:
+    """0 before `start`, 1 after `end`, linear between."""
+    return 1.0 if x >= end else max(0.0, (x - start) / (end - start))
+
+
+def lr_scale(cfg: ScheduleKnobs, frac: float) -> float:
+    """1, then linear to 0 at the end of the budget over its last WARMDOWN_FRAC, never below MIN_LR."""
+    return 1.0 if cfg.warmdown_frac == 0 else max(1.0 - ramp(frac, 1 - cfg.warmdown_frac, 1.0), cfg.min_lr)
+
+
+def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
+    """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
+    share = ramp(step, 0, cfg.muon_momentum_warmup_steps)
+    return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
+
+
+class TrainClock:
+    """The used fraction of the training budget, the same on all ranks, without a wait for the GPU in the step.
+
+    With a budget in seconds, rank 0 measures every few steps (GPUs: from the newest finished event, so that the host
+    may run ahead) and broadcasts elapsed time and time a step over gloo; steps between are extrapolated from these.
+    Training stops before the step that would cross the budget. With MAX_WALLCLOCK_SECONDS=0 it is step / ITERATIONS.
+    """
+
+    GPU_SYNC_STEPS = 8
+    """Steps between measurements on a GPU, and the number of steps that the host may lead."""
+
+    def __init__(self, cfg: Config, run: Run) -> None:
+        self.cfg, self.run = cfg, run
+        self.budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 0.0
+        self.every = self.GPU_SYNC_STEPS if run.is_cuda else 1
+        self.paused = 0.0
+        self.events: collections.deque[tuple[int, Any]] = collections.deque()
+        self.finished: collections.deque[tuple[int, float]] = collections.deque([(0, 0.0)], maxlen=2 * self.every)
+        self.at_step, self.elapsed, self.step_seconds = 0, 0.0, 0.0
+        run.synchronize()
+        self.started = time.perf_counter()
+        self.first_event = self._mark()
+
+    def _mark(self) -> Any:
+        if not self.run.is_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _measure(self, step: int) -> tuple[float, float]:
+        """(seconds used when `step` begins, seconds a step), as rank 0 sees it."""
+        if not self.run.is_cuda:
+            self.finished.append((step, time.perf_counter() - self.started - self.paused))
+        else:
+            if len(self.events) >= self.every:
+                self.events[-self.every][1].synchronize()  # finished long ago, unless the host runs too far ahead
+            while self.events and self.events[0][1].query():
+                done, event = self.events.popleft()
+                self.finished.append((done, self.first_event.elapsed_time(event) / 1000 - self.paused))
+        (a, t_a), (b, t_b) = self.finished[0], self.finished[-1]
+        if not self.run.is_cuda and len(self.finished) > 1:
+            a, t_a = self.finished[-2]  # a CPU step is long: the last one is the best guess of the next
+        each = (t_b - t_a) / (b - a) if b > a else 0.0
+        return t_b + (step - b) * each, each
+
+    def frac(self, step: int) -> float:
+        """Used fraction of the budget when `step` (0, 1, ...) begins; 1 or more: stop before it."""
+        if not self.budget:
+            return step / self.cfg.iterations
+        if self.run.is_cuda and step:
+            self.events.append((step, self._mark()))
+        if step % self.every == 0:
+            measured = torch.tensor(self._measure(step), dtype=torch.float64)
+            self.elapsed, self.step_seconds = self.run.broadcast(measured).tolist()
+            self.at_step = step
+        now = self.elapsed + (step - self.at_step) * self.step_seconds
+        if now + self.step_seconds > self.budget or step >= self.cfg.iterations:
+            return max(1.0, now / self.budget)
+        return now / self.budget
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside is not charged (validation in the middle of training)."""
+        self.run.synchronize()
+        start = time.perf_counter()
+        yield
+        self.run.synchronize()
+        self.paused += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """Seconds since the start without pauses, everything finished."""
+        self.run.synchronize()
+        return time.perf_counter() - self.started - self.paused
+
+
+# ----------------------------------------------------------------------------------------------------
+# 9 Quantization: Hessians, step sizes, GPTQ
+# ----------------------------------------------------------------------------------------------------
+# A matrix becomes integer codes times one fp16 step a row. SDClip (#1394) sets the step to k standard deviations over
+# the largest code; GPTQ (Frantar et al. 2022) rounds column by column and feeds each error forward through the inverse
+# Hessian of the inputs. The Hessians are sums over all ranks and all visits, with documents separated as in training.
+# Safe to change: bits and clip of a family. `gptq` knows nothing of layers, ranks or files.
+
+
+class Quantized(NamedTuple):
+    """One stored tensor."""
+    stored: str
+    """As in ROUTES: gptq:<family>, int8 or fp16."""
+    codes: Tensor
+    """int8 [..., C] codes; for fp16 the values themselves."""
+    scale: Tensor | None
+    """fp16 [...]: step of each row; None for fp16."""
+
+    def dequantize(self) -> Tensor:
+        """The fp32 values that the artifact stands for."""
+        values = self.codes.float()
+        return values if self.scale is None else values * self.scale.float().unsqueeze(-1)
+
+
+def row_steps(largest: Tensor, bits: int) -> Tensor:
+    """fp16 step of each row whose largest code stands for `largest`; never 0, so that no row divides by it."""
+    return (largest / (2 ** (bits - 1) - 1)).clamp_min(2.0 ** -24).half()
+
+
+def round_to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Nearest code of each value (float), within +-(2^(bits-1) - 1)."""
+    top = 2 ** (bits - 1) - 1
+    return (values / step).round().clamp(-top, top)
+
+
+def inverse_factor(hessian_KCC: Tensor, damp: float, log: Callable[..., None]) -> Tensor:
+    """Upper Cholesky factor U of the inverse, H^-1 = U^T U; damping grows tenfold until every matrix factorises."""
+    mean = hessian_KCC.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(hessian_KCC.size(-1), device=hessian_KCC.device)
+    while damp < 1e4:
+        lower, failed = torch.linalg.cholesky_ex(hessian_KCC + (damp * mean)[:, None, None] * eye)
+        if not bool(failed.any()):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed.any()):
+                return upper
+        log("gptq_damping", failed=int((failed != 0).sum()), damp=damp, next=10 * damp)
+        damp *= 10
+    raise UserError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
+
+
+def gptq(weight_KRC: Tensor, hessian_KCC: Tensor, step_KR: Tensor, bits: int, damp: float,
+         log: Callable[..., None] = lambda *a, **k: None) -> Tensor:
+    """int8 codes [K, R, C] of a stack of matrices, given the sums of x x^T of their inputs and the row steps.
+
+    Columns go by decreasing diagonal; inputs never seen (diagonal 0) get the code 0. Blocks of 128 columns, so that
+    the rest of the matrix is updated by one product a block.
+    """
+    w, h = weight_KRC.float(), hessian_KCC.float().clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    w = w.masked_fill(dead[:, None, :], 0.0)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    diagonal[dead] = 1.0
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    w = w.gather(2, order[:, None, :].expand_as(w))
+    upper, step = inverse_factor(h, damp, log), step_KR.float()
+    codes = torch.empty_like(w)
+    for begin in range(0, w.size(-1), 128):
+        end = min(begin + 128, w.size(-1))
+        block, errors = w[..., begin:end], torch.empty_like(w[..., begin:end])
+        for j in range(end - begin):
+            row = upper[:, begin + j, begin + j:end]
+            codes[..., begin + j] = round_to_codes(block[..., j], step, bits)
+            errors[..., j] = (block[..., j] - codes[..., begin + j] * step) / row[:, :1]
+            block[..., j:] -= errors[..., j, None] * row[:, None, :]
+        w[..., end:] -= errors @ upper[:, begin:end, end:]
+    return codes.gather(2, order.argsort(dim=-1)[:, None, :].expand_as(codes)).to(torch.int8)
+
+
+INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up", "down": "down"}
+"""Last part of a stored matrix's name -> the product of `Weights.linear` whose input it reads."""
+
+
+def hessian_key(name: str) -> tuple[str, int]:
+    """(product, block) that recorded the input of a stored matrix: blocks.3.k -> (qkv, 3); tok_emb -> (head, 0)."""
+    parts = name.split(".")
+    return (INPUT_OF[parts[2]], int(parts[1])) if parts[0] == "blocks" else ("head", 0)
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> dict[tuple[str, int], Tensor]:
+    """Sum of x x^T for every product over the calibration rows of all ranks, the loop on; fp32 on the device."""
+    rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
+    mine = range(first_row + run.rank, first_row + rows, run.world)
+    w, plan = RecordingWeights(model, run.dtype), layer_plan(cfg, looped=True)
+    with run.progress(len(mine), "calibrate", "row") as bar:
+        for at in range(0, len(mine), data.micro_rows):
+            part = mine[at:at + data.micro_rows]
+            batch = make_batch([data.row(i) for i in part], len(part), cfg.train_seq_len).to(run.device)
+            model.losses(model.hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten(), w)
+            bar.update(len(part))
+    sizes = {(n, b): m.size(1) for (n, b), m in w.matrices.items()}  # a rank without rows still takes part
+    return {key: run.total(w.gram.get(key, torch.zeros(size, size, device=run.device))) for key, size in sizes.items()}
+
+
+@torch.no_grad()
+def quantize(model: GPT, hessians: Mapping[tuple[str, int], Tensor], cfg: Config, run: Run,
+             coarser: float = 1.0) -> dict[str, Quantized]:
+    """Every tensor of the model as it will be stored; each rank does its share of the matrices, all get all.
+
+    `coarser` multiplies every step of the GPTQ families (the packer's lever on the size).
+    """
+    done: dict[str, Quantized] = {}
+    jobs = collections.defaultdict(list)
+    for name, values, parameter in model.tensors():
+        stored = route(parameter).stored
+        if stored.startswith("gptq:"):
+            jobs[values.shape, stored].append((name, values.float()))
+        elif stored == "int8":
+            step = row_steps(values.float().abs().amax(-1), 8)
+            codes = round_to_codes(values.float(), step.float().unsqueeze(-1), 8)
+            done[name] = Quantized(stored, codes.to(torch.int8).cpu(), step.cpu())
+        else:
+            done[name] = Quantized(stored, values.half().cpu(), None)
+    own: dict[str, Quantized] = {}
+    for (_, stored), matrices in jobs.items():
+        bits, sigmas = cfg.grid(stored.removeprefix("gptq:"))
+        mine = matrices[run.rank::run.world]
+        if mine:
+            stack = torch.stack([values for _, values in mine])
+            step = row_steps(coarser * sigmas * stack.std(dim=-1), bits)
+            hessian = torch.stack([hessians[hessian_key(name)] for name, _ in mine])
+            codes = gptq(stack, hessian, step, bits, cfg.gptq_damp, run.log)
+            own.update({name: Quantized(stored, c, s) for (name, _), c, s in zip(mine, codes.cpu(), step.cpu())})
+    for part in run.gather(own):
+        done.update(part)
+    return {name: done[name] for name, _, _ in model.tensors()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
+# ----------------------------------------------------------------------------------------------------
+# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, tensor records in order, streams
+# with raw and packed length; the packed streams; BLAKE2b-128 of all before it. Codes of one family share a stream,
+# transposed (columns first); fp16 numbers go to streams of their high and of their low bytes. No pickle: a reader
+# checks digest, bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
+# Safe to change: the codec of a stream, with a new format version.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+ARTIFACT_HEAD = struct.Struct("<5sBI")
+DIGEST_BYTES = 16
+MAX_HEADER_BYTES = 1 << 20
+WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
+
+
+def brotli_pack(data: bytes) -> bytes:
+    """Brotli at quality 11 with the largest window."""
+    import brotli
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def brotli_unpack(data: bytes, size: int) -> bytes:
+    """Exactly `size` bytes; `UserError` for a damaged stream, and before more than that is allocated."""
+    import brotli
+    reader, out = brotli.Decompressor(), bytearray()
+    try:
+        out += reader.process(data, output_buffer_limit=size + 1)
+        while not reader.is_finished() and len(out) <= size:
+            more = reader.process(b"", output_buffer_limit=size + 1 - len(out))
+            require(bool(more), "artifact: a stream is truncated")
+            out += more
+    except brotli.error:
+        raise UserError("artifact: a stream is damaged") from None
+    require(len(out) == size and reader.is_finished(), f"artifact: a stream does not hold the {size} bytes it claims")
+    return bytes(out)
+
+
+def stream_parts(stored: str, shape: Sequence[int]) -> list[tuple[str, int]]:
+    """(stream, bytes) that one tensor contributes, in the order in which they are written."""
+    count, rows = math.prod(shape), math.prod(shape[:-1])
+    return [("fp16", 2 * count)] if stored == "fp16" else [(stored, count), ("steps", 2 * rows)]
+
+
+def split_bytes(halves: bytes) -> bytes:
+    """High bytes of little-endian 16-bit numbers, then their low bytes: the former repeat, the latter do not."""
+    return halves[1::2] + halves[::2]
+
+
+def join_bytes(data: bytes) -> bytes:
+    """Inverse of `split_bytes`."""
+    out = bytearray(len(data))
+    out[1::2], out[::2] = data[:len(data) // 2], data[len(data) // 2:]
+    return bytes(out)
+
+
+def pack(tensors: Mapping[str, Quantized], model: ModelKnobs, preset: str) -> bytes:
+    """The artifact's bytes."""
+    streams: dict[str, bytearray] = collections.defaultdict(bytearray)
+    for q in tensors.values():
+        if q.scale is None:
+            streams["fp16"] += q.codes.numpy().astype("<f2").tobytes()
+        else:
+            streams[q.stored] += q.codes.reshape(-1, q.codes.size(-1)).T.contiguous().numpy().tobytes()
+            streams["steps"] += q.scale.numpy().astype("<f2").tobytes()
+    packed = {name: brotli_pack(split_bytes(bytes(raw)) if name in ("fp16", "steps") else bytes(raw))
+              for name, raw in streams.items()}
+    header = json.dumps({
+        "preset": preset, "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
+        "tensors": [[name, q.stored, list(q.codes.shape)] for name, q in tensors.items()],
+        "streams": [[name, len(streams[name]), len(packed[name])] for name in streams]}, separators=(",", ":"))
+    head = struct.pack("<I", len(header)) + brotli_pack(header.encode())
+    body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + b"".join(packed.values())
+    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+class Artifact(NamedTuple):
+    """What an artifact holds."""
+    model: ModelKnobs
+    preset: str
+    tensors: dict[str, Tensor]
+    """Stored name -> fp32 values."""
+    stream_bytes: dict[str, int]
+    """Packed bytes of each stream."""
+
+
+def unpack(blob: bytes, source: str = "artifact") -> Artifact:
+    """Read an artifact. Raises `UserError` for anything but bytes that `pack` could have written."""
+    fixed = ARTIFACT_HEAD.size
+    require(len(blob) > fixed + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
+            f"{source}: not an artifact of this program")
+    _, version, head_bytes = ARTIFACT_HEAD.unpack_from(blob)
+    require(version == ARTIFACT_VERSION, f"{source}: format version {version}, this program reads {ARTIFACT_VERSION}")
+    body = memoryview(blob)[:-DIGEST_BYTES]
+    require(hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() == blob[-DIGEST_BYTES:],
+            f"{source}: truncated or damaged (the checksum does not fit); copy it again")
+    require(4 < head_bytes <= len(body) - fixed, f"{source}: the header is longer than the file")
+    (header_bytes,) = struct.unpack_from("<I", body, fixed)
+    require(header_bytes <= MAX_HEADER_BYTES, f"{source}: a header of {header_bytes} bytes is not plausible")
+    try:
+        header = json.loads(brotli_unpack(bytes(body[fixed + 4:fixed + head_bytes]), header_bytes))
+        model = ModelKnobs(**header["model"])
+        with torch.device("meta"):
+            expected = [[name, route(parameter).stored, list(values.shape)]
+                        for name, values, parameter in GPT(model).tensors()]
+        preset, listed = str(header["preset"]), [(str(n), int(raw), int(size)) for n, raw, size in header["streams"]]
+        require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{source}: the header cannot be read ({type(error).__name__})") from None
+    need: dict[str, int] = collections.defaultdict(int)
+    for _, stored, shape in expected:
+        for stream, size in stream_parts(stored, shape):
+            need[stream] += size
+    require({name: raw for name, raw, _ in listed} == dict(need) and len(listed) == len(need)
+            and fixed + head_bytes + sum(size for _, _, size in listed) == len(body),
+            f"{source}: its streams do not fit its tensors")
+    raw, at = {}, fixed + head_bytes
+    for name, length, size in listed:
+        data = brotli_unpack(bytes(body[at:at + size]), length)
+        raw[name], at = io.BytesIO(join_bytes(data) if name in ("fp16", "steps") else data), at + size
+    tensors = {}
+    for name, stored, shape in expected:
+        parts = [np.frombuffer(raw[stream].read(size), dtype="<f2" if stream in ("fp16", "steps") else np.int8)
+                 for stream, size in stream_parts(stored, shape)]
+        if stored == "fp16":
+            quantized = Quantized(stored, torch.from_numpy(parts[0].copy()).view(shape), None)
+        else:
+            codes = torch.from_numpy(parts[0].reshape(shape[-1], -1).T.copy()).view(shape)
+            quantized = Quantized(stored, codes, torch.from_numpy(parts[1].copy()).view(shape[:-1]))
+        tensors[name] = quantized.dequantize()
+        require(bool(torch.isfinite(tensors[name]).all()), f"{source}: {name} holds values that are not finite")
+    return Artifact(model, preset, tensors, {name: size for name, _, size in listed})
+
+
+@torch.no_grad()
+def load_tensors(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an artifact's tensors into a model of the same knobs."""
+    for name, values, _ in model.tensors():
+        values.copy_(tensors[name])
+
+
+def shipped_source(path: Path) -> bytes:
+    """The script as a submission ships it: docstrings and comments stripped, LZMA, in a self-extracting wrapper.
+
+    A file that is packed already is shipped as it is. The payload is a Latin-1 string literal: 2 % larger than the
+    compressed bytes, where base85 costs 25 %. Tracebacks and `inspect` find the source through linecache.
+    """
+    import lzma
+    source = path.read_bytes()
+    if source.startswith(WRAPPER_MARK):
+        return source
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+            node.body = kept or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
+    data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    for raw, escaped in ((b"\\", b"\\\\"), (b"\0", b"\\0"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
+        data = data.replace(raw, escaped)
+    # \0 before a digit would be read as a longer octal escape
+    for digit in b"01234567":
+        data = data.replace(b"\\0" + bytes([digit]), b"\\000" + bytes([digit]))
+    return (WRAPPER_MARK + b'import lzma,linecache\ns=lzma.decompress("' + data + b'".encode("latin-1")).decode()\n'
+            b'linecache.cache["train_gpt"]=len(s),None,s.splitlines(True),"train_gpt"\n'
+            b'exec(compile(s,"train_gpt","exec"))\n')
+
+
+def predicted_bytes(cfg: Config) -> dict[str, int]:
+    """Estimated packed bytes by stream before training: Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
+    with torch.device("meta"):
+        tensors = [(values, route(parameter).stored) for _, values, parameter in GPT(cfg).tensors()]
+    total: dict[str, float] = collections.defaultdict(float)
+    for values, stored in tensors:
+        for stream, size in stream_parts(stored, values.shape):
+            bits = 8.0
+            if stream.startswith("gptq:"):
+                width, sigmas = cfg.grid(stream.removeprefix("gptq:"))
+                bits = max(0.1, 2.05 + math.log2((2 ** (width - 1) - 1) / sigmas))
+            total[stream] += size * bits / 8
+    return {stream: round(size) for stream, size in total.items()}
+
+
+def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_bytes: int, cfg: Config, run: Run) -> bytes:
+    """The packed artifact, quantized as finely as the knobs say or as the cap allows; the same bytes on every rank.
+
+    Packed size falls by about one bit a weight each time the steps double, so the log of the common factor is found
+    by a secant from above, then narrowed. Raises `UserError` with the sizes when not even the coarsest fits.
+    """
+    cap = cfg.artifact_bytes_cap - code_bytes
+    weights = sum(values.numel() for _, values, parameter in model.tensors()
+                  if route(parameter).stored.startswith("gptq:"))
+
+    def attempt(octaves: float) -> bytes:
+        with run.phase("gptq", "train"):
+            tensors = quantize(model, hessians, cfg, run, coarser=2.0 ** octaves)
+        with run.phase("pack"):
+            blob = run.share(pack(tensors, cfg, cfg.preset) if run.is_main else b"")
+        run.log("pack", steps_times=2.0 ** octaves, weight_bytes=len(blob), code_bytes=code_bytes,
+                left_bytes=cap - len(blob))
+        return blob
+
+    blob, finest, fits = attempt(0.0), 0.0, None
+    octaves, last = 0.0, 0.0
+    while len(blob) > cap and octaves < 5:
+        finest, last = octaves, octaves
+        octaves = min(5.0, last + max(0.02, 8.4 * (len(blob) - cap) / weights))
+        blob = attempt(octaves)
+    require(len(blob) <= cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
+            f"{len(blob):,} do not fit even with 32-fold steps: " + ", ".join(
+                f"{name} {size:,}" for name, size in unpack(blob).stream_bytes.items()) + "; use a smaller model")
+    # The first fit after a jump may be too coarse: come back while more than 1 % of the cap is left.
+    while octaves > 0 and cap - len(blob) > 0.01 * cap and octaves - finest > 0.01:
+        fits, coarse, octaves = blob, octaves, (finest + octaves) / 2
+        blob = attempt(octaves)
+        if len(blob) > cap:
+            finest, octaves, blob = octaves, coarse, fits
+    return blob
+
+
+def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
+    """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file."""
+    problem, found = "", b""
+    if run.is_main:
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            found = path.read_bytes()
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            problem = f"{path}: cannot write the artifact: {error}"
+    run.agree(problem)
+    return run.share(found)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 11 Evaluation: plain and sliding windows through one scorer
+# ----------------------------------------------------------------------------------------------------
+# A document is scored by itself: a token's context is what precedes it in its document, at most EVAL_SEQ_LEN ids. The
+# target of a document's last token is the next BOS. Plain evaluation cuts documents into pieces; sliding windows move
+# on by EVAL_STRIDE targets, so that late tokens keep a long context; where a document fits a window they are the same.
+# Windows are packed into rows of EVAL_SEQ_LEN and dealt to the ranks. Every target is scored exactly once (section 4).
+# Safe to change: packing and dealing.
+
+
+class Window(NamedTuple):
+    """Inputs [begin, end) of the stream; targets first..end-1 are scored (target t is the id after input t)."""
+    begin: int
+    end: int
+    first: int
+
+
+def plan_windows(starts: np.ndarray, num_targets: int, seq_len: int, stride: int) -> list[Window]:
+    """Windows of at most seq_len inputs that score every target of every document once, `stride` at a time."""
+    windows = []
+    for begin, end in zip(starts.tolist(), np.append(starts[1:], num_targets).tolist()):
+        stop = min(begin + seq_len, end)
+        if stop > begin:
+            windows.append(Window(begin, stop, begin))
+        while stop < end:
+            first, stop = stop, min(stop + stride, end)
+            windows.append(Window(max(begin, stop - seq_len), stop, first))
+    return windows
+
+
+def pack_rows(windows: Sequence[Window], seq_len: int) -> list[list[Window]]:
+    """Windows dealt into rows of seq_len inputs, longest first, each into the fullest row that still has room."""
+    rows: list[list[Window]] = []
+    room: list[tuple[int, int]] = []  # (free inputs, row), sorted
+    for window in sorted(windows, key=lambda w: (w.begin - w.end, w.begin)):
+        length = window.end - window.begin
+        at = bisect.bisect_left(room, (length, -1))
+        if at < len(room):
+            free, row = room.pop(at)
+            rows[row].append(window)
+        else:
+            free, row = seq_len, len(rows)
+            rows.append([window])
+        if free > length:
+            bisect.insort(room, (free - length, row))
+    return rows
+
+
+def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: int, seq_len: int
+                 ) -> tuple[Batch, Tensor, Tensor]:
+    """(batch, flat positions that are scored, their target numbers) of some packed rows."""
+    inputs = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
+    targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
+    starts = np.zeros((num_rows, seq_len), dtype=bool)
+    starts[:, 0] = True
+    where, which = [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for begin, end, first in row:
+            stop = at + end - begin
+            inputs[r, at:stop], targets[r, at:stop] = ids[begin:end], ids[begin + 1:end + 1]
+            starts[r, at] = True
+            where.append(np.arange(r * seq_len + at + first - begin, r * seq_len + stop))
+            which.append(np.arange(first, end))
+            at = stop
+        starts[r, at:at + 1] = True
+    return (pack_batch(inputs, targets, starts), torch.from_numpy(np.concatenate(where)),
+            torch.from_numpy(np.concatenate(which)))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
+    """Score of the whole validation stream with windows that advance by `stride` targets; split over ranks."""
+    w, plan = Weights(model, run.dtype), layer_plan(model.cfg, looped=True)
+    hidden = run.compiled(model.hidden)
+    rows = pack_rows(plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), cfg.eval_seq_len)
+    mine, ledger = rows[run.rank::run.world], Ledger(val.num_targets)
+    chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
+    with run.progress(len(mine), name, "row") as bar:
+        for at in range(0, len(mine), cfg.eval_rows):
+            part = mine[at:at + cfg.eval_rows]
+            num_rows = cfg.eval_rows if run.compiles else len(part)  # a compiled graph has one shape
+            batch, where, which = window_batch(part, val.ids, num_rows, cfg.eval_seq_len)
+            batch, where = batch.to(run.device), where.to(run.device)
+            flat, targets = hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten()
+            for spots, numbers in zip(where.split(chunk), which.split(chunk)):
+                ledger.record(numbers, model.losses(flat[spots], targets[spots], w))
+            bar.update(len(part))
+    return ledger.close(val.target_bytes, run)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 12 Train, main: the story, in order
+# ----------------------------------------------------------------------------------------------------
+# Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
+
+
+def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_bytes: int) -> None:
+    """The header of the log: versions, device, kernels, config, layer plan, routes."""
+    device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
+    run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
+            world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+            compile=run.compiles, attention=model.attention.name,
+            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
+    for warning in warnings:
+        run.log("warning", text=warning)
+    run.write("config (* differs from the preset record)")
+    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    for name in (f.name for group in GROUPS for f in dataclasses.fields(group)):
+        value = getattr(cfg, name)
+        run.write(f"  {'*' if value != fields[name] else ' '} {name.upper()}={show(value)}")
+    for looped in ([False, True] if cfg.num_loops else [False]):
+        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip, / single lane, = two lanes)")
+        run.write("  " + plan_text(layer_plan(cfg, looped)))
+    run.write("routes: parameter, shape, update, learning rate, decay, stored as")
+    for name, p in model.named_parameters():
+        r = route(name)
+        run.write(f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}")
+    run.log("model", parameters=sum(p.numel() for p in model.parameters()),
+            predicted_weight_bytes=sum(predicted_bytes(cfg).values()))
+
+
+def plan_text(plan: Sequence[Visit]) -> str:
+    """One line for a layer plan: block, `<visit` for a skip, a mark for its lanes."""
+    mark = {"none": "", "single": "/", "two": "="}
+    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") for v in plan)
+
+
+def preflight(cfg: Config, run: Run) -> None:
+    """Find before training what would stop a later stage: packages, tokenizer, validation shards, folder, disk."""
+    problem = ""
+    try:
+        import brotli  # noqa: F401
+        import sentencepiece  # noqa: F401
+    except ImportError as error:
+        problem = f"package {error.name} is missing; pip install -r requirements.txt"
+    run.agree(problem)
+    if not cfg.caseops_enabled:
+        TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
+    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
+    if cfg.caseops_enabled:
+        TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
+    if run.is_main:
+        free = os.statvfs(run.artifact_path.parent)
+        if free.f_bavail * free.f_frsize < 2 * cfg.artifact_bytes_cap:
+            problem = (f"{run.artifact_path.parent}: {free.f_bavail * free.f_frsize:,} bytes free, an artifact may "
+                       f"need {2 * cfg.artifact_bytes_cap:,}; make room or set ARTIFACT_DIR")
+    run.agree(problem)
+
+
+def prime(losses: Mapping[bool, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
+          run: Run) -> None:
+    """Run every graph on random tokens and the optimizer at learning rate 0, then forget its momentum.
+
+    Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
+    """
+    rng = np.random.default_rng(cfg.seed)
+    rows = [rng.integers(2, cfg.vocab_size, cfg.train_seq_len + 1).astype(np.uint16) for _ in range(data.micro_rows)]
+    batch = make_batch(rows, data.micro_rows, cfg.train_seq_len).to(run.device)
+    for loss in losses.values():
+        for _ in range(cfg.warmup_steps):
+            (loss(batch) / cfg.train_batch_tokens).backward()
+            optimizer.step(0.0, 0.0)
+    optimizer.reset()
+
+
+def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
+    """Train within the budget and leave the averaged weights in the model; returns steps, seconds, last loss."""
+    plans = {looped: layer_plan(cfg, looped) for looped in (False, True)}
+    losses = {looped: run.compiled(functools.partial(model.total_loss, plan=plan, dtype=run.dtype))
+              for looped, plan in plans.items()}
+    optimizer = ShardedOptimizer(model, cfg, run)
+    with run.phase("prime"):
+        prime(losses, optimizer, data, cfg, run)
+    ema, val = Ema(model, cfg.ema_decay), None
+    with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
+        clock = TrainClock(cfg, run)
+        step, frac, looped, last = 0, 0.0, False, math.nan
+        marked = (0, 0.0)  # step and seconds at the last log line
+        batches = data.steps()
+        while (frac := clock.frac(step)) < 1:
+            bar.update(100 * frac - bar.n)
+            if frac >= cfg.enable_looping_at and cfg.num_loops and not looped:
+                looped = True
+                run.log("loop_on", step=step, frac=frac, visits=len(plans[True]))
+            loss = torch.zeros((), device=run.device)
+            for batch in next(batches):
+                part = losses[looped](batch.to(run.device)) / cfg.train_batch_tokens
+                part.backward()
+                loss += part.detach()
+            norm = optimizer.step(lr_scale(cfg, frac), muon_momentum(cfg, step))
+            ema.update()
+            step += 1
+            if step <= 5 or step % cfg.train_log_every == 0 or (not run.is_cuda and not math.isfinite(norm.item())):
+                total, seconds = float(run.total(loss)), clock.seconds()
+                if not math.isfinite(total) or not math.isfinite(norm.item()):
+                    raise DivergedError(f"the loss is not finite at step {step} (frac {frac:.3f}); last good: "
+                                        f"{last:.4f} nats; lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR")
+                each = (seconds - marked[1]) / (step - marked[0])
+                run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
+                        lr_scale=lr_scale(cfg, frac), ms_per_step=1000 * each,
+                        tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds)
+                last, marked = total, (step, seconds)
+            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                with clock.pause():
+                    val = val or ValData(cfg, run)
+                    score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
+                run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                marked = (step, clock.seconds())
+        batches.close()
+        last, seconds = float(run.total(loss)) if step else last, clock.seconds()
+    require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
+    if not math.isfinite(last):
+        raise DivergedError(f"the loss is not finite at step {step}, the last one")
+    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds,
+            tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
+            **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
+    ema.load_into_model()
+    return {"steps": step, "train_loss": last}
+
+
+def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, dict[str, Any]]:
+    """Train, quantize, pack and write: (the artifact as read back from disk, figures for the verdict)."""
+    with run.phase("load_train"):
+        data = TrainData(cfg, run)
+        run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
+                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro)
+    figures = train(model, data, cfg, run)
+    with run.phase("calibrate", "train"):
+        hessians = collect_hessians(model, data, figures["steps"] * cfg.train_rows, cfg, run)
+    blob = fit_to_cap(model, hessians, code_bytes, cfg, run)
+    with run.phase("write"):
+        return write_artifact(blob, run.artifact_path, run), figures
+
+
+def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, figures: dict[str, Any]) -> None:
+    """Score the artifact's bytes and log the verdict; `ema` are the weights before quantization, for comparison."""
+    with run.phase("load_artifact", "eval"):
+        artifact = unpack(blob, cfg.eval_only or str(run.artifact_path))
+        model = GPT(artifact.model).to(run.device)
+        model.attention = pick_attention(cfg.attention, run.device, run.dtype)
+        load_tensors(model, artifact.tensors)
+    run.log("artifact", path=str(cfg.eval_only or run.artifact_path), sha256=hashlib.sha256(blob).hexdigest(),
+            weight_bytes=len(blob), code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes,
+            **{f"bytes_{name.replace(':', '_')}": size for name, size in artifact.stream_bytes.items()})
+    with run.phase("load_val", "eval"):
+        val = ValData(cfg, run)
+        run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()))
+    ladder = {}
+
+    def rung(name: str, weights: GPT, stride: int, budget: str) -> Score:
+        with run.phase(f"score_{name}", budget):
+            score = evaluate(weights, val, stride, cfg, run, name)
+        run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
+        ladder[name] = score.val_bpb
+        return score
+
+    if ema is not None:
+        rung("ema", ema, cfg.eval_seq_len, "none")
+    score = rung("quantized", model, cfg.eval_seq_len, "none" if cfg.eval_stride else "eval")
+    if cfg.eval_stride:
+        score = rung("sliding", model, cfg.eval_stride, "eval")
+    total = time.perf_counter() - run.started
+    run.log("verdict", val_bpb=score.val_bpb, val_loss=score.val_loss, tokens=score.tokens, bytes=score.bytes,
+            ladder=ladder, artifact_bytes=len(blob) + code_bytes, weight_bytes=len(blob), code_bytes=code_bytes,
+            cap_bytes=cfg.artifact_bytes_cap, train_seconds=round(run.spent("train"), 3),
+            eval_seconds=round(run.spent("eval"), 3), other_seconds=round(total - run.spent("train") -
+                                                                         run.spent("eval"), 3),
+            total_seconds=round(total, 3), parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed,
+            run_id=run.run_id, **figures)
+
+
+def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """The whole program; returns the exit status (0 done, 2 user error, 3 diverged)."""
+    is_main = env.get("RANK", "0") == "0"
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    run: Run | None = None
+    try:
+        require(set(arguments) <= {"--check"}, f"{' '.join(arguments)}: knobs are environment variables, such as "
+                f"SEED=42 python train_gpt.py; the only arguments are --help and --check")
+        blob, stored = b"", {}
+        if env.get("EVAL_ONLY") or env.get("EVAL_ONLY_PATH"):
+            path = Path(env.get("EVAL_ONLY") or env["EVAL_ONLY_PATH"])
+            require(path.is_file(), f"EVAL_ONLY={path}: no such file")
+            blob = path.read_bytes()
+            held = unpack(blob, str(path))
+            stored = {**dataclasses.asdict(held.model), "preset": held.preset}
+        cfg, warnings = Config.from_env(env, stored)
+        checking = "--check" in arguments
+        with Run(cfg, env, log=not checking) as run:
+            code_bytes = len(shipped_source(Path(__file__)))
+            if checking:
+                return check(cfg, run, warnings, code_bytes)
+            with run.phase("setup"):
+                model = build_model(cfg, run)
+                describe(cfg, model, run, warnings, code_bytes)
+                preflight(cfg, run)
+            if blob:
+                judge(blob, None, cfg, run, code_bytes, {})
+            else:
+                blob, figures = produce(cfg, run, model, code_bytes)
+                judge(blob, model, cfg, run, code_bytes, figures)
+            return 0
+    except UserError as error:
+        if is_main or run is not None:
+            print(f"train_gpt.py: {'' if is_main else 'rank ' + env['RANK'] + ': '}{error}", file=sys.stderr)
+        return error.exit_code
+    except torch.OutOfMemoryError as error:
+        print(f"train_gpt.py: out of GPU memory; lower MICRO_BATCH_TOKENS (training, now "
+              f"{cfg.micro_batch_tokens}) or VAL_BATCH_TOKENS (evaluation, now {cfg.val_batch_tokens}): "
+              f"{str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+
+
+def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> int:
+    """`--check`: config, layer plan, routes, predicted size and the state of the data; trains nothing."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    describe(cfg, model, run, warnings, code_bytes)
+    sizes = predicted_bytes(cfg)
+    run.log("predicted", total_bytes=sum(sizes.values()) + code_bytes, code_bytes=code_bytes,
+            cap_bytes=cfg.artifact_bytes_cap, **{f"bytes_{k.replace(':', '_')}": v for k, v in sizes.items()})
+    try:
+        tokens = {split: len(TokenStream(cfg.dataset_dir, f"fineweb_{split}")) for split in ("train", "val")}
+        run.log("data", path=str(cfg.dataset_dir), **tokens)
+    except UserError as error:
+        run.log("warning", text=f"data is not ready: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
