@@ -47,10 +47,11 @@ import sys
 import textwrap
 import time
 import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -2043,7 +2044,8 @@ def hessian_key(name: str) -> tuple[str, int]:
 
 
 @torch.no_grad()
-def collect_hessians(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> dict[tuple[str, int], Tensor]:
+def collect_hessians(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
+                     ) -> dict[tuple[str, int], Tensor]:
     """Sum of x x^T for every product over the calibration rows of all ranks, the loop on; fp32 on the device."""
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
     mine = range(first_row + run.rank, first_row + rows, run.world)

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The one command line. `./run.sh help` lists the verbs.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here"
+
+usage() {
+  cat <<'TXT'
+./run.sh                        set up, prepare the demo data, train and score the demo, print what came out
+./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
+./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
+./run.sh data VERB ...          data/prepare.py: demo | text FILES... --name NAME | check DIR
+./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
+./run.sh test [PYTEST ARGS]     set up and run the tests
+./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
+./run.sh help                   this text
+
+PYTHON=python3.12 ./run.sh ...  another interpreter for .venv (3.10 or newer)
+NPROC=2 ./run.sh train ...      number of processes (default: one for each GPU, or 1)
+TXT
+}
+
+fail() { echo "run.sh: $*" >&2; exit 2; }
+
+# Makes .venv if its Python or requirements.txt are not the ones it was made from. A Python that has torch 2.9 or newer
+# already (a GPU image, say) lends it to .venv, so that its CUDA build is kept.
+setup() {
+  local python=${PYTHON:-python3} stamp
+  if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ]; then
+    stamp=$(cat requirements.txt; .venv/bin/python -VV)
+    [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ] || return 0
+  fi
+  command -v "$python" >/dev/null || fail "no '$python' here: install Python 3.10 or newer, or set PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "$("$python" -V) is too old: 3.10 or newer is needed; set PYTHON=python3.x"
+  if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$(cat requirements.txt; "$python" -VV)" ]; then
+    return 0
+  fi
+  local site="" wanted=requirements.txt
+  if "$python" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9))' 2>/dev/null
+  then
+    site=--system-site-packages
+    echo "run.sh: using the torch that $("$python" -c 'import sys; print(sys.executable)') has" >&2
+  fi
+  echo "run.sh: making .venv with $("$python" -V) and installing requirements.txt (once; minutes)" >&2
+  "$python" -m venv --clear $site .venv ||
+    fail "'$python -m venv' does not work: install it (Debian, Ubuntu: apt-get install python3-venv)"
+  if [ -n "$site" ]; then
+    wanted=.venv/requirements.txt
+    grep -v '^torch==' requirements.txt >"$wanted"
+  fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted" ||
+    fail "the installation failed (see above); once the cause is mended, the same command tries again"
+  (cat requirements.txt; .venv/bin/python -VV) >.venv/stamp
+}
+
+# KNOB=value arguments become environment variables of this process and its children.
+take_knobs() {
+  local pair
+  for pair in "$@"; do
+    [[ $pair =~ ^[A-Z][A-Z0-9_]*=.* ]] || fail "'$pair': expected KNOB=value, such as SEED=42 (./run.sh knobs lists them)"
+    export "${pair?}"
+  done
+}
+
+train() {
+  local processes=${NPROC:-$(.venv/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+  if [ "$processes" -gt 1 ]; then
+    .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py
+  else
+    .venv/bin/python train_gpt.py
+  fi
+}
+
+verb=${1:-demo}
+[ $# -eq 0 ] || shift
+case $verb in
+  demo)
+    take_knobs "$@"
+    setup
+    .venv/bin/python data/prepare.py demo
+    export PRESET=${PRESET:-demo} RUN_ID=${RUN_ID:-demo-$(date +%Y%m%d-%H%M%S)}
+    train
+    echo
+    .venv/bin/python records/summary.py "logs/$RUN_ID.jsonl"
+    cat <<TXT
+
+Next: ./run.sh knobs                                       every knob
+      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    the demo with other values
+      EVAL_ONLY=logs/$RUN_ID.bin ./run.sh train            score the same artifact again
+      ./run.sh data text FILES... --name mine              your own text
+TXT
+    ;;
+  train) take_knobs "$@"; setup; train ;;
+  check) take_knobs "$@"; setup; exec .venv/bin/python train_gpt.py --check ;;
+  data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
+  show) setup; exec .venv/bin/python records/summary.py "$@" ;;
+  knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
+  test) setup; exec .venv/bin/python -m pytest "$@" ;;
+  setup) setup ;;
+  help | -h | --help) usage ;;
+  *) usage >&2; fail "'$verb': no such verb" ;;
+esac

@@ -1,0 +1,74 @@
+"""Shared pieces of the tests: the script under test, tiny configurations, and a tiny dataset of real text."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+
+torch.set_num_threads(1)
+
+TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num_kv_heads="1", loop_start="1",
+            loop_end="2", num_loops="1", parallel_start_layer="3", train_seq_len="32", train_batch_tokens="384",
+            micro_batch_tokens="128", eval_seq_len="32", eval_stride="8", val_batch_tokens="1024",
+            max_wallclock_seconds="0", iterations="4", warmup_steps="1", gptq_calibration_batches="2",
+            shuffle="document", ema_decay="0.5", dtype="float32", threads="1", enable_looping_at="0.5",
+            rope_dims="8", device="cpu")
+"""A model of every part in a few milliseconds a step: knobs as environment text."""
+
+
+def tiny(**knobs: object) -> tg.Config:
+    """A `Config` from TINY and overrides given as field=value."""
+    env = {name.upper(): tg.show(value) for name, value in {**TINY, **knobs}.items()}
+    return tg.Config.from_env(env)[0]
+
+
+def batch_of(ids: np.ndarray) -> tg.Batch:
+    """[R, T+1] ids -> a batch of R rows of T tokens."""
+    return tg.make_batch(list(ids.astype(np.uint16)), len(ids), ids.shape[1] - 1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tg.Run:
+    """A single CPU process in fp32 that logs to a temporary folder."""
+    with tg.Run(tiny(log_dir=str(tmp_path / "logs")), {}) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """DATA_PATH and TOKENIZER_PATH of a small dataset: standard-library sources, a 512-piece SentencePiece model."""
+    import argparse
+    import json
+    import textwrap
+
+    import sentencepiece
+    folder = tmp_path_factory.mktemp("data")
+    texts = [Path(m.__file__).read_text(encoding="utf-8") for m in (argparse, json, textwrap)]
+    texts = [part.strip() for text in texts for part in text.split("\n\n\n") if part.strip()]
+    texts += ["caf\u00e9 \u4e2d\u6587 \U0001f40d na\u00efve", " ", "x"]
+    model = folder / "tokens.model"
+    with open(model, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_writer=file,
+            model_type="bpe", vocab_size=512, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+            normalization_rule_name="nmt_nfkc", character_coverage=0.999, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    documents = [[tg.BOS_ID, *sp.encode(text)] for text in texts]
+    for name, some in (("train_000000", documents[8:50]), ("train_000001", documents[50:]),
+                       ("val_000000", documents[:8])):
+        write_shard(folder / f"fineweb_{name}.bin", np.array([i for d in some for i in d], dtype=np.uint16))
+    return {"data_path": str(folder), "tokenizer_path": str(model)}
+
+
+def write_shard(path: Path, ids: np.ndarray) -> None:
+    """One shard in the challenge's format."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(ids)
+    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
