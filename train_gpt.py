@@ -450,8 +450,6 @@ def parse(name: str, kind: type, text: str) -> Any:
 
 
 # What published run commands set and we name otherwise: old name -> (our name, {old value: ours} or None for as is).
-# A switch that is off only matters where our preset has that choice on, hence the third column: the value that a 0
-# takes away.
 RENAMED: dict[str, tuple[str, dict[str, str] | None]] = {
     "EVAL_ONLY_PATH": ("EVAL_ONLY", None),
     "EVAL_ONLY_QUANTIZED_PATH": ("EVAL_ONLY", None),
@@ -460,12 +458,17 @@ RENAMED: dict[str, tuple[str, dict[str, str] | None]] = {
     "SMEAR_GATE_WIDTH": ("GATE_WINDOW", None),
     "GATE_WIDTH": ("GATE_WINDOW", None),
     "BIGRAM_VOCAB_SIZE": ("BIGRAM_BUCKETS", None),
+    "MUON_WEIGHT_DECAY": ("MUON_WD", None),
+    "ADAM_WEIGHT_DECAY": ("ADAM_WD", None),
+    "WARMDOWN_FRACTION": ("WARMDOWN_FRAC", None),
     "USE_POLAR_EXPRESS": ("MUON_COEFFICIENTS", {"0": "classic", "1": "polar"}),
     "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two"}),
     "SLIDING_WINDOW_ENABLED": ("EVAL_STRIDE", {"0": "0", "1": "64"}),
 }
 GATE_SWITCHES = {"SPARSE_ATTN_GATE_ENABLED": "sparse", "GATED_ATTN_ENABLED": "dense", "GATED_ATTN": "dense",
-                 "ATTN_OUT_GATE_ENABLED": "output", "GATE_ATTN_OUT": "output"}
+                 "GATED_ATTENTION": "dense", "ATTN_OUT_GATE_ENABLED": "output", "GATE_ATTN_OUT": "output"}
+GATE_BIASES = {"GATED_ATTN": "2.0", "GATED_ATTENTION": "4.0"}
+"""Initial bias of the switches that mean the dense gate's bias form (#1514, #549)."""
 
 # Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
 NO_EFFECT: tuple[tuple[str, str], ...] = (
@@ -481,7 +484,7 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("MUON_BETA2", "no record reads it; NorMuon here is NORMUON_BETA2"),
     ("VAL_BATCH_SIZE", "the batch of evaluation is VAL_BATCH_TOKENS"),
     ("WARMDOWN_ITERS WARMDOWN_STEPS", "the warm-down is a fraction of the budget, WARMDOWN_FRAC"),
-    ("WD_TAPER_* SWA_ENABLED SWA_EVERY LATE_QAT_THRESHOLD QAT_ENABLED", "retired by the later records"),
+    ("WD_TAPER_* SWA_ENABLED SWA_EVERY", "retired by the later records"),
     ("VE_* VALUE_RESIDUAL DISABLE_LAYER0_ATTN REPEAT_UNTIE_MLP REPEAT_UNTIE_MLP_LAYERS GATE_MLP_OUT",
      "the model has no such part"),
     ("ATTN_OUT_GATE_SRC GATE_ATTN_SRC SPARSE_ATTN_GATE_INIT_STD",
@@ -492,6 +495,10 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
      "every shard of DATA_PATH is used, and every target is scored"),
     ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
     ("MATCHED_FINEWEB_*", "this is a variable of the data scripts"),
+    ("INT4_* INT6_* LATE_QAT* QAT QAT_* MTP_* MLP_HIDDEN MLP_GROUPS EMBED_DIM EMA_ENABLED EVAL_BATCH_SEQS "
+     "EVAL_DEPTH_RECURRENCE FP16_EMBED_EXPORT GPTQ_RESERVE_MS LOOP_PHASE2_AT LORA_RANK POST_GPTQ_EVAL_ONLY ROPE_TYPE "
+     "BIGRAM_HASH TARGET_MB USE_GPTQ USE_ZSTD VAL_MAX_TOKENS YARN_MAX_LEN",
+     "a part of older scripts that this program does not have"),
 )
 # Prefixes that only a knob of this field starts with; a stranger with one of them is taken for a misspelt knob.
 KNOB_PREFIXES = ("ATTN_", "BIGRAM_", "EMBED_", "EVAL_", "GATED_ATTN", "GLOBAL_TTT_", "GPTQ_", "GRAD_CLIP", "LOOP_",
@@ -528,8 +535,9 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
     require(len(on) <= 1, f"attention gates {' and '.join(on)} are both switched on; ATTN_GATE takes one of them")
     if on or any(GATE_SWITCHES[name] == ModelKnobs.attn_gate for name in switches):
         offer("ATTN_GATE", on[0] if on else "none")
-    if env.get("GATED_ATTN") == "1":
-        offer("GATED_ATTN_BIAS", "2.0")  # the form of #1514
+    for name, bias in GATE_BIASES.items():
+        if switches.get(name) == "1":
+            offer("GATED_ATTN_BIAS", bias)
     if "PARALLEL_RESIDUAL_START" in env:
         start = parse("PARALLEL_RESIDUAL_START", int, env["PARALLEL_RESIDUAL_START"])
         offer("PARALLEL_RESIDUAL", "single" if start >= 0 else "none")
@@ -2580,7 +2588,8 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             **{f"bytes_{name.replace(':', '_')}": size for name, size in artifact.stream_bytes.items()})
     with run.phase("load_val", "eval"):
         val = ValData(cfg, run)
-        run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()))
+        run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
+                compressors=manifest(cfg.dataset_dir).get("compressors"))
     ladder = {}
 
     def rung(name: str, weights: GPT, stride: int, budget: str) -> Score:

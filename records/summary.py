@@ -1,0 +1,88 @@
+"""Prints the short table of a finished run: the ladder of scores, the artifact's bytes, the seconds of each phase.
+
+    python records/summary.py [LOG.jsonl]        (default: the newest log in logs/)
+
+Reads only what the run logged and the manifest of its dataset; computes nothing anew.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RUNGS = {"ema": "averaged weights, before quantization", "quantized": "from the artifact, plain",
+         "sliding": "from the artifact, sliding windows"}
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """The events of one JSON-lines log; a line that a crash cut short is dropped."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def last(found: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
+    """The last event of that name."""
+    return next((e for e in reversed(found) if e["event"] == event), None)
+
+
+def table(path: Path) -> str:
+    """The table of one run. Raises `ValueError` if the run has no verdict."""
+    found = events(path)
+    verdict = last(found, "verdict")
+    if verdict is None:
+        raise ValueError(f"{path}: the run has no verdict (unfinished, or it failed); see {path.with_suffix('.txt')}")
+    rows = [("val_bpb", "")]
+    for rung, meaning in RUNGS.items():
+        if rung in verdict["ladder"]:
+            rows.append((f"  {rung}", f"{verdict['ladder'][rung]:.4f}   {meaning}"))
+    compressors = (last(found, "val_data") or {}).get("compressors") or {}
+    for name, need in compressors.items():
+        rows.append((f"  {name}", f"{need['bits_per_byte']:.4f}   the same validation text, {need['bytes']:,} bytes"))
+    if compressors:
+        best = min(compressors, key=lambda name: compressors[name]["bits_per_byte"])
+        margin = compressors[best]["bits_per_byte"] - verdict["val_bpb"]
+        rows.append(("  margin", f"{margin:+.4f}   over {best} (positive: the model needs fewer bits)"))
+    if {"ema", "quantized"} <= set(verdict["ladder"]):
+        cost = verdict["ladder"]["quantized"] - verdict["ladder"]["ema"]
+        rows.append(("  quantization", f"{cost:+.4f}   what the artifact's rounding costs"))
+    rows += [("artifact", f"{verdict['artifact_bytes']:,} bytes of {verdict['cap_bytes']:,} "
+                          f"({verdict['weight_bytes']:,} weights + {verdict['code_bytes']:,} code)"),
+             ("model", f"{verdict['parameters']:,} parameters")]
+    if "steps" in verdict:
+        rows.append(("training", f"{verdict['steps']:,} steps, last loss {verdict['train_loss']:.3f} nats"))
+    rows.append(("seconds", f"{verdict['total_seconds']:.0f} = {verdict['train_seconds']:.0f} training + "
+                            f"{verdict['eval_seconds']:.0f} evaluation + {verdict['other_seconds']:.0f} other"))
+    for phase in found:
+        if phase["event"] == "phase" and phase["phase_seconds"] >= 1:
+            rows.append((f"  {phase['name']}", f"{phase['phase_seconds']:.1f}"))
+    rows.append(("log", str(path.with_suffix(".txt"))))
+    return "\n".join(f"{name:16s} {value}".rstrip() for name, value in rows)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 2 and one line if there is nothing to show."""
+    try:
+        if arguments:
+            path = Path(arguments[0])
+            if not path.is_file():
+                raise ValueError(f"{path}: no such log")
+        else:
+            logs = sorted(Path("logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
+            if not logs:
+                raise ValueError("logs/: no run yet; ./run.sh makes one")
+            path = logs[-1]
+        print(table(path))
+        return 0
+    except ValueError as error:
+        print(f"summary.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

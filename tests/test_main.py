@@ -1,0 +1,198 @@
+"""The whole program: tokens to a scored artifact, in one process and in several, and what it says when it cannot."""
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train_gpt as tg
+
+RECORD_COMMANDS = {
+    1285: "DATA_DIR=./data SEED=42 MIXED_QUANT=1 N_INT6_LAYERS=66 MUON_WD=0.090 EMBED_WD=0.090 RECUR_LAYERS=4,5",
+    1394: "RUN_ID=1337 SEED=1337",
+    1493: "SEED=42 QK_GAIN_INIT=5.25 TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3",
+    1514: "MUON_MOMENTUM=0.97 QK_GAIN_INIT=5.0 PARALLEL_RESIDUAL_START=7 LOOP_START=3 LOOP_END=5 TTT_ENABLED=1 "
+          "TTT_LR=0.005 TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=0 NGRAM_TILT_ENABLED=1 "
+          "NGRAM_WITHIN_BETA=0.0 NGRAM_WORD_BETA=0.0 SEED=42",
+    1855: "VOCAB_SIZE=8192 CASEOPS_ENABLED=1 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 PHASED_TTT_ENABLED=1 "
+          "EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 "
+          "GRAD_CLIP_NORM=0.3 TTT_CHUNK_SIZE=48 WARMUP_STEPS=20 MUON_BACKEND_STEPS=5 GLOBAL_TTT_MOMENTUM=0.9 "
+          "WARMDOWN_FRAC=0.85 BETA2=0.99 TTT_BETA2=0.99 SPARSE_ATTN_GATE_SCALE=0.5 GPTQ_RESERVE_SECONDS=0.5 "
+          "GPTQ_CALIBRATION_BATCHES=16 VAL_LOSS_EVERY=0 GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 "
+          "GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 LQER_ENABLED=1 LQER_RANK=4 FUSED_CE_ENABLED=1 COMPRESSOR=pergroup",
+}
+
+
+def environment(dataset: dict[str, str], folder: Path, **knobs: object) -> dict[str, str]:
+    """Environment of a tiny run that leaves its files in `folder`."""
+    values = {**TINY, **dataset, "log_dir": str(folder), "run_id": "r", **knobs}
+    return {name.upper(): tg.show(value) for name, value in values.items()}
+
+
+def events(folder: Path, name: str) -> list[dict]:
+    """All events of that name in the run's log."""
+    lines = (folder / "r.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == name]
+
+
+def start(env: dict[str, str], *launcher: str) -> subprocess.Popen:
+    """`train_gpt.py` in a process of its own, by `python` or by torchrun with these arguments."""
+    command = [sys.executable, *(("-m", "torch.distributed.run", *launcher) if launcher else ()), "train_gpt.py"]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Standard error of a process that must succeed."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-2000:] + err[-4000:]
+    return err
+
+
+@pytest.fixture(scope="module")
+def single(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run in this process."""
+    folder = tmp_path_factory.mktemp("single")
+    assert tg.main([], environment(dataset, folder)) == 0
+    return folder
+
+
+def test_a_run_ends_in_one_verdict_whose_bytes_are_those_of_the_file(single: Path):
+    (verdict,) = events(single, "verdict")
+    (artifact,) = events(single, "artifact")
+    blob = (single / "r.bin").read_bytes()
+    assert verdict["weight_bytes"] == len(blob) and artifact["sha256"] == hashlib.sha256(blob).hexdigest()
+    assert verdict["code_bytes"] == len(tg.shipped_source(ROOT / "train_gpt.py"))
+    assert verdict["artifact_bytes"] == verdict["weight_bytes"] + verdict["code_bytes"] <= verdict["cap_bytes"]
+    assert set(verdict["ladder"]) == {"ema", "quantized", "sliding"}
+    assert verdict["val_bpb"] == verdict["ladder"]["sliding"]
+    assert sorted(p.name for p in single.iterdir()) == ["r.bin", "r.jsonl", "r.txt"]
+
+
+def test_no_second_lies_outside_the_phases(single: Path):
+    """The three totals of the verdict add up, and hardly anything of `other` is outside a phase."""
+    (verdict,) = events(single, "verdict")
+    spent = verdict["train_seconds"] + verdict["eval_seconds"] + verdict["other_seconds"]
+    assert spent == pytest.approx(verdict["total_seconds"], abs=0.01)
+    assert sum(p["phase_seconds"] for p in events(single, "phase")) > 0.85 * verdict["total_seconds"]
+
+
+def test_the_demo_trains(single: Path):
+    """Four steps of the tiny model: the loss falls below that of a uniform guess."""
+    losses = [e["loss_nats"] for e in events(single, "train")]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_validation_is_opened_after_the_artifact_is_frozen(dataset, tmp_path, monkeypatch):
+    seen = []
+    original = tg.ValData.__init__
+
+    def watch(self: tg.ValData, cfg: tg.Config, run: tg.Run) -> None:
+        seen.append(run.artifact_path.exists())
+        original(self, cfg, run)
+
+    monkeypatch.setattr(tg.ValData, "__init__", watch)
+    assert tg.main([], environment(dataset, tmp_path)) == 0
+    assert seen == [True]
+
+
+def test_a_step_budget_is_reproduced_bit_for_bit(single: Path, dataset, tmp_path):
+    finish(start(environment(dataset, tmp_path)))
+    assert (tmp_path / "r.bin").read_bytes() == (single / "r.bin").read_bytes()
+    assert events(tmp_path, "verdict")[0]["ladder"] == events(single, "verdict")[0]["ladder"]
+
+
+def test_eval_only_reproduces_the_score_exactly_without_training_data(single: Path, dataset, tmp_path):
+    """In a fresh process that knows nothing but the file, the validation shards and the tokenizer."""
+    val = tmp_path / "val"
+    val.mkdir()
+    (val / "fineweb_val_000000.bin").symlink_to(Path(dataset["data_path"]) / "fineweb_val_000000.bin")
+    keep = ("DTYPE", "THREADS", "DEVICE", "EVAL_SEQ_LEN", "EVAL_STRIDE", "VAL_BATCH_TOKENS", "LOG_DIR", "RUN_ID",
+            "TOKENIZER_PATH")
+    env = {k: v for k, v in environment(dataset, tmp_path).items() if k in keep}
+    finish(start({**env, "DATA_PATH": str(val), "EVAL_ONLY": str(single / "r.bin")}))
+    mine, theirs = events(tmp_path, "verdict")[0], events(single, "verdict")[0]
+    assert mine["val_loss"] == theirs["val_loss"] and mine["val_bpb"] == theirs["val_bpb"]
+    assert mine["ladder"]["quantized"] == theirs["ladder"]["quantized"]
+    assert not (tmp_path / "r.bin").exists()
+
+
+def compare(folder: Path, single: Path) -> None:
+    """Losses of every step within 2e-4 nats, scores within 2e-3: fp32 sums in another order, four Muon steps."""
+    mine, theirs = ([e["loss_nats"] for e in events(f, "train")] for f in (folder, single))
+    assert mine == pytest.approx(theirs, abs=2e-4) and len(mine) == 4
+    mine, theirs = (events(f, "verdict")[0] for f in (folder, single))
+    assert mine["ladder"] == pytest.approx(theirs["ladder"], abs=2e-3)
+    assert (mine["tokens"], mine["bytes"]) == (theirs["tokens"], theirs["bytes"])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_train_and_score_as_one(ranks: int, single: Path, dataset, tmp_path):
+    finish(start(environment(dataset, tmp_path), "--standalone", f"--nproc_per_node={ranks}"))
+    compare(tmp_path, single)
+
+
+def test_two_nodes_train_and_score_as_one(single: Path, dataset, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [start({**environment(dataset, tmp_path), "GLOO_SOCKET_IFNAME": "lo"}, "--nnodes=2", f"--node_rank={node}",
+                   "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}") for node in (0, 1)]
+    for node in nodes:
+        finish(node)
+    compare(tmp_path, single)
+
+
+def test_a_wall_clock_budget_is_kept(dataset, tmp_path):
+    env = environment(dataset, tmp_path, max_wallclock_seconds=3, gptq_reserve_seconds=1, iterations=10 ** 6,
+                      train_log_every=1000)
+    assert tg.main([], env) == 0
+    (end,) = events(tmp_path, "train_end")
+    assert end["reason"] == "budget" and end["train_seconds"] <= 2.0
+
+
+def test_a_probe_of_validation_is_marked_and_not_charged(dataset, tmp_path):
+    assert tg.main([], environment(dataset, tmp_path, val_loss_every=2)) == 0
+    assert [e["step"] for e in events(tmp_path, "val_probe")] == [2, 4]
+
+
+@pytest.mark.parametrize("record", RECORD_COMMANDS)
+def test_check_accepts_the_run_commands_of_records(record: int, capsys, tmp_path, monkeypatch):
+    """Each prints plan, routes and predicted size; #1855 has its parameter count."""
+    monkeypatch.chdir(tmp_path)
+    env = dict(pair.split("=", 1) for pair in RECORD_COMMANDS[record].split())
+    assert tg.main(["--check"], env) == 0
+    out = capsys.readouterr().out
+    assert "layer plan, loop on" in out and "routes:" in out and "predicted" in out
+    assert not list(tmp_path.iterdir())
+    if record == 1855:
+        assert "parameters=35945671" in out
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"num_kv_heads": "3"}, "NUM_KV_HEADS=3"),
+    ({"data_path": "/nowhere"}, "/nowhere: no such dataset folder"),
+    ({"vocab_size": "256"}, "VOCAB_SIZE=256"),
+    ({"eval_only": "/nowhere.bin"}, "EVAL_ONLY=/nowhere.bin: no such file"),
+    ({"max_wallclock_seconds": "5"}, "GPTQ_RESERVE_SECONDS=8"),
+    ({"device": "cuda"}, "DEVICE=cuda"),
+])
+def test_a_users_mistake_is_one_line_and_status_2(change, expected, dataset, tmp_path, capsys):
+    if change.get("device") and torch.cuda.is_available():
+        change = {"attention": "sdpx"}
+        expected = "ATTENTION=sdpx"
+    assert tg.main([], environment(dataset, tmp_path, **change)) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1 and not (tmp_path / "r.bin").exists()
+
+
+def test_a_loss_that_is_not_finite_is_status_3(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tg.GPT, "total_loss", lambda self, *a, **k: sum(p.sum() for p in self.parameters()) * torch.nan)
+    assert tg.main([], environment(dataset, tmp_path)) == 3
+    assert "not finite at step 1" in capsys.readouterr().err
