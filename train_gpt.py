@@ -1308,6 +1308,16 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> Att
     raise UserError(f"ATTENTION={wanted}: needs a Hopper GPU; use ATTENTION=auto")
 
 
+RMS_EPS = 2.0 ** -23
+"""Added to the mean square: fp32's epsilon, in every dtype."""
+
+
+def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """gain * x / rms(x) over the last axis; gain is a number or broadcasts from the left of that axis."""
+    normed = F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+    return normed * (gain.to(x.dtype) if isinstance(gain, Tensor) else gain)
+
+
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     """max(x, slope*x)^2 (#493, #549); its derivative is 2x above zero and 2*slope^2*x below."""
     return F.leaky_relu(x, slope).square()
@@ -1317,6 +1327,95 @@ def softcapped_cross_entropy(logits_MV: Tensor, targets_M: Tensor, softcap: floa
     """Nats of each target under softmax(c*tanh(z/c)), in fp32; 0 where the target is IGNORE."""
     capped = softcap * torch.tanh(logits_MV.float() / softcap)
     return F.cross_entropy(capped, targets_M, reduction="none", ignore_index=IGNORE)
+
+
+class EagerRmsNorm(torch.autograd.Function):
+    """`rms_norm` with a hand-written backward: 8 passes over x instead of 17 where nothing is compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor | float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
+        ctx.gain = gain
+        ctx.save_for_backward(x, inverse)
+        return x * (inverse * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, inverse = ctx.saved_tensors
+        along = torch.sum(grad * x, -1, keepdim=True, dtype=torch.float32).mul_(inverse)  # grad . (x / rms)
+        grad_gain = along.sum_to_size(ctx.gain.shape) if ctx.needs_input_grad[1] else None
+        scale = inverse * ctx.gain
+        share = (along * scale * inverse).div_(-x.size(-1))
+        return torch.addcmul(grad * scale.to(x.dtype), x, share.to(x.dtype)), grad_gain
+
+
+class EagerLeakyReluSquared(torch.autograd.Function):
+    """`leaky_relu_squared` whose backward is leaky_relu(x, slope^2) * 2 * grad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(x)
+        return F.leaky_relu(x, slope).square_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return F.leaky_relu(ctx.saved_tensors[0], ctx.slope ** 2).mul_(grad).mul_(2), None
+
+
+class EagerCrossEntropy(torch.autograd.Function):
+    """`softcapped_cross_entropy` and its gradient in one pass over chunks of rows that stay in the cache.
+
+    Capped logits lie within +-c, so exp(capped - c) can neither overflow nor vanish for c up to 40 and no maximum is
+    searched. The gradient is kept in the dtype of the logits; fp32 logits are never held as a whole.
+    """
+    CHUNK = 1 << 17
+    """Logits of one chunk: 512 KB in fp32 (2^16 to 2^19 are within 5 %, bench/LOG.md 2026-11-22)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        rows = max(1, EagerCrossEntropy.CHUNK // logits.size(1))
+        for at in range(0, len(logits), rows):
+            part = slice(at, at + rows)
+            tanh, scored = logits[part].float().div_(softcap).tanh_(), (targets[part] != IGNORE).float()
+            target = targets[part].clamp_min(0).unsqueeze(1)
+            p = torch.exp(softcap * tanh - softcap)
+            total = p.sum(-1, keepdim=True)
+            losses[part] = (total.log() + softcap - softcap * tanh.gather(1, target)).squeeze(1) * scored
+            if grad is not None:
+                p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+                grad[part] = p.mul_(tanh.square_().neg_().add_(1.0)).mul_(scored.unsqueeze(1))
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        saved = ctx.saved_tensors[0]
+        return saved * grad.to(saved.dtype).unsqueeze(1), None, None
+
+
+class Kernels(NamedTuple):
+    """The functions that the model calls; each twin has the reference's signature."""
+    attention: Attention
+    rms_norm: Callable[..., Tensor] = rms_norm
+    leaky_relu_squared: Callable[[Tensor, float], Tensor] = leaky_relu_squared
+    cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = softcapped_cross_entropy
+
+
+def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """`EagerRmsNorm` as a function."""
+    return EagerRmsNorm.apply(x, gain)
+
+
+def pick_kernels(cfg: Config, run: Run) -> Kernels:
+    """The kernels of this run. A compiler fuses the references by itself; eager runs take the hand-fused twins."""
+    attention = pick_attention(cfg.attention, run.device, run.dtype)
+    if run.compiles or cfg.logit_softcap > 40:
+        return Kernels(attention)
+    return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1370,7 +1469,7 @@ def num_skips(cfg: ModelKnobs) -> int:
 
 
 class Weights:
-    """How a block reads its matrices: cast once a forward, q, k and v joined to one product.
+    """How a block reads its matrices: cast once a forward, q, k and v joined, channel scales multiplied in.
 
     Names: `qkv` [N*H + 2*K*H, D], `o` [D, N*H], `up` [F, D], `down` [D, F] of each block, `head` [V, D].
     """
@@ -1383,8 +1482,10 @@ class Weights:
         self.matrices = {("head", 0): model.tok_emb.to(dtype)}
         for i in range(layers):
             self.matrices["qkv", i] = torch.cat([qo[i], kv[i], kv[layers + i]])
-            self.matrices["o", i] = qo[layers + i]
-            self.matrices["up", i], self.matrices["down", i] = up[i], down[i]
+            # Channel scales go into the matrices: the same product, without a pass over the activations.
+            self.matrices["o", i] = qo[layers + i] * model.attn_scale[i].to(dtype).unsqueeze(1)
+            self.matrices["up", i] = up[i]
+            self.matrices["down", i] = down[i] * model.mlp_scale[i].to(dtype).unsqueeze(1)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
@@ -1408,11 +1509,6 @@ class RecordingWeights(Weights):
         seen = self.gram.get((name, block))
         self.gram[name, block] = x_MI.T @ x_MI if seen is None else seen.addmm_(x_MI.T, x_MI)
         return super().linear(name, block, x)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1525,7 +1621,6 @@ class BigramHash(nn.Module):
 class Step(NamedTuple):
     """What all visits of one forward share."""
     w: Weights
-    attention: Attention
     pieces: Any
     cos: Tensor
     sin: Tensor
@@ -1561,8 +1656,8 @@ class GPT(nn.Module):
         if cfg.parallel_residual == "two":
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
             self.parallel_post_lambdas = nn.Parameter(ones(layers, 2, 2))
-        self.attention = sdpa_attention()
-        """Replaced by `pick_attention` where there is a faster one."""
+        self.kernels = Kernels(sdpa_attention())
+        """The references; `pick_kernels` has faster ones."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, values, parameter it belongs to) of all that an artifact holds; banks are split into matrices.
@@ -1597,29 +1692,30 @@ class GPT(nn.Module):
             e = e + gate * e.roll(1, dims=1) * (batch.positions > 0).unsqueeze(-1).to(e.dtype)
         if self.bigram is not None:
             e = e + self.bigram(batch, e.dtype)
-        return rms_norm(e)
+        return self.kernels.rms_norm(e)
 
     def attn(self, n: Tensor, block: int, step: Step) -> Tensor:
-        """Attention of one block on its normed input n [R, T, D], scaled per channel."""
+        """Attention of one block on its normed input n [R, T, D]."""
         cfg, heads, kv = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads
         qkv = step.w.linear("qkv", block, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
         q, k, v = qkv.split([heads, kv, kv], dim=2)
-        q = rotate(rms_norm(q), step.cos, step.sin) * self.q_gain[block].to(n.dtype).unsqueeze(-1)
-        y = step.attention.run(q, rotate(rms_norm(k), step.cos, step.sin), v, step.pieces)
+        q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), step.cos, step.sin)
+        k = rotate(self.kernels.rms_norm(k), step.cos, step.sin)
+        y = self.kernels.attention.run(q, k, v, step.pieces)
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
         y = self.gate(y, n, block)
-        return step.w.linear("o", block, y.flatten(2)) * self.attn_scale[block].to(n.dtype)
+        return step.w.linear("o", block, y.flatten(2))
 
     def mlp(self, n: Tensor, block: int, step: Step) -> Tensor:
-        """MLP of one block on its normed input, scaled per channel."""
-        hidden = leaky_relu_squared(step.w.linear("up", block, n), self.cfg.mlp_slope)
-        return step.w.linear("down", block, hidden) * self.mlp_scale[block].to(n.dtype)
+        """MLP of one block on its normed input."""
+        hidden = self.kernels.leaky_relu_squared(step.w.linear("up", block, n), self.cfg.mlp_slope)
+        return step.w.linear("down", block, hidden)
 
     def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights) -> Tensor:
         """[R, T, D]: the normed input of the output matrix. The only forward there is."""
         dtype = w.dtype
-        step = Step(w, self.attention, self.attention.prepare(batch), *self.rotary(batch, dtype))
+        step, norm = Step(w, self.kernels.attention.prepare(batch), *self.rotary(batch, dtype)), self.kernels.rms_norm
         x = x0 = self.embed(batch, w)
         lane = None  # the second lane, once there are two
         outputs: list[Tensor] = []
@@ -1632,27 +1728,27 @@ class GPT(nn.Module):
                     torch.lerp(skip, x, torch.sigmoid(self.skip_gates[visit.skip_slot]).to(dtype))
             mix = self.resid_mix[i].to(dtype)
             u = mix[0] * x + mix[1] * x0
-            n = scale * rms_norm(u)
+            n = norm(u, scale)
             a = self.attn(n, i, step)
             if visit.lanes == "none":
                 x = u + a
-                x = x + self.mlp(scale * rms_norm(x), i, step)
+                x = x + self.mlp(norm(x, scale), i, step)
             elif visit.lanes == "single":
                 x = u + a + self.mlp(n, i, step)
             else:
                 lane = x if lane is None else lane
-                m = self.mlp(scale * rms_norm(lane), i, step)
+                m = self.mlp(norm(lane, scale), i, step)
                 keep, post = self.parallel_resid_lambdas[i].to(dtype), self.parallel_post_lambdas[i].to(dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
                 lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
             outputs.append(x)
         if lane is not None:
             x = {"attn": x, "mlp": lane}.get(self.cfg.parallel_final_lane, 0.5 * (x + lane))
-        return rms_norm(x)
+        return norm(x)
 
     def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
         """Nats of each target [M] given the final hidden states, fp32."""
-        return softcapped_cross_entropy(w.linear("head", 0, hidden_MD), targets_M, self.cfg.logit_softcap)
+        return self.kernels.cross_entropy(w.linear("head", 0, hidden_MD), targets_M, self.cfg.logit_softcap)
 
     def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
@@ -1669,7 +1765,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
     """A freshly initialised model on this run's device; SEED and rank 0 decide the values."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg)
-    model.attention = pick_attention(cfg.attention, run.device, run.dtype)
+    model.kernels = pick_kernels(cfg, run)
     model.to(run.device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -2443,7 +2539,8 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
     run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-            compile=run.compiles, attention=model.attention.name,
+            compile=run.compiles, attention=model.kernels.attention.name,
+            fused="compiled" if run.compiles else "by hand",
             code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
@@ -2581,7 +2678,7 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
     with run.phase("load_artifact", "eval"):
         artifact = unpack(blob, cfg.eval_only or str(run.artifact_path))
         model = GPT(artifact.model).to(run.device)
-        model.attention = pick_attention(cfg.attention, run.device, run.dtype)
+        model.kernels = pick_kernels(cfg, run)
         load_tensors(model, artifact.tensors)
     run.log("artifact", path=str(cfg.eval_only or run.artifact_path), sha256=hashlib.sha256(blob).hexdigest(),
             weight_bytes=len(blob), code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes,

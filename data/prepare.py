@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import gzip
@@ -50,6 +49,8 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ except ModuleNotFoundError as missing:  # the first thing that goes wrong outsid
 # 1 Errors, options
 #
 # Whatever a user can set or a file can contain ends in PrepareError: one line on stderr, exit status 2.
-# Safe to change: every number here. A changed number changes the dataset, and the manifest shows it.
+# Safe to change: every number here; those that change a dataset are in its manifest.
 # ----------------------------------------------------------------------------------------------------
 
 FORMAT = 1
@@ -92,10 +93,10 @@ MAX_DOCUMENT_BYTES = 32_000_000
 """Longest document, in UTF-8 bytes; SentencePiece takes about 33 bytes of memory for each."""
 
 BATCH_BYTES = 1_000_000
-"""Text that one worker encodes per task: half a second of work, a few MB of messages."""
+"""Text that one worker encodes per task: a quarter of a second of work."""
 
 MAX_COMPRESSED_TEXT_BYTES = 64_000_000
-"""Longest validation text that is given to xz and brotli (together about 4 minutes at this size)."""
+"""Longest validation text that is given to xz and brotli (together about 3 minutes at this size)."""
 
 
 class PrepareError(ValueError):
@@ -371,7 +372,7 @@ class Source:
     """Where documents come from. Both streams can be read again and again."""
 
     kind: str
-    """"python" or "files"."""
+    """What they are: "python" (the demo) or "files"."""
     train: Callable[[], Iterator[Document]]
     val: Callable[[], Iterator[Document]] | None = None
     """None: validation documents are drawn from `train` by hash."""
@@ -430,7 +431,7 @@ def draw(digest: bytes, seed: int) -> tuple[int, int]:
 
 
 def split_side(text: str, seed: int, val_share: float) -> str:
-    """"train" or "val", from the text, the seed and the share alone.
+    """Side of a text, "train" or "val"; it depends on the text, the seed and the share alone.
 
     >>> split_side("a text", 0, 0.5) == split_side("  a text ", 0, 0.5)
     True
@@ -824,23 +825,23 @@ def encode_in_order(work: Iterator[Batch], model: Path, workers: int) -> Iterato
         for batch in work:
             yield batch, encode_batch(str(model), batch.texts)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    running: collections.deque[tuple[Batch, concurrent.futures.Future[Encoded]]] = collections.deque()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    running: collections.deque[tuple[Batch, Future[Encoded]]] = collections.deque()
     try:
         for batch in itertools.chain(work, [None]):
             if batch is not None:
-                running.append((batch, pool.submit(encode_batch, str(model), batch.texts)))
+                # Ctrl-C reaches every process of the terminal. Workers are born while it is blocked and so
+                # never hear it: only the parent answers.
+                unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    running.append((batch, pool.submit(encode_batch, str(model), batch.texts)))
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             # Bounded, so that a fast reader does not pull the whole corpus into memory.
             while running and (batch is None or len(running) > 2 * workers):
                 first, future = running.popleft()
                 yield first, future.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
+    except BrokenProcessPool as error:
         raise PrepareError("a worker process died (out of memory?); try --workers 1") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -1072,6 +1073,9 @@ def expected_manifest(source: Source, found: Scan, options: Options, vocab_size:
             "order": options.order,
         },
         "source": {
+            "python": platform.python_version(),
+            "sentencepiece": sentencepiece.__version__,
+            "brotli": brotli.__version__,
             "kind": source.kind,
             "inputs": list(source.inputs),
             "val_inputs": list(source.val_inputs),
@@ -1079,31 +1083,33 @@ def expected_manifest(source: Source, found: Scan, options: Options, vocab_size:
             "raw_bytes": dict(zip(SIDES, found.raw_bytes)),
             "dropped": {"duplicate": found.duplicates, "empty": found.empty},
             "repaired": found.repaired,
-            "python": platform.python_version(),
-            "sentencepiece": sentencepiece.__version__,
-            "brotli": brotli.__version__,
         },
     }
 
 
-def agrees(found: Any, expected: Any) -> bool:
-    """Whether `found` has everything that `expected` has; what else it has does not matter."""
+def disagreement(found: Any, expected: Any, name: str) -> str:
+    """The first entry of `expected` that `found` lacks or has otherwise, in words; "" if there is none.
+
+    >>> disagreement({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, "it")
+    'it.a.b is 1, not 3'
+    """
     if isinstance(found, dict) and isinstance(expected, dict):
-        return all(agrees(found.get(key), value) for key, value in expected.items())
-    return found == expected
+        inside = (disagreement(found.get(key), value, f"{name}.{key}") for key, value in expected.items())
+        return next(filter(None, inside), "")
+    if found == expected:
+        return ""
+    values = f"{name} is {found!r}, not {expected!r}"
+    return values if len(values) < 100 else f"{name} differs"
 
 
 def difference(directory: Path, expected: Mapping[str, Any]) -> str:
     """Why an existing dataset is not the complete dataset that would be made now; "" if it is."""
     try:
-        manifest = load_manifest(directory)
-        differing = [key for key, value in expected.items() if not agrees(manifest.get(key), value)]
+        differing = disagreement(load_manifest(directory), expected, "manifest")
         problems = [] if differing else [row for row in verify_dataset(directory) if row.problem]
     except PrepareError as error:
         return str(error)
-    if differing:
-        return f"it has another {' and '.join(differing)}"
-    return f"it is damaged: {problems[0].what}: {problems[0].problem}" if problems else ""
+    return f"it is damaged: {problems[0].what}: {problems[0].problem}" if problems else differing
 
 
 def refuse_full_disk(directory: Path, found: Scan, model: Path) -> None:
@@ -1324,20 +1330,26 @@ def parser() -> Parser:
     )
     add = text.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="a file, or a folder that is searched")
-    add("--name", required=True, help="names the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
+    add("--name", required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
     add("--text-field", default="text", metavar="FIELD", help="JSON field or Parquet column (%(default)s)")
-    add("--vocab-size", type=int, metavar="V", help=f"pieces of a new tokenizer ({Options.vocab_size})")
+    add("--vocab-size", type=int, metavar="V", help=f"pieces of a tokenizer to train ({Options.vocab_size})")
     add("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model; train none")
-    add("--val-files", nargs="+", type=Path, metavar="INPUT", default=[], help="validate on these; no split")
+    add("--val-files", nargs="+", type=Path, metavar="INPUT", default=[],
+        help="validate on all of these, train on all of the others")
     add("--seed", type=int, default=Options.seed, help="key of split, sample and order (%(default)s)")
-    add("--order", default=Options.order, metavar="hash|input", help="shuffled, or as read (%(default)s)")
-    add("--shard-tokens", type=int, default=Options.shard_tokens, metavar="N", help="per file (%(default)s)")
+    add("--order", default=Options.order, metavar="hash|input",
+        help="documents shuffled by a hash of their content, or as they are read (%(default)s)")
+    add("--shard-tokens", type=int, default=Options.shard_tokens, metavar="N",
+        help="tokens per shard file (%(default)s)")
     for verb, share in ((demo, DEMO_VAL_SHARE), (text, Options.val_share)):
         add = verb.add_argument
-        add("--val-share", type=float, metavar="X", help=f"validating documents, at most 0.5 ({share})")
-        add("--workers", type=int, default=available_cpus(), metavar="N", help="processes (%(default)s)")
-        add("--out", type=Path, default=Options.out, metavar="DIR", help="has datasets/, tokenizers/ (data/)")
-        add("--force", action="store_true", help="replace a dataset of this name")
+        add("--val-share", type=float, metavar="X",
+            help=f"share of the documents that validate, above 0, at most 0.5 ({share})")
+        add("--workers", type=int, default=available_cpus(), metavar="N",
+            help="processes that encode; they change the time, not the result (%(default)s)")
+        add("--out", type=Path, default=Options.out, metavar="DIR",
+            help="folder that gets datasets/ and tokenizers/ (the one that prepare.py is in)")
+        add("--force", action="store_true", help="replace an existing dataset of this name")
     look = verbs.add_parser(
         "check",
         help="compare a dataset with its manifest",
