@@ -196,3 +196,9 @@ def test_a_loss_that_is_not_finite_is_status_3(dataset, tmp_path, capsys, monkey
     monkeypatch.setattr(tg.GPT, "total_loss", lambda self, *a, **k: sum(p.sum() for p in self.parameters()) * torch.nan)
     assert tg.main([], environment(dataset, tmp_path)) == 3
     assert "not finite at step 1" in capsys.readouterr().err
+
+
+def test_every_name_of_eval_only_is_obeyed(capsys, tmp_path):
+    assert tg.main([], {"EVAL_ONLY_QUANTIZED_PATH": str(tmp_path / "absent.bin"), "LOG_DIR": str(tmp_path),
+                        "DEVICE": "cpu"}) == 2
+    assert "absent.bin: no such file" in capsys.readouterr().err

@@ -1,0 +1,500 @@
+"""Artifact: bytes to identical logits, hostile bytes to one clear line, shipped source, fit to the cap."""
+import ast
+import hashlib
+import json
+import lzma
+import random
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import brotli
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, batch_of, tiny
+from test_model import EVERYTHING, document, noisy
+from test_quantization import unit_hessians
+from torch import Tensor
+
+import train_gpt as tg
+
+SMALL = dict(vocab_size=512, num_layers=2, model_dim=16, num_loops=0, parallel_start_layer=1, rope_dims=4,
+             gate_window=5)
+FIXED = tg.ARTIFACT_HEAD.size
+
+
+def logits(model: tg.GPT) -> Tensor:
+    """Of a fixed batch."""
+    w, batch = tg.Weights(model, torch.float32), batch_of(np.array([document(s, 24) for s in range(3)]))
+    with torch.no_grad():
+        return w.linear("head", 0, model.hidden(batch, tg.layer_plan(model.cfg, looped=True), w))
+
+
+def quantized(cfg: tg.Config) -> dict[str, tg.Quantized]:
+    """A noisy model's tensors as they are stored."""
+    model = noisy(cfg)
+    with tg.Run(cfg, {}, log=False) as run:
+        return tg.quantize(model, unit_hessians(model), cfg, run)
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    """A small artifact."""
+    cfg = tiny(**SMALL)
+    return tg.pack(quantized(cfg), cfg, "record")
+
+
+def refused(blob: bytes) -> str:
+    """`unpack` must raise `UserError` in one line; that line."""
+    with pytest.raises(tg.UserError) as error:
+        tg.unpack(blob, "some.bin")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def signed(body: bytes) -> bytes:
+    """Body with the digest that fits it."""
+    return body + hashlib.blake2b(body, digest_size=tg.DIGEST_BYTES).digest()
+
+
+def taken_apart(blob: bytes) -> tuple[dict, list[bytes]]:
+    """(header, packed streams), by the format's description alone."""
+    _, _, head_bytes = struct.unpack_from("<5sBI", blob)
+    header = json.loads(brotli.decompress(blob[FIXED + 4:FIXED + head_bytes]))
+    at, streams = FIXED + head_bytes, []
+    for _, _, size in header["streams"]:
+        streams.append(blob[at:at + size])
+        at += size
+    assert at + tg.DIGEST_BYTES == len(blob)
+    return header, streams
+
+
+def put_together(header: object, streams: list[bytes], header_bytes: int | None = None,
+                 head_bytes: int | None = None, version: int = 1, packed: bytes | None = None) -> bytes:
+    """An artifact of these parts with a correct digest; lengths and the packed header may be lies."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    head = struct.pack("<I", len(text) if header_bytes is None else header_bytes)
+    head += brotli.compress(text) if packed is None else packed
+    fixed = struct.pack("<5sBI", b"PGOLF", version, len(head) if head_bytes is None else head_bytes)
+    return signed(fixed + head + b"".join(streams))
+
+
+# -- there and back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knobs", [{}, EVERYTHING, dict(attn_gate="none", smear_gate_enabled=False), SMALL],
+                         ids=["record", "everything", "few parts", "small"])
+def test_a_packed_model_comes_back_with_the_same_bits(knobs: dict):
+    cfg = tiny(**knobs)
+    tensors = quantized(cfg)
+    reference = tg.GPT(cfg)
+    tg.load_tensors(reference, {name: q.dequantize() for name, q in tensors.items()})
+    artifact = tg.unpack(tg.pack(tensors, cfg, "demo"))
+    assert artifact.preset == "demo"
+    assert all(getattr(artifact.model, name) == getattr(cfg, name) for name in vars(tg.ModelKnobs()))
+    assert list(artifact.tensors) == list(tensors)
+    for name, values in artifact.tensors.items():
+        assert values.dtype == torch.float32 and torch.equal(values, tensors[name].dequantize())
+    loaded = tg.GPT(artifact.model)
+    tg.load_tensors(loaded, artifact.tensors)
+    assert torch.equal(logits(loaded), logits(reference))
+
+
+def test_a_fresh_process_reads_the_same_model_from_the_file(small: bytes, tmp_path: Path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(small)
+    script = ("import hashlib, sys; from pathlib import Path; import conftest, test_artifact, train_gpt as tg\n"
+              "artifact = tg.unpack(Path(sys.argv[1]).read_bytes())\n"
+              "model = tg.GPT(artifact.model); tg.load_tensors(model, artifact.tensors)\n"
+              "print(hashlib.sha256(test_artifact.logits(model).numpy().tobytes()).hexdigest())")
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    artifact = tg.unpack(small)
+    model = tg.GPT(artifact.model)
+    tg.load_tensors(model, artifact.tensors)
+    assert done.stdout.strip() == hashlib.sha256(logits(model).numpy().tobytes()).hexdigest()
+
+
+def test_streams_hold_what_they_say(small: bytes):
+    header, streams = taken_apart(small)
+    assert tg.unpack(small).stream_bytes == {name: size for name, _, size in header["streams"]}
+    raw = {name: len(brotli.decompress(data)) for (name, _, _), data in zip(header["streams"], streams)}
+    assert raw == {name: length for name, length, _ in header["streams"]}
+    expected = {"fp16": 0, "steps": 0}
+    for _, stored, shape in header["tensors"]:
+        if stored == "fp16":
+            expected["fp16"] += 2 * int(np.prod(shape))
+        else:
+            expected[stored] = expected.get(stored, 0) + int(np.prod(shape))
+            expected["steps"] += 2 * int(np.prod(shape[:-1]))
+    assert raw == expected
+
+
+def test_packing_is_a_function_of_the_tensors():
+    cfg = tiny(**SMALL)
+    assert tg.pack(quantized(cfg), cfg, "demo") == tg.pack(quantized(cfg), cfg, "demo")
+
+
+@pytest.mark.parametrize("data", [b"", b"ab", bytes(range(256))])
+def test_split_bytes_come_back_together(data: bytes):
+    assert tg.join_bytes(tg.split_bytes(data)) == data and tg.split_bytes(data)[:1] == data[1:2]
+
+
+# -- damaged and hostile bytes -------------------------------------------------------------------------
+
+
+def test_any_changed_byte_is_noticed(small: bytes):
+    for at in [*range(0, 14), *range(14, len(small) - 17, len(small) // 20), *range(len(small) - 17, len(small))]:
+        refused(small[:at] + bytes([small[at] ^ (1 << at % 8)]) + small[at + 1:])
+
+
+def test_any_missing_or_additional_byte_is_noticed(small: bytes):
+    for length in [*range(0, 40), len(small) // 2, len(small) - 17, len(small) - 16, len(small) - 1]:
+        refused(small[:length])
+    for more in (b"\0", small[-16:], small):
+        refused(small + more)
+        refused(signed(small[:-16] + more))
+
+
+def test_the_name_of_the_file_is_in_the_message(small: bytes):
+    for blob in (b"", b"PK\3\4" + bytes(100), small[:-1], signed(small[:5] + b"\2" + small[6:-16])):
+        assert "some.bin" in refused(blob)
+
+
+def test_the_test_can_build_a_valid_artifact(small: bytes):
+    assert tg.unpack(put_together(*taken_apart(small))).tensors.keys() == tg.unpack(small).tensors.keys()
+
+
+@pytest.mark.parametrize("lies", [
+    dict(version=0), dict(version=2), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
+    dict(header_bytes=2**32 - 1), dict(header_bytes=0), dict(header_bytes=7), dict(header_bytes=1 << 20),
+    dict(packed=b""), dict(packed=b"\xff" * 40), dict(packed=brotli.compress(bytes(10**7), quality=1))],
+    ids=lambda d: "-".join(f"{k}={str(v)[:12]}" for k, v in d.items()))
+def test_lies_about_the_header_are_refused(small: bytes, lies: dict):
+    refused(put_together(*taken_apart(small), **lies))
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"[]", b"{}", b"null", b"\xff", b"[" * 5000, b'{"model":{}}', b'{"model":[],"tensors":[],"streams":[]}',
+    b'{"model":{"no_such_knob":1}}', b'{"model":{},"preset":"x","tensors":[],"streams":[[1,2]]}',
+    b'{"model":{},"preset":"x","tensors":[],"streams":[["a",Infinity,1]]}',
+    b'{"model":{},"preset":"x","tensors":[],"streams":[["a",' + b"9" * 5000 + b',1]]}'],
+    ids=lambda text: text[:40].decode("latin-1"))
+def test_a_strange_header_is_refused(small: bytes, text: bytes):
+    refused(put_together(text, []))
+
+
+def changed(where: str, change: Callable[[list], object]) -> Callable[[dict, list[bytes]], object]:
+    """An edit of one list of the header."""
+    return lambda header, streams: change(header[where])
+
+
+def reverse_streams(header: dict, streams: list[bytes]) -> None:
+    """Streams out of step with their list."""
+    streams.reverse()
+
+
+EDITS: dict[str, Callable[[dict, list[bytes]], object]] = {
+    "a tensor less": changed("tensors", lambda t: t.pop()),
+    "a tensor more": changed("tensors", lambda t: t.append(["x", "fp16", [1]])),
+    "another shape": changed("tensors", lambda t: t[0][2].reverse()),
+    "another order": changed("tensors", lambda t: t.insert(0, t.pop())),
+    "another storage": changed("tensors", lambda t: t[0].__setitem__(1, "fp16")),
+    "another model": lambda header, streams: header["model"].update(num_layers=3),
+    "a knob missing": lambda header, streams: header.update(model={"vocab_size": 512}),
+    "no streams": lambda header, streams: header["streams"].clear(),
+    "a stream more": lambda header, streams: (header["streams"].append(["x", 0, 1]), streams.append(b"\x06")),
+    "a stream twice": lambda header, streams: (header["streams"].append(header["streams"][0]),
+                                               streams.append(streams[0])),
+    "a raw length off": changed("streams", lambda s: s[1].__setitem__(1, s[1][1] + 1)),
+    "a raw length huge": changed("streams", lambda s: s[1].__setitem__(1, 10**15)),
+    "a packed length off": changed("streams", lambda s: (s[0].__setitem__(2, s[0][2] - 1),
+                                                         s[1].__setitem__(2, s[1][2] + 1))),
+    "a packed length negative": changed("streams", lambda s: (s[1].__setitem__(2, s[1][2] + s[0][2] + 9),
+                                                              s[0].__setitem__(2, -9))),
+    "streams in another order": reverse_streams,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_header_that_does_not_fit_its_streams_or_model_is_refused(small: bytes, name: str):
+    header, streams = taken_apart(small)
+    EDITS[name](header, streams)
+    refused(put_together(header, streams))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 50, brotli.compress(bytes(10**8), quality=1),
+                                     brotli.compress(b"few")], ids=["empty", "noise", "bomb", "few"])
+def test_a_stream_of_another_length_is_refused_before_it_is_unpacked_whole(small: bytes, content: bytes):
+    header, streams = taken_apart(small)
+    streams[0], header["streams"][0][2] = content, len(content)
+    blob = put_together(header, streams)
+    tracemalloc.start()
+    refused(blob)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+@pytest.mark.parametrize("size", [0, 2, 10**9])
+def test_unpacking_stops_one_byte_after_the_claimed_size(size: int):
+    data = brotli.compress(bytes(10**8), quality=1) if size < 10**9 else brotli.compress(b"abc")
+    with pytest.raises(tg.UserError):
+        tg.brotli_unpack(data, size)
+    assert tg.brotli_unpack(brotli.compress(b"abc"), 3) == b"abc" and tg.brotli_unpack(brotli.compress(b""), 0) == b""
+
+
+@pytest.mark.parametrize("stream,value", [("fp16", np.inf), ("fp16", np.nan), ("steps", np.inf), ("steps", np.nan)])
+def test_numbers_that_are_not_finite_are_refused(small: bytes, stream: str, value: float):
+    header, streams = taken_apart(small)
+    at = [name for name, _, _ in header["streams"]].index(stream)
+    raw = np.frombuffer(tg.join_bytes(brotli.decompress(streams[at])), dtype="<f2").copy()
+    raw[len(raw) // 2] = value
+    streams[at] = brotli.compress(tg.split_bytes(raw.tobytes()))
+    header["streams"][at][2] = len(streams[at])
+    assert "finite" in refused(put_together(header, streams))
+
+
+@pytest.mark.parametrize("field", sorted(vars(tg.ModelKnobs())))
+def test_a_knob_with_a_value_that_is_none_of_its_kind_is_refused(small: bytes, field: str):
+    """Else it would surface later, as an exception of the forward; whatever else it holds, it is no exception here."""
+    header, streams = taken_apart(small)
+    header["model"][field] = "seven"
+    refused(put_together(header, streams))
+    for value in (None, [], {"a": 1}, float("inf"), -10**30, 1e308):
+        header["model"][field] = value
+        try:
+            tg.unpack(put_together(header, streams))
+        except tg.UserError as error:
+            assert "\n" not in str(error)
+
+
+def fail(*args: object) -> None:
+    raise AssertionError("this must not be reached")
+
+
+@pytest.mark.parametrize("huge", [dict(num_layers=10**9), dict(num_loops=10**9, loop_start=0, loop_end=0)],
+                         ids=["blocks", "loops"])
+def test_a_plan_far_too_long_is_refused_before_it_is_built(small: bytes, huge: dict, monkeypatch: pytest.MonkeyPatch):
+    """It would take all memory."""
+    header, streams = taken_apart(small)
+    header["model"].update(huge)
+    monkeypatch.setattr(tg, "layer_plan", fail)
+    monkeypatch.setattr(tg, "orthogonal", fail)
+    refused(put_together(header, streams))
+
+
+def test_a_claim_of_many_gigabytes_is_refused_before_it_is_unpacked(small: bytes, monkeypatch: pytest.MonkeyPatch):
+    """The header fits its model, and a few bytes of Brotli could fulfil the claim."""
+    header, streams = taken_apart(small)
+    header["model"].update(vocab_size=65536, model_dim=2**17)
+    with torch.device("meta"):
+        tensors = list(tg.GPT(tg.ModelKnobs(**header["model"])).tensors())
+    header["tensors"] = [[name, tg.route(parameter).stored, list(v.shape)] for name, v, parameter in tensors]
+    sizes: dict[str, int] = {}
+    for _, stored, shape in header["tensors"]:
+        for stream, size in tg.stream_parts(stored, shape):
+            sizes[stream] = sizes.get(stream, 0) + size
+    header["streams"] = [[name, sizes[name], packed] for name, _, packed in header["streams"]]
+    assert sum(sizes.values()) > 2**35
+    unpack_stream = tg.brotli_unpack
+    monkeypatch.setattr(tg, "brotli_unpack", lambda data, size: unpack_stream(data, size) if size < 2**20 else fail())
+    refused(put_together(header, streams))
+
+
+def test_random_damage_never_surfaces_as_anything_but_a_user_error(small: bytes):
+    """Half of the mutations carry a correct digest; those may also yield finite tensors, changed codes for example."""
+    rng, survived = random.Random(0), 0
+    for number in range(300):
+        blob = bytearray(small[:-16])
+        for _ in range(rng.randint(1, 4)):
+            at = rng.choice([rng.randrange(0, 40), rng.randrange(len(blob))]) % len(blob)
+            kind = rng.randrange(4)
+            if kind == 0:
+                blob[at] = rng.randrange(256)
+            elif kind == 1:
+                blob[at:at] = rng.randbytes(rng.randint(1, 9))
+            elif kind == 2:
+                del blob[at:at + rng.choice([1, 4, 400])]
+            else:
+                other = rng.randrange(len(blob))
+                blob[at:at + 8] = blob[other:other + 8]
+            blob = blob or bytearray(1)
+        if bytes(blob) == small[:-16]:
+            continue
+        try:
+            artifact = tg.unpack(signed(bytes(blob)) if number % 2 else bytes(blob) + small[-16:])
+        except tg.UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert number % 2 and all(t.isfinite().all() for t in artifact.tensors.values())
+            survived += 1
+    assert survived < 100
+
+
+# -- the shipped source --------------------------------------------------------------------------------
+
+
+def payload(packed: bytes) -> bytes:
+    """What a packed script hands to the decompressor, read as Python reads the wrapper."""
+    literals = [n.value for n in ast.walk(ast.parse(packed)) if isinstance(n, ast.Constant)]
+    return max((text for text in literals if isinstance(text, str)), key=len).encode("latin-1")
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed script, alone in a folder."""
+    path = tmp_path_factory.mktemp("shipped") / "train_gpt.py"
+    path.write_bytes(tg.shipped_source(ROOT / "train_gpt.py"))
+    return path
+
+
+def test_shipped_source_is_the_readable_one_without_docstrings(shipped: Path):
+    class Strip(ast.NodeTransformer):
+        def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+            return None if isinstance(node.value, ast.Constant) else node
+
+    tree = Strip().visit(ast.parse((ROOT / "train_gpt.py").read_bytes()))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.body:
+            node.body = [ast.Pass()]
+    source = lzma.decompress(payload(shipped.read_bytes()))
+    assert ast.dump(ast.parse(source)) == ast.dump(ast.parse(ast.unparse(tree)))
+
+
+def test_packing_the_packed_source_changes_nothing(shipped: Path):
+    assert tg.shipped_source(shipped) == shipped.read_bytes()
+    assert len(shipped.read_bytes()) < (ROOT / "train_gpt.py").stat().st_size / 3
+
+
+def test_the_packed_script_runs_alone_and_counts_its_own_bytes(shipped: Path, tmp_path: Path):
+    """`--help` names every knob under headings that are one short line; `--check` knows the file's length."""
+    done = subprocess.run([sys.executable, str(shipped), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {knob.name}={tg.show(knob.default)} (" in done.stdout for knob in tg.knobs())
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    done = subprocess.run([sys.executable, str(shipped), "--check"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"code_bytes={shipped.stat().st_size}" in done.stdout
+
+
+def test_every_payload_survives_the_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All triples of the bytes that need care, and all bytes, with the compressor out of the way."""
+    care = [bytes([c]) for c in b"\\\0\n\r\"078xN\x80"]
+    data = b"".join(a + b + c for a in care for b in care for c in care) + bytes(range(256))
+    monkeypatch.setattr(lzma, "compress", lambda *source, **how: data)
+    (tmp_path / "source.py").write_text("pass\n")
+    assert payload(tg.shipped_source(tmp_path / "source.py")) == data
+
+
+@pytest.mark.parametrize("source", [
+    "", "'''only a docstring'''\n", "x = 1\n# comment\n", "s = '\\x00\\xff caf\\u00e9 \\\\01 \\\\'\n",
+    "def f():\n    '''doc'''\n\n\nclass A:\n    '''doc'''\n    b: int = 2\n    '''doc'''\n\n\nx, y = A.b, f()\n"])
+def test_a_packed_source_does_what_the_readable_one_does(source: str, tmp_path: Path):
+    path = tmp_path / "source.py"
+    path.write_text(source)
+    plain: dict[str, object] = {}
+    packed: dict[str, object] = {}
+    exec(compile(source, "plain", "exec"), plain)
+    exec(compile(tg.shipped_source(path), "packed", "exec"), packed)
+    for name in plain.keys() - {"__doc__", "__builtins__", "__annotations__"}:
+        assert packed[name] == plain[name] or callable(plain[name]) and callable(packed[name])
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+def test_the_written_file_is_what_every_rank_gets(run: tg.Run, small: bytes, tmp_path: Path):
+    path = tmp_path / "logs" / "a.b.bin"
+    before = set(path.parent.iterdir())
+    assert tg.write_artifact(small, path, run) == small == path.read_bytes()
+    assert tg.write_artifact(b"newer", path, run) == b"newer" == path.read_bytes()
+    assert set(path.parent.iterdir()) == before | {path}
+
+
+@pytest.mark.parametrize("where", ["no such folder", "under a file", "a folder"])
+def test_a_path_that_cannot_be_written_is_one_clear_line_and_leaves_nothing(run: tg.Run, tmp_path: Path, where: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.bin").mkdir()
+    path = tmp_path / {"no such folder": "none/a.bin", "under a file": "file/a.bin", "a folder": "folder.bin"}[where]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(tg.UserError, match="cannot write the artifact") as error:
+        tg.write_artifact(b"bytes", path, run)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failed_write_leaves_the_old_file(run: tg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg.os, "fsync", full)
+    with pytest.raises(tg.UserError, match="No space left"):
+        tg.write_artifact(b"new", path, run)
+    assert path.read_bytes() == b"old" and not list(tmp_path.glob("*.tmp"))
+
+
+# -- the cap -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def roomy() -> tuple[tg.Config, tg.GPT, bytes]:
+    """(config, model, artifact without a binding cap)."""
+    cfg = tiny(model_dim=64, num_heads=2, num_loops=0)
+    model = noisy(cfg)
+    with tg.Run(cfg, {}, log=False) as run:
+        return cfg, model, tg.pack(tg.quantize(model, unit_hessians(model), cfg, run), cfg, cfg.preset)
+
+
+def fitted(roomy: tuple[tg.Config, tg.GPT, bytes], cap: int, code_bytes: int) -> bytes:
+    cfg, model, _ = roomy
+    cfg = tiny(model_dim=cfg.model_dim, num_heads=cfg.num_heads, num_loops=0, artifact_bytes_cap=cap)
+    with tg.Run(cfg, {}, log=False) as run:
+        return tg.fit_to_cap(model, unit_hessians(model), code_bytes, cfg, run)
+
+
+@pytest.mark.parametrize("code_bytes", [0, 5000])
+def test_a_cap_that_does_not_bind_leaves_the_steps_alone(roomy: tuple, code_bytes: int):
+    assert fitted(roomy, len(roomy[2]) + code_bytes, code_bytes) == roomy[2]
+
+
+@pytest.mark.parametrize("share", [0.999, 0.95, 0.8, 0.6])
+def test_a_cap_that_binds_is_met_from_below_and_nearly_used_up(roomy: tuple, share: float):
+    cap = int(share * len(roomy[2]))
+    blob = fitted(roomy, cap + 5000, 5000)
+    assert 0.97 * cap <= len(blob) <= cap
+    found, free = tg.unpack(blob), tg.unpack(roomy[2])
+    assert found.stream_bytes["fp16"] == free.stream_bytes["fp16"]
+    ratios = {name: float((found.tensors[name] - free.tensors[name]).std() / free.tensors[name].std())
+              for name in found.tensors if name.startswith("blocks.")}
+    assert 0 < min(ratios.values()) and max(ratios.values()) < 0.5
+
+
+@pytest.mark.parametrize("cap,code_bytes", [(3000, 0), (10**6, 999_000), (10, 50_000)])
+def test_a_cap_that_nothing_fits_is_one_clear_line_with_the_sizes(roomy: tuple, cap: int, code_bytes: int):
+    with pytest.raises(tg.UserError) as error:
+        fitted(roomy, cap, code_bytes)
+    message = str(error.value)
+    assert "\n" not in message and f"ARTIFACT_BYTES_CAP={cap:,}" in message and f"code {code_bytes:,}" in message
+    assert all(name in message for name in ("gptq:attn", "gptq:mlp", "gptq:embed", "fp16", "steps"))
+
+
+def test_predicted_bytes_foresee_a_gaussian_model():
+    cfg = tiny(model_dim=128, num_heads=2, num_loops=0, vocab_size=1024)
+    torch.manual_seed(0)
+    model = tg.GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    with tg.Run(cfg, {}, log=False) as run:
+        blob = tg.pack(tg.quantize(model, unit_hessians(model), cfg, run), cfg, "demo")
+    predicted, found = tg.predicted_bytes(cfg), tg.unpack(blob).stream_bytes
+    assert predicted.keys() == found.keys()
+    assert sum(predicted.values()) == pytest.approx(len(blob), rel=0.05)
