@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # libgomp reads this once, when torch loads it: spinning threads starve a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__":  # libgomp reads this once, when torch loads it (2 threads: 1.4 times the speed of sleeping
+    # at once, where spinning for ever would starve a busy machine; bench/LOG.md 2026-11-22)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ast
 import bisect
@@ -1250,7 +1251,8 @@ class Ledger:
 
         Summed in stream order in float64, so that the total does not depend on who scored what.
         """
-        nats, times = run.total(self.nats.clone()), run.total(self.times.int())
+        nats = run.total(self.nats.to(run.device, copy=True)).cpu()
+        times = run.total(self.times.to(run.device, torch.int32)).cpu()
         ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
         score = Score(float(nats.double().sum()), len(nats), int(target_bytes.sum(dtype=np.int64)))
         require(math.isfinite(score.nats), "the score is not finite: the weights are broken")
@@ -1826,6 +1828,8 @@ class GPT(nn.Module):
         for visit in plan:
             i = visit.block
             scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
+            if visit.lanes == "two" and lane is None:
+                lane = x  # before the skip, which goes to the first lane only
             if visit.skip_from is not None:
                 skip = self.skip_weights[visit.skip_slot].to(dtype) * outputs[visit.skip_from]
                 x = x + skip if self.skip_gates is None else \
@@ -1840,7 +1844,6 @@ class GPT(nn.Module):
             elif visit.lanes == "single":
                 x = u + a + self.mlp(n, i, step)
             else:
-                lane = x if lane is None else lane
                 m = self.mlp(norm(lane, scale), i, step)
                 keep, post = self.parallel_resid_lambdas[i].to(dtype), self.parallel_post_lambdas[i].to(dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
@@ -2718,9 +2721,11 @@ def prime(losses: Mapping[bool, Callable[[Batch], Tensor]], optimizer: ShardedOp
 
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     """Train within the budget and leave the averaged weights in the model; returns steps, seconds, last loss."""
+    def loss_of(plan: Sequence[Visit]) -> Callable[[Batch], Tensor]:
+        return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
+
     plans = {looped: layer_plan(cfg, looped) for looped in (False, True)}
-    losses = {looped: run.compiled(functools.partial(model.total_loss, plan=plan, dtype=run.dtype))
-              for looped, plan in plans.items()}
+    losses = {looped: loss_of(plan) for looped, plan in plans.items()}
     optimizer = ShardedOptimizer(model, cfg, run)
     with run.phase("prime"):
         prime(losses, optimizer, data, cfg, run)
