@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # libgomp reads this once, when torch loads it (2 threads: 1.4 times the speed of sleeping
-    # at once, where spinning for ever would starve a busy machine; bench/LOG.md 2026-11-22)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if __name__ == "__main__":  # libgomp reads this once, when torch loads it: threads that spin a little before they sleep
+    # are 1.3 times as fast as those that sleep at once, and do not starve a busy machine (bench/LOG.md 2026-11-22)
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import ast
 import bisect
@@ -43,6 +43,7 @@ import io
 import json
 import math
 import platform
+import re
 import struct
 import sys
 import textwrap
@@ -212,8 +213,13 @@ class ModelKnobs:
     """Width of the bigram embedding before its projection to D."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            allowed = CHOICES.get(name, (value,))
+            require(value in allowed, f"{name.upper()}={value}: expected one of {', '.join(map(str, allowed))}")
+            require(not isinstance(value, float) or math.isfinite(value), f"{name.upper()}={value}: expected a number")
         require(1 < self.vocab_size <= 65_536, f"VOCAB_SIZE={self.vocab_size}: expected 2..65536 (ids are uint16)")
-        require(self.num_layers >= 2, f"NUM_LAYERS={self.num_layers}: expected at least 2")
+        require(2 <= self.num_layers <= 1024, f"NUM_LAYERS={self.num_layers}: expected at least 2, at most 1024")
+        require(0 <= self.num_loops <= 64, f"NUM_LOOPS={self.num_loops}: expected 0 or more, at most 64")
         require(self.num_heads >= 1 and self.model_dim % (2 * self.num_heads) == 0,
                 f"MODEL_DIM={self.model_dim}: expected a multiple of 2 * NUM_HEADS = {2 * self.num_heads}")
         require(self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
@@ -356,16 +362,18 @@ CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bflo
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic")}
 
-# The demo beats xz and brotli on its own validation text after about three minutes on two cores; how each value was
-# found is in bench/LOG.md (2026-11-22).
+# The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
+# and a hashed bigram table teaches it most of what three minutes can; figures in bench/LOG.md (2026-11-22).
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "demo": dict(
-        dataset="demo_sp1024", train_seq_len=256, train_batch_tokens=4096, micro_batch_tokens=4096,
-        shuffle="document", vocab_size=1024, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, xsa_last_n=6, muon_momentum_warmup_steps=100,
-        ema_decay=0.97, max_wallclock_seconds=180.0, gptq_reserve_seconds=5.0, warmup_steps=1, train_log_every=25,
-        gptq_calibration_batches=8, eval_seq_len=256, eval_stride=128, val_batch_tokens=65536),
+        dataset="demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, shuffle="document",
+        vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, num_loops=0,
+        ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0, tied_embed_init_std=0.02,
+        bigram_buckets=32768, bigram_dim=64, matrix_lr=0.05, scalar_lr=0.05, tied_embed_lr=0.01, muon_momentum=0.9,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, ema_decay=0.97, max_wallclock_seconds=190.0,
+        gptq_reserve_seconds=5.0, warmup_steps=1, train_log_every=50, gptq_calibration_batches=16, eval_seq_len=256,
+        eval_stride=64, val_batch_tokens=65536),
 }
 
 
@@ -374,9 +382,6 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
     """Every knob of a run. Build it with `Config.from_env`; it never changes afterwards."""
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            require(value in allowed, f"{name.upper()}={value}: expected one of {', '.join(allowed)}")
         super().__post_init__()
         for name in ("train_seq_len", "train_batch_tokens", "micro_batch_tokens", "eval_seq_len", "val_batch_tokens",
                      "iterations", "train_log_every", "gptq_calibration_batches", "muon_backend_steps",
@@ -630,7 +635,8 @@ def knobs() -> list[Knob]:
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                     docs[field.target.id] = ast.literal_eval(text.value)  # type: ignore[union-attr, arg-type]
         for f in dataclasses.fields(group):
-            rows.append(Knob((group.__doc__ or group.__name__).strip(), f.name.upper(), str(f.type), f.default,
+            title = (group.__doc__ or "").strip() if docs else group.__name__.removesuffix("Knobs")
+            rows.append(Knob(title, f.name.upper(), str(f.type), f.default,
                              docs.get(f.name, "")))
     return rows
 
@@ -1486,7 +1492,7 @@ class EagerCrossEntropy(torch.autograd.Function):
         rows = max(1, EagerCrossEntropy.CHUNK // logits.size(1))
         for at in range(0, len(logits), rows):
             part = slice(at, at + rows)
-            tanh, scored = logits[part].float().div_(softcap).tanh_(), (targets[part] != IGNORE).float()
+            tanh, scored = (logits[part].float() / softcap).tanh_(), (targets[part] != IGNORE).float()
             target = targets[part].clamp_min(0).unsqueeze(1)
             p = torch.exp(softcap * tanh - softcap)
             total = p.sum(-1, keepdim=True)
@@ -2205,17 +2211,19 @@ def round_to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
 
 
 def inverse_factor(hessian_KCC: Tensor, damp: float, log: Callable[..., None]) -> Tensor:
-    """Upper Cholesky factor U of the inverse, H^-1 = U^T U; damping grows tenfold until every matrix factorises."""
+    """Upper Cholesky factor U of the inverse, H^-1 = U^T U; where a matrix fails, its damping grows tenfold."""
     mean = hessian_KCC.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(hessian_KCC.size(-1), device=hessian_KCC.device)
-    while damp < 1e4:
-        lower, failed = torch.linalg.cholesky_ex(hessian_KCC + (damp * mean)[:, None, None] * eye)
-        if not bool(failed.any()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed.any()):
-                return upper
-        log("gptq_damping", failed=int((failed != 0).sum()), damp=damp, next=10 * damp)
-        damp *= 10
+    damps = torch.full_like(mean, damp)
+    while float(damps.max()) < 1e4:
+        lower, failed = torch.linalg.cholesky_ex(hessian_KCC + (damps * mean)[:, None, None] * eye)
+        lower = torch.where((failed != 0)[:, None, None], eye, lower)
+        upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        bad = (failed != 0) | (failed_inverse != 0)
+        if not bool(bad.any()):
+            return upper
+        log("gptq_damping", failed=int(bad.sum()), damp=float(damps[bad].max()), next=10 * float(damps[bad].max()))
+        damps = torch.where(bad, 10 * damps, damps)
     raise UserError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
 
@@ -2321,7 +2329,8 @@ def quantize(model: GPT, hessians: Mapping[tuple[str, int], Tensor], cfg: Config
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
+OCTAL = frozenset(bytes([digit]) for digit in b"01234567")
 WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
 
 
@@ -2410,13 +2419,16 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     require(header_bytes <= MAX_HEADER_BYTES, f"{source}: a header of {header_bytes} bytes is not plausible")
     try:
         header = json.loads(brotli_unpack(bytes(body[fixed + 4:fixed + head_bytes]), header_bytes))
+        types = typing.get_type_hints(ModelKnobs)
+        require(all(type(value) is types[name] for name, value in dict(header["model"]).items()),
+                f"{source}: a knob in the header has a value that is none of its kind")
         model = ModelKnobs(**header["model"])
         with torch.device("meta"):
             expected = [[name, route(parameter).stored, list(values.shape)]
                         for name, values, parameter in GPT(model).tensors()]
         preset, listed = str(header["preset"]), [(str(n), int(raw), int(size)) for n, raw, size in header["streams"]]
         require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: the header cannot be read ({type(error).__name__})") from None
     need: dict[str, int] = collections.defaultdict(int)
     for _, stored, shape in expected:
@@ -2425,6 +2437,8 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     require({name: raw for name, raw, _ in listed} == dict(need) and len(listed) == len(need)
             and fixed + head_bytes + sum(size for _, _, size in listed) == len(body),
             f"{source}: its streams do not fit its tensors")
+    require(sum(need.values()) <= MAX_RAW_BYTES,
+            f"{source}: {sum(need.values()):,} bytes of tensors is not plausible")
     raw, at = {}, fixed + head_bytes
     for name, length, size in listed:
         data = brotli_unpack(bytes(body[at:at + size]), length)
@@ -2467,11 +2481,10 @@ def shipped_source(path: Path) -> bytes:
             kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
             node.body = kept or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
     data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    for raw, escaped in ((b"\\", b"\\\\"), (b"\0", b"\\0"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b'"', b'\\"')):
-        data = data.replace(raw, escaped)
-    # \0 before a digit would be read as a longer octal escape
-    for digit in b"01234567":
-        data = data.replace(b"\\0" + bytes([digit]), b"\\000" + bytes([digit]))
+    escapes = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\0": b"\\0"}
+    # A NUL before a digit takes three digits: \0 and the digit would be read as one longer escape.
+    data = re.sub(rb'[\\\n\r"\0]', lambda m: b"\\000" if data[m.end():m.end() + 1] in OCTAL and
+                  m[0] == b"\0" else escapes[m[0]], data)
     return (WRAPPER_MARK + b'import lzma,linecache\ns=lzma.decompress("' + data + b'".encode("latin-1")).decode()\n'
             b'linecache.cache["train_gpt"]=len(s),None,s.splitlines(True),"train_gpt"\n'
             b'exec(compile(s,"train_gpt","exec"))\n')
@@ -2495,8 +2508,8 @@ def predicted_bytes(cfg: Config) -> dict[str, int]:
 def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_bytes: int, cfg: Config, run: Run) -> bytes:
     """The packed artifact, quantized as finely as the knobs say or as the cap allows; the same bytes on every rank.
 
-    Packed size falls by about one bit a weight each time the steps double, so the log of the common factor is found
-    by a secant from above, then narrowed. Raises `UserError` with the sizes when not even the coarsest fits.
+    Packed size falls by about one bit a weight each time the steps double: that is the first guess of the common
+    factor, which is then halved in on until the cap is used to 99 %. Raises `UserError` when nothing fits.
     """
     cap = cfg.artifact_bytes_cap - code_bytes
     weights = sum(values.numel() for _, values, parameter in model.tensors()
@@ -2511,22 +2524,28 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
                 left_bytes=cap - len(blob))
         return blob
 
-    blob, finest, fits = attempt(0.0), 0.0, None
-    octaves, last = 0.0, 0.0
-    while len(blob) > cap and octaves < 5:
-        finest, last = octaves, octaves
-        octaves = min(5.0, last + max(0.02, 8.4 * (len(blob) - cap) / weights))
-        blob = attempt(octaves)
-    require(len(blob) <= cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
-            f"{len(blob):,} do not fit even with 32-fold steps: " + ", ".join(
-                f"{name} {size:,}" for name, size in unpack(blob).stream_bytes.items()) + "; use a smaller model")
-    # The first fit after a jump may be too coarse: come back while more than 1 % of the cap is left.
-    while octaves > 0 and cap - len(blob) > 0.01 * cap and octaves - finest > 0.01:
-        fits, coarse, octaves = blob, octaves, (finest + octaves) / 2
+    blob = attempt(0.0)
+    if len(blob) <= cap:
+        return blob
+    too_big, fits, coarsest = 0.0, None, 8.0  # octaves of the steps: the best known bounds, and where to give up
+    octaves, best = 8.4 * (len(blob) - cap) / weights, b""
+    for _ in range(14):
+        octaves = min(coarsest, max(octaves, too_big + 0.01))
         blob = attempt(octaves)
         if len(blob) > cap:
-            finest, octaves, blob = octaves, coarse, fits
-    return blob
+            if octaves >= coarsest:
+                sizes = ", ".join(f"{name} {size:,}" for name, size in unpack(blob).stream_bytes.items())
+                raise UserError(f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
+                                f"{len(blob):,} ({sizes}) do not fit even with {2 ** coarsest:g}-fold steps; use a "
+                                f"smaller model")
+            too_big = octaves
+            octaves = 2 * octaves + 8.4 * (len(blob) - cap) / weights if fits is None else (too_big + fits) / 2
+        else:
+            fits, best = octaves, blob
+            if len(blob) > 0.99 * cap or fits - too_big < 0.005:
+                break
+            octaves = (too_big + fits) / 2
+    return best
 
 
 def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
@@ -2542,7 +2561,8 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
             os.replace(temporary, path)
             found = path.read_bytes()
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             problem = f"{path}: cannot write the artifact: {error}"
     run.agree(problem)
     return run.share(found)
@@ -2566,7 +2586,10 @@ class Window(NamedTuple):
 
 
 def plan_windows(starts: np.ndarray, num_targets: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows of at most seq_len inputs that score every target of every document once, `stride` at a time."""
+    """Windows of at most seq_len inputs that score every target of every document once, `stride` at a time.
+
+    Each but a document's first has seq_len - stride inputs of context before its first scored one.
+    """
     windows = []
     for begin, end in zip(starts.tolist(), np.append(starts[1:], num_targets).tolist()):
         stop = min(begin + seq_len, end)
@@ -2574,7 +2597,7 @@ def plan_windows(starts: np.ndarray, num_targets: int, seq_len: int, stride: int
             windows.append(Window(begin, stop, begin))
         while stop < end:
             first, stop = stop, min(stop + stride, end)
-            windows.append(Window(max(begin, stop - seq_len), stop, first))
+            windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))
     return windows
 
 

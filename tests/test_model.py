@@ -232,6 +232,22 @@ def test_gradients_are_those_of_the_references(knobs: dict):
         torch.testing.assert_close(grads[1][name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("kernels", ["references", "by hand"])
+def test_bfloat16_is_near_float32(kernels: str):
+    """Loss and gradient; parameters and their gradients stay fp32."""
+    model, batch, found = noisy(tiny(**EVERYTHING), scale=0.1), packed([*document(1, 7), *document(2, 24), BOS]), []
+    model.kernels = BY_HAND if kernels == "by hand" else model.kernels
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        loss = model.total_loss(batch, tg.layer_plan(model.cfg, looped=True), dtype)
+        loss.backward()
+        assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, grad), (rounded_loss, rounded_grad) = found
+    assert rounded_loss == pytest.approx(loss, rel=0.01)
+    assert torch.cosine_similarity(grad, rounded_grad, dim=0) > 0.99
+
+
 # -- what may not depend on what -----------------------------------------------------------------------
 
 
