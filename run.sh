@@ -6,7 +6,7 @@ cd "$here"
 
 usage() {
   cat <<'TXT'
-./run.sh                        set up, prepare the demo data, train and score the demo, print what came out
+./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
 ./run.sh data VERB ...          data/prepare.py: demo | text FILES... --name NAME | check DIR
@@ -73,8 +73,11 @@ train() {
   fi
 }
 
-verb=${1:-demo}
-[ $# -eq 0 ] || shift
+verb=demo
+if [[ $# -gt 0 && ! $1 =~ ^[A-Z][A-Z0-9_]*= ]]; then
+  verb=$1
+  shift
+fi
 case $verb in
   demo)
     take_knobs "$@"
@@ -97,7 +100,7 @@ TXT
   data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
-  test) setup; exec .venv/bin/python -m pytest "$@" ;;
+  test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
   setup) setup ;;
   help | -h | --help) usage ;;
   *) usage >&2; fail "'$verb': no such verb" ;;

@@ -152,6 +152,17 @@ def test_damping_rises_with_a_logged_event_until_a_singular_hessian_factorises()
     assert proxy_loss(weight, hessian, codes[0], step) < proxy_loss(weight, hessian, nearest, step)
 
 
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_damping_on_the_verge_of_singularity_still_beats_rounding(seed: int):
+    """Also where the Hessian factorises and its inverse does not."""
+    weight, hessian = problem(6, 20, seed, rank=1)
+    step = steps_of(weight, 4)
+    nearest = proxy_loss(weight, hessian, tg.round_to_codes(weight, step.float()[:, None], 4), step)
+    for tenth in range(-100, -50):
+        codes = solve(weight, hessian, step, 4, damp=10 ** (tenth / 10))
+        assert proxy_loss(weight, hessian, codes, step) < 0.5 * nearest
+
+
 def test_a_broken_hessian_is_one_clear_line():
     weight, hessian = problem(3, 9)
     with pytest.raises(tg.UserError, match="positive definite") as error:
