@@ -2701,7 +2701,7 @@ def plan_text(plan: Sequence[Visit]) -> str:
     return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") for v in plan)
 
 
-def preflight(cfg: Config, run: Run) -> None:
+def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     """Find before training what would stop a later stage: packages, tokenizer, validation shards, folder, disk."""
     problem = ""
     try:
@@ -2715,7 +2715,6 @@ def preflight(cfg: Config, run: Run) -> None:
     TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
     if cfg.caseops_enabled:
         TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-    code_bytes = len(shipped_source(Path(__file__)))
     require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
             f"{code_bytes} bytes")
     if run.is_main:
@@ -2872,13 +2871,13 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         cfg, warnings = Config.from_env(env, stored)
         checking = "--check" in arguments
         with Run(cfg, env, log=not checking) as run:
-            code_bytes = len(shipped_source(Path(__file__)))
             if checking:
-                return check(cfg, run, warnings, code_bytes)
+                return check(cfg, run, warnings, len(shipped_source(Path(__file__))))
             with run.phase("setup"):
+                code_bytes = len(shipped_source(Path(__file__)))
                 model = build_model(cfg, run)
                 describe(cfg, model, run, warnings, code_bytes)
-                preflight(cfg, run)
+                preflight(cfg, run, code_bytes)
             if blob:
                 judge(blob, None, cfg, run, code_bytes, {})
             else:

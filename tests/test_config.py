@@ -147,8 +147,9 @@ def test_help_lists_every_knob_once_under_its_group():
 
 def test_help_shows_defaults_and_the_values_of_the_demo():
     text = tg.help_text()
-    assert "  MATRIX_LR=0.026 (float)\n" in text and "  NUM_LAYERS=11 (int) [6]\n" in text
-    assert "  LN_SCALE=1 (bool)\n" in text
+    layers = tg.PRESETS["demo"]["num_layers"]
+    assert f"  NUM_LAYERS={tg.Config.num_layers} (int) [{layers}]\n" in text and layers != tg.Config.num_layers
+    assert "  MUON_WD=0.095 (float)\n" in text and "  SKIP_GATES_ENABLED=1 (bool)\n" in text
 
 
 # -- values --------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_a_gate_switch_is_0_or_1():
     ("SLIDING_WINDOW_ENABLED=0", dict(eval_stride=0)),
     ("SLIDING_WINDOW_ENABLED=1", dict(eval_stride=64)),
     ("SLIDING_WINDOW_ENABLED=1 EVAL_STRIDE=32", dict(eval_stride=32)),
-    ("SLIDING_WINDOW_ENABLED=1 PRESET=demo", dict(eval_stride=128)),
+    ("SLIDING_WINDOW_ENABLED=1 PRESET=demo", dict(eval_stride=tg.PRESETS["demo"]["eval_stride"])),
     ("SMEAR_GATE=0", dict(smear_gate_enabled=False)),
     ("SMEAR_GATE_WIDTH=8", dict(gate_window=8)),
     ("GATE_WIDTH=8", dict(gate_window=8)),

@@ -76,11 +76,11 @@ def test_a_run_ends_in_one_verdict_whose_bytes_are_those_of_the_file(single: Pat
 
 
 def test_no_second_lies_outside_the_phases(single: Path):
-    """The three totals of the verdict add up, and hardly anything of `other` is outside a phase."""
+    """The three totals of the verdict add up, and all phases together are the run but for opening and closing it."""
     (verdict,) = events(single, "verdict")
     spent = verdict["train_seconds"] + verdict["eval_seconds"] + verdict["other_seconds"]
     assert spent == pytest.approx(verdict["total_seconds"], abs=0.01)
-    assert sum(p["phase_seconds"] for p in events(single, "phase")) > 0.85 * verdict["total_seconds"]
+    assert sum(p["phase_seconds"] for p in events(single, "phase")) > 0.9 * verdict["total_seconds"]
 
 
 def test_the_demo_trains(single: Path):
