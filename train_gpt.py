@@ -1614,7 +1614,6 @@ class RecordingWeights(Weights):
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
         self.gram: dict[tuple[str, int], Tensor] = {}
-        self.tokens = 0
 
     def linear(self, name: str, block: int, x: Tensor) -> Tensor:
         x_MI = x.detach().flatten(0, -2).float()
@@ -2509,7 +2508,7 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
     """The packed artifact, quantized as finely as the knobs say or as the cap allows; the same bytes on every rank.
 
     Packed size falls by about one bit a weight each time the steps double: that is the first guess of the common
-    factor, which is then halved in on until the cap is used to 99 %. Raises `UserError` when nothing fits.
+    factor, which is then interpolated until the cap is used to 99 %. Raises `UserError` when nothing fits.
     """
     cap = cfg.artifact_bytes_cap - code_bytes
     weights = sum(values.numel() for _, values, parameter in model.tensors()
@@ -2527,10 +2526,16 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
     blob = attempt(0.0)
     if len(blob) <= cap:
         return blob
-    too_big, fits, coarsest = 0.0, None, 8.0  # octaves of the steps: the best known bounds, and where to give up
-    octaves, best = 8.4 * (len(blob) - cap) / weights, b""
-    for _ in range(14):
-        octaves = min(coarsest, max(octaves, too_big + 0.01))
+    # (octaves, bytes) of the coarsest attempt that is too big and of the finest that fits; where to give up
+    low, high, coarsest = (0.0, len(blob)), None, 8.0
+    best = b""
+    for number in range(14):
+        if high is None:  # a bit a weight and octave; further each time, as coarse codes have less to give
+            bits = 8.4 * (low[1] - cap) / weights
+            octaves = min(coarsest, low[0] + max(0.005 * 2 ** number, 2 ** max(0, number - 3) * bits))
+        else:
+            share = (low[1] - 0.996 * cap) / (low[1] - high[1])
+            octaves = low[0] + min(0.9, max(0.1, share)) * (high[0] - low[0])
         blob = attempt(octaves)
         if len(blob) > cap:
             if octaves >= coarsest:
@@ -2538,13 +2543,11 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
                 raise UserError(f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
                                 f"{len(blob):,} ({sizes}) do not fit even with {2 ** coarsest:g}-fold steps; use a "
                                 f"smaller model")
-            too_big = octaves
-            octaves = 2 * octaves + 8.4 * (len(blob) - cap) / weights if fits is None else (too_big + fits) / 2
+            low = (octaves, len(blob))
         else:
-            fits, best = octaves, blob
-            if len(blob) > 0.99 * cap or fits - too_big < 0.005:
+            high, best = (octaves, len(blob)), blob
+            if len(blob) > 0.99 * cap or octaves - low[0] < 0.005:
                 break
-            octaves = (too_big + fits) / 2
     return best
 
 
