@@ -12,6 +12,9 @@ usage() {
 ./run.sh data VERB ...          data/prepare.py: demo | text FILES... --name NAME | check DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
+./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
+./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh help                   this text
@@ -98,6 +101,12 @@ TXT
   train) take_knobs "$@"; setup; train ;;
   check) take_knobs "$@"; setup; exec .venv/bin/python train_gpt.py --check ;;
   data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
+  audit) setup; exec .venv/bin/python records/audit.py "$@" ;;
+  bench)
+    [ -f "bench/${1:-}.py" ] || fail "bench '${1:-}': expected one of $(cd bench && ls ./*.py | sed 's|./||; s|[.]py||' | tr '\n' ' ')"
+    setup
+    exec .venv/bin/python "bench/$1.py" "${@:2}"
+    ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;

@@ -227,7 +227,7 @@ class ModelKnobs:
         require(self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
                 f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {self.head_dim}")
         require(0 <= self.mlp_slope <= 1, f"MLP_SLOPE={self.mlp_slope}: expected 0..1")
-        require(self.mlp_dim >= 1, f"MLP_MULT={self.mlp_mult}: the MLP would have no units")
+        require(self.mlp_dim >= 2, f"MLP_MULT={self.mlp_mult}: the MLP would have fewer than two units")
         require(1 <= self.gate_window <= self.model_dim,
                 f"GATE_WINDOW={self.gate_window}: expected 1..MODEL_DIM={self.model_dim}")
         require(self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers,
@@ -351,6 +351,88 @@ class EvalKnobs:
     """Longest context of a scored token, in tokens."""
     eval_stride: int = 64
     """Sliding windows advance by this many targets (#122). 0: plain only, documents cut into EVAL_SEQ_LEN."""
+    eval_ladder: str = "ema,quantized"
+    """Scores for comparison before the one that counts, outside the budget: any of ema, quantized, sliding."""
+    eval_seconds_budget: float = 600.0
+    """Budget of evaluation from opening the artifact; adaptation ends where the projected end would pass it."""
+    ttt: str = "lora"
+    """Adaptation while scoring: none | lora (adapters for each document, #1530) | sgd (whole model, #549, #1413)."""
+    ttt_context: str = "recompute"
+    """Context of a chunk under TTT=lora: recompute (with the newest adapters) | cache (keys and values are kept)."""
+    ttt_chunk_size: str = "48"
+    """Targets scored before each step of the adapters; by length of the document as 256:8,2000:24,48 (#2014)."""
+    ttt_batch_size: int = 64
+    """Most documents adapted to side by side on one device; changes speed only."""
+    ttt_grad_steps: int = 1
+    """Steps of the adapters on each chunk, after its score."""
+    ttt_lora_on: str = "q,k,v,o,mlp,head"
+    """Which products get adapters."""
+    ttt_lora_rank: int = 80
+    """Rank of the adapters."""
+    ttt_lora_alpha: float = 144.0
+    """Adapters are multiplied by this over their rank."""
+    ttt_lora_lr: float = 0.0001
+    """Learning rate of the adapters."""
+    ttt_optimizer: str = "adam"
+    """Optimizer of the adapters: adam (AdamW) | sgd."""
+    ttt_beta1: float = 0.0
+    """First-moment decay of the adapters' AdamW; momentum of SGD."""
+    ttt_beta2: float = 0.99
+    """Second-moment decay of the adapters' AdamW."""
+    ttt_weight_decay: float = 0.5
+    """Weight decay of the adapters."""
+    phased_ttt_num_phases: int = 3
+    """Times that the shared weights learn from the documents scored so far, under TTT=lora (#1626). 0: never."""
+    phased_ttt_prefix_docs: int = 2500
+    """These first documents of the stream are divided into the phases."""
+    global_ttt_lr: float = 0.001
+    """Learning rate of that SGD, falling to 0 as a cosine over its chunks."""
+    global_ttt_momentum: float = 0.9
+    """Its momentum."""
+    global_ttt_epochs: int = 1
+    """Its passes over the documents."""
+    global_ttt_chunk_tokens: int = 32_768
+    """Targets of one of its chunks."""
+    global_ttt_batch_seqs: int = 32
+    """Rows of TRAIN_SEQ_LEN in one of its steps, over all ranks."""
+    global_ttt_grad_clip: float = 1.0
+    """Its largest gradient norm. 0: no clipping."""
+    ttt_chunk_tokens: int = 32_768
+    """TTT=sgd: targets scored before the model learns from them."""
+    ttt_epochs: int = 3
+    """TTT=sgd: passes over each chunk."""
+    ttt_lr: float = 0.005
+    """TTT=sgd: learning rate, falling to 0 as a cosine over the chunks."""
+    ttt_momentum: float = 0.9
+    """TTT=sgd: momentum, which runs on from chunk to chunk."""
+    ttt_batch_seqs: int = 32
+    """TTT=sgd: rows of TRAIN_SEQ_LEN in one step, over all ranks."""
+    ttt_grad_clip: float = 1.0
+    """TTT=sgd: largest gradient norm. 0: no clipping."""
+    ttt_freeze_blocks: int = 0
+    """TTT=sgd: the first blocks that stay as they are."""
+    ngram_tilt_enabled: bool = False
+    """1: the score is tilted towards what followed the same ids earlier in the stream (#1420, #1514)."""
+    ngram_rules: str = "8:0.7:3,10:0.7:3,12:0.6:2,14:0.5:2,16:0.5:2"
+    """Contexts of the tilt as length:least share:least count; the longest that qualifies gives the hint."""
+    ngram_base_beta: float = 2.0
+    """Strength of the tilt in nats."""
+    ngram_beta_by_share: bool = True
+    """1: the strength is multiplied by the share of the hinted continuation (#1514); 0: constant (#2135)."""
+    ngram_gamma: float = 0.0
+    """The strength is multiplied by (1 - p)^this, p being the model's probability of the hint."""
+    prequant_ttt: bool = False
+    """1: train on the validation data before quantizing (#1485). Illegal (C3); the run is marked as such."""
+    prequant_ttt_lr: float = 0.0005
+    """Its learning rate (AdamW), falling to a tenth."""
+    prequant_ttt_epochs: int = 6
+    """Its passes over the validation data."""
+    prequant_ttt_batch_seqs: int = 32
+    """Its rows of TRAIN_SEQ_LEN in one step, over all ranks."""
+    prequant_ttt_grad_clip: float = 1.0
+    """Its largest gradient norm."""
+    prequant_ttt_freeze_blocks: int = 2
+    """Its first blocks that stay as they are."""
     val_batch_tokens: int = 524_288
     """Ids of one evaluation batch over eight devices: one forward on one device takes an eighth of them."""
 
@@ -360,7 +442,8 @@ CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bflo
            "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3"),
            "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
-           "muon_coefficients": ("polar", "classic")}
+           "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
+           "ttt_context": ("recompute", "cache")}
 
 # The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
 # and a hashed bigram table teaches it most of what three minutes can; figures in bench/LOG.md (2026-11-22).
@@ -385,19 +468,27 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         super().__post_init__()
         for name in ("train_seq_len", "train_batch_tokens", "micro_batch_tokens", "eval_seq_len", "val_batch_tokens",
                      "iterations", "train_log_every", "gptq_calibration_batches", "muon_backend_steps",
-                     "artifact_bytes_cap"):
+                     "artifact_bytes_cap", "ttt_batch_size", "ttt_grad_steps", "ttt_lora_rank",
+                     "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "ttt_chunk_tokens", "ttt_batch_seqs",
+                     "prequant_ttt_batch_seqs"):
             require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
                      "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm", "matrix_lr", "scalar_lr",
-                     "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops", "xsa_last_n", "seed", "adam_eps"):
+                     "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops", "xsa_last_n", "seed", "adam_eps",
+                     "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay", "phased_ttt_num_phases",
+                     "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr",
+                     "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma",
+                     "prequant_ttt_lr", "prequant_ttt_epochs", "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
             require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
-        for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start"):
+        for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
+                     "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
         for name in ("warmdown_frac", "enable_looping_at", "min_lr"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
-        for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds"):
+        for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
+                     "eval_seconds_budget"):
             require(getattr(self, name) > 0, f"{name.upper()}={getattr(self, name)}: expected a positive number")
         require(self.train_batch_tokens % self.train_seq_len == 0,
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
@@ -406,6 +497,18 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                 f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} holds no row of TRAIN_SEQ_LEN={self.train_seq_len}")
         require(self.eval_stride <= self.eval_seq_len,
                 f"EVAL_STRIDE={self.eval_stride}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        for name, allowed in (("eval_ladder", "ema quantized sliding"), ("ttt_lora_on", "q k v o mlp head")):
+            parts = [part for part in getattr(self, name).split(",") if part]
+            require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
+                    f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
+        chunk_size(1, self.ttt_chunk_size)
+        largest = max(int(part.split(":")[-1]) for part in self.ttt_chunk_size.split(","))
+        require(self.ttt != "lora" or largest <= self.eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: expected "
+                f"chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which are scored in one forward")
+        ngram_rules(self.ngram_rules)
+        require(self.ttt_freeze_blocks <= self.num_layers and self.prequant_ttt_freeze_blocks <= self.num_layers,
+                f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} PREQUANT_TTT_FREEZE_BLOCKS="
+                f"{self.prequant_ttt_freeze_blocks}: expected at most NUM_LAYERS={self.num_layers}")
         require(self.muon_coefficients != "polar" or self.muon_backend_steps <= len(POLAR_EXPRESS),
                 f"MUON_BACKEND_STEPS={self.muon_backend_steps}: Polar Express has {len(POLAR_EXPRESS)} steps; "
                 f"lower it or set MUON_COEFFICIENTS=classic")
@@ -456,6 +559,34 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         return cls(**values), warnings
 
 
+def chunk_size(length: int, schedule: str) -> int:
+    """Chunk of a document with `length` targets under TTT_CHUNK_SIZE: the first limit that is not below it, else the
+    last entry, which has none.
+
+    >>> [chunk_size(n, "256:8,2000:24,48") for n in (256, 257, 9000)]
+    [8, 24, 48]
+    """
+    *limited, last = schedule.split(",")
+    pairs = [part.split(":") for part in limited]
+    require(last.isdecimal() and all(len(p) == 2 and p[0].isdecimal() and p[1].isdecimal() for p in pairs)
+            and all(int(n) > 0 for n in (last, *(p[1] for p in pairs))),
+            f"TTT_CHUNK_SIZE={schedule}: expected a number such as 48, or length:size pairs and a last size such as "
+            f"256:8,2000:24,48")
+    return next((int(size) for limit, size in pairs if length <= int(limit)), int(last))
+
+
+def ngram_rules(rules: str) -> list[tuple[int, float, int]]:
+    """NGRAM_RULES as (context length, least share, least count)."""
+    try:
+        found = [(int(n), float(share), int(count)) for n, share, count in (r.split(":") for r in rules.split(","))]
+    except ValueError:
+        found = []
+    require(bool(found) and all(1 <= n <= 64 and 0 < share <= 1 and count >= 1 for n, share, count in found)
+            and len({n for n, _, _ in found}) == len(found),
+            f"NGRAM_RULES={rules}: expected length:share:count, ... such as 8:0.7:3,16:0.5:2 (lengths 1..64)")
+    return found
+
+
 def parse(name: str, kind: type, text: str) -> Any:
     """The value of one variable. Booleans are 0 or 1 only; integers may have underscores."""
     try:
@@ -485,17 +616,32 @@ RENAMED: dict[str, tuple[str, dict[str, str] | None]] = {
     "USE_POLAR_EXPRESS": ("MUON_COEFFICIENTS", {"0": "classic", "1": "polar"}),
     "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two"}),
     "SLIDING_WINDOW_ENABLED": ("EVAL_STRIDE", {"0": "0", "1": "64"}),
+    "TTT_EVAL_SEQ_LEN": ("EVAL_SEQ_LEN", None),
+    "PREQUANT_TTT_ENABLED": ("PREQUANT_TTT", None),
+    "TOKEN_BOOST": ("NGRAM_BASE_BETA", None),
 }
 GATE_SWITCHES = {"SPARSE_ATTN_GATE_ENABLED": "sparse", "GATED_ATTN_ENABLED": "dense", "GATED_ATTN": "dense",
                  "GATED_ATTENTION": "dense", "ATTN_OUT_GATE_ENABLED": "output", "GATE_ATTN_OUT": "output"}
 GATE_BIASES = {"GATED_ATTN": "2.0", "GATED_ATTENTION": "4.0"}
 """Initial bias of the switches that mean the dense gate's bias form (#1514, #549)."""
 
+LORA_SWITCHES = ("TTT_Q_LORA", "TTT_K_LORA", "TTT_V_LORA", "TTT_O_LORA", "TTT_MLP_LORA")
+SPECIAL = ("PARALLEL_RESIDUAL_START RECUR_LAYERS MATRIX_CLIP_SIGMAS TTT_ENABLED PHASED_TTT_ENABLED TTT_MASK "
+           "TOKEN_ORDER TOKEN_THRESHOLD").split()
+"""Variables that `translate` takes apart by hand."""
+
 # Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
 NO_EFFECT: tuple[tuple[str, str], ...] = (
-    ("TTT_* GLOBAL_TTT_* PHASED_TTT_*", "this program has no test-time training yet"),
-    ("VAL_DOC_FRACTION", "every document is scored"),
-    ("NGRAM_* ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "this program does not tilt or rescale scores"),
+    ("TTT_WARM_START_*", "a document's adapters never learn from another document of its part"),
+    ("TTT_SHORT_* TTT_TRAIN_* TTT_LOCAL_LR_MULT", "chunks by length are TTT_CHUNK_SIZE; every document adapts alike"),
+    ("TTT_EVAL_BATCHES TTT_DEBUG_BYPASS TTT_DOC_LIMIT GLOBAL_TTT_DOC_LIMIT TTT_HEARTBEAT_SECONDS TTT_ONLY "
+     "TTT_ONLY_EVAL TTT_EVAL_ONLY TTT_OUTPUT_DIR VAL_DOC_FRACTION", "every document is scored; EVAL_ONLY scores alone"),
+    ("GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR",
+     "documents are always separate, and this SGD has no warm-up"),
+    ("NGRAM_WITHIN_* NGRAM_WORD_* NGRAM_AGREE_BONUS WITHIN_* WORD_*", "hints come from whole tokens alone"),
+    ("NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE", "counts are exact, and NGRAM_RULES lists the contexts"),
+    ("PREQUANT_TTT_COSINE_DECAY", "its rate always falls as a cosine"),
+    ("ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "no record ever trained this scale; here there is none"),
     ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS INT5_LAYERS",
      "quantization here is GPTQ with SDClip alone"),
     ("COMPRESSOR", "the artifact is always packed by Brotli-11; no external program is needed"),
@@ -539,7 +685,7 @@ STRANGERS = frozenset("TYPE COMPILER NTHREADS NUM_THREADS JAVA_PATH ARTIFACTS_DI
 def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str], list[str]]:
     """Field name -> text for every knob in `env`, and one warning for each variable without effect.
 
-    Old names are mapped (`RENAMED`, `GATE_SWITCHES` and the three below it). A name that is neither a knob nor known
+    Old names are mapped (`RENAMED`, the switches, `SPECIAL`). A name that is neither a knob nor known
     raises `UserError` if it is one or two edits from a knob or has one of `KNOB_PREFIXES`; anything else in the
     environment is none of our business.
     """
@@ -582,11 +728,28 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
         offer("RECUR_LAYERS", "LOOP_START", str(blocks[0]))
         offer("RECUR_LAYERS", "LOOP_END", str(blocks[-1]))
         given.setdefault("num_loops", "1")
+    if "TTT_ENABLED" in env:
+        whole = [name for name in ("TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_LR", "TTT_FREEZE_BLOCKS") if name in env]
+        on = parse("TTT_ENABLED", bool, env["TTT_ENABLED"])
+        given.setdefault("ttt", "none" if not on else "sgd" if whole else "lora")
+    if env.get("PHASED_TTT_ENABLED") == "0":
+        offer("PHASED_TTT_ENABLED", "PHASED_TTT_NUM_PHASES", "0")
+    masked = {name.removeprefix("TTT_").removesuffix("_LORA").lower() for name in LORA_SWITCHES
+              if name in env and not parse(name, bool, env[name])}
+    mask = env.get("TTT_MASK", "")
+    require(not mask or re.fullmatch("no_[qkv]+", mask) is not None, f"TTT_MASK={mask}: expected such as no_qv")
+    masked |= set(mask.removeprefix("no_"))
+    if masked:
+        given.setdefault("ttt_lora_on", ",".join(n for n in EvalKnobs.ttt_lora_on.split(",") if n not in masked))
+    if "TOKEN_ORDER" in env or "TOKEN_THRESHOLD" in env:
+        given.setdefault("ngram_rules", f"{parse('TOKEN_ORDER', int, env.get('TOKEN_ORDER', '16')) - 1}:"
+                                        f"{env.get('TOKEN_THRESHOLD', '0.8')}:1")
+        given.setdefault("ngram_beta_by_share", "0")
     if "MATRIX_CLIP_SIGMAS" in env:  # every matrix is one of attention or MLP, whose own knobs come first
         given.setdefault("attn_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
         given.setdefault("mlp_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
 
-    known = {*RENAMED, *GATE_SWITCHES, *STRANGERS, "PARALLEL_RESIDUAL_START", "RECUR_LAYERS", "MATRIX_CLIP_SIGMAS"}
+    known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *STRANGERS, *SPECIAL}
     for name in sorted(set(env) - knobs - known):
         reason = next((why for patterns, why in NO_EFFECT
                        if any(fnmatch.fnmatchcase(name, p) for p in patterns.split())), None)
@@ -1119,23 +1282,28 @@ class TrainData:
                     future.cancel()
 
 
-class ValData:
+class ValData(NamedTuple):
     """The validation stream with its documents, and the bytes of every target."""
+    ids: np.ndarray
+    """[N] uint16. Target t (0 <= t < N-1) is ids[t + 1]: every id but the first is scored."""
+    starts: np.ndarray
+    """[documents] int64: stream position of each document's first id."""
+    target_bytes: np.ndarray
+    """[N-1] int32."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
+    @classmethod
+    def load(cls, cfg: Config, run: Run) -> ValData:
+        """From the dataset's shards; `UserError` where shards, tokenizer or side file do not belong together."""
         stream = TokenStream(cfg.dataset_dir, "fineweb_val")
         run.agree(stream.check(cfg.vocab_size) if run.is_main else "")
         require(len(stream) >= 2, f"{cfg.dataset_dir}: the validation shards hold {len(stream)} tokens, no target")
-        self.ids = stream.read(0, len(stream))
-        """[N] uint16. Target t (0 <= t < N-1) is ids[t + 1]: every id but the first is scored."""
-        self.starts = stream.document_starts()
+        ids, starts = stream.read(0, len(stream)), stream.document_starts()
         if cfg.caseops_enabled:
             side = TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
             require(len(side) == len(stream), f"{cfg.dataset_dir}: the byte side file has {len(side):,} entries for "
                     f"{len(stream):,} tokens; they belong to different exports")
-            self.target_bytes = side.read(1, len(side)).astype(np.int32)
-        else:
-            self.target_bytes = TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(self.ids)
+            return cls(ids, starts, side.read(1, len(side)).astype(np.int32))
+        return cls(ids, starts, TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(ids))
 
     @property
     def num_targets(self) -> int:
@@ -1240,11 +1408,20 @@ class Score(NamedTuple):
 
 
 class Ledger:
-    """The loss of every target, written exactly once by some rank."""
+    """The loss of every target, written exactly once, and every update with the targets that it was made from.
 
-    def __init__(self, num_targets: int) -> None:
+    The one declared order is the stream's. `BASE` is the state of the shared weights, other states are numbers of
+    documents (adapters). Events are rows (phase, sequence number, kind, state, begin, end) over target numbers: a
+    score of [begin, end) with that state, or an update of it. Updates of BASE end a phase.
+    """
+    BASE, SCORE, UPDATE = -1, 0, 1
+
+    def __init__(self, num_targets: int, starts: np.ndarray) -> None:
         self.nats = torch.zeros(num_targets, dtype=torch.float32)
         self.times = torch.zeros(num_targets, dtype=torch.uint8)
+        self.starts = starts
+        self.phase, self.sequence = 0, 0
+        self.events: list[np.ndarray] = []
 
     def record(self, targets: Tensor, nats: Tensor) -> None:
         """Losses of the targets with these numbers (int64). A second write is a bug and raises."""
@@ -1252,18 +1429,79 @@ class Ledger:
         ensure(bool((self.times[targets] == 1).all()), "a target was scored twice")
         self.nats[targets] = nats.detach().float().cpu()
 
-    def close(self, target_bytes: np.ndarray, run: Run) -> Score:
-        """Totals over all ranks; raises unless each target was scored exactly once.
+    def note(self, kind: int, states: Any, begins: Any, ends: Any) -> None:
+        """Simultaneous events: numbers or arrays of one length."""
+        states, begins, ends = np.broadcast_arrays(*(np.asarray(x, dtype=np.int64).reshape(-1)
+                                                     for x in (states, begins, ends)))
+        self.events.append(np.stack([np.full_like(begins, self.phase), np.full_like(begins, self.sequence),
+                                     np.full_like(begins, kind), states, begins, ends], axis=1))
+        self.sequence += 1
 
-        Summed in stream order in float64, so that the total does not depend on who scored what.
+    def close(self, target_bytes: np.ndarray, run: Run) -> tuple[Score, str]:
+        """(totals over all ranks, digest of the events); raises unless scores and updates are legal (`violations`).
+
+        Summed in stream order in float64, so that the total does not depend on who scored what; nor does the digest.
         """
         nats = run.total(self.nats.to(run.device, copy=True)).cpu()
         times = run.total(self.times.to(run.device, torch.int32)).cpu()
         ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
+        own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events])
+        events = np.concatenate(run.gather(own))
+        found = violations(events, self.starts, len(nats))
+        ensure(not found, "; ".join(found))
+        logical = events[:, [4, 5, 2, 3, 0]]  # without sequence numbers, which tell ranks and batches apart
+        digest = hashlib.sha256(logical[np.lexsort(logical.T[::-1])].tobytes()).hexdigest()
         score = Score(float(nats.double().sum()), len(nats), int(target_bytes.sum(dtype=np.int64)))
         require(math.isfinite(score.nats), "the score is not finite: the weights are broken")
         require(score.bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
-        return score
+        return score, digest
+
+
+def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list[str]:
+    """What is illegal about a ledger's events (rows as in `Ledger`), by condition of rules C1, C3, C4; [] if nothing.
+
+    C4: score intervals cover the targets once. C3: an update uses only targets scored before it (earlier in its
+    document, or in a phase that is over). C1: nothing scored after an update precedes it in the stream, and a
+    document's adapters learn from and score that document only.
+    """
+    found = []
+    scores, updates = (events[events[:, 2] == kind] for kind in (Ledger.SCORE, Ledger.UPDATE))
+    scores = scores[np.argsort(scores[:, 4], kind="stable")]
+    begins, ends = scores[:, 4], scores[:, 5]
+    edges = np.concatenate([[0], ends])
+    if not np.array_equal(edges, np.concatenate([begins, [num_targets]])):
+        found.append("C4: the scored intervals do not cover every target exactly once")
+        return found
+    stops = np.append(starts[1:], num_targets)
+    for name, rows in (("score", scores), ("update", updates)):
+        own = rows[rows[:, 3] != Ledger.BASE]
+        if len(own) and ((own[:, 4] < starts[own[:, 3]]) | (own[:, 5] > stops[own[:, 3]])).any():
+            found.append(f"C1: a {name} with one document's adapters reaches into another document")
+    first = np.searchsorted(ends, updates[:, 4], side="right")
+    last = np.searchsorted(begins, updates[:, 5], side="left")
+    shared = updates[:, 3] == Ledger.BASE
+    phase_end = np.maximum.accumulate(scores[:, 0])  # latest phase among the scores up to each one
+    if (phase_end[last[shared] - 1] > updates[shared, 0]).any():
+        found.append("C3: the shared weights learned from targets that were not scored yet")
+    for phase, end in updates[shared][:, [0, 5]].tolist():
+        if (begins[scores[:, 0] > phase] < end).any():
+            found.append("C1: targets were scored by weights that had learned from later ones")
+            break
+    updates, first, last = updates[~shared], first[~shared], last[~shared]
+    for offset in range(int((last - first).max(initial=0))):
+        at = np.minimum(first + offset, last - 1)
+        (score_phase, score_at), (phase, at_update) = scores[at, :2].T, updates[:, :2].T
+        if ((score_phase > phase) | ((score_phase == phase) & (score_at >= at_update))).any():
+            found.append("C3: a document's adapters learned from targets that were not scored yet")
+            break
+    # Scores with a document's adapters, in the order of time, must move forward in the document.
+    own = scores[scores[:, 3] != Ledger.BASE]
+    order = np.lexsort((own[:, 1], own[:, 0], own[:, 3]))
+    own = own[order]
+    back = (own[1:, 3] == own[:-1, 3]) & (own[1:, 4] < own[:-1, 4])
+    if back.any():
+        found.append("C1: a document was not scored from left to right while its adapters learned")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1291,12 +1529,14 @@ def sdpa_attention() -> Attention:
         back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
         return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                           enable_gqa=True)
-        return y.transpose(1, 2)
+    return Attention("sdpa", prepare, masked_attention)
 
-    return Attention("sdpa", prepare, run)
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [R,T,N,H] on k, v [R,S,K,H] where mask (broadcast to [R,1,T,S]) allows it."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                       enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 class DenseAttention(torch.autograd.Function):
@@ -1326,7 +1566,7 @@ class DenseAttention(torch.autograd.Function):
         rows, seq_len, heads, _ = q.shape
         q, k, v = (DenseAttention.fold(t, k.size(2)) for t in (q * ctx.scale, k, v))
         scores = torch.bmm(q, k.mT)
-        scores.view(rows, heads, seq_len, seq_len).masked_fill_(hidden, -1e30)
+        scores.view(rows, heads, seq_len, -1).masked_fill_(hidden, -1e30)
         p = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, p)
         return DenseAttention.unfold(torch.bmm(p, v), rows, seq_len, heads)
@@ -1335,23 +1575,24 @@ class DenseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, p = ctx.saved_tensors
         rows, seq_len, heads, _ = ctx.shape
-        kv_heads = k.size(0) // rows
+        kv_heads, seen = k.size(0) // rows, k.size(1)
         grad = DenseAttention.fold(grad, kv_heads)
         grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
         grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
         return (DenseAttention.unfold(grad_q, rows, seq_len, heads),
-                DenseAttention.unfold(torch.bmm(grad_scores.mT, q), rows, seq_len, kv_heads),
-                DenseAttention.unfold(torch.bmm(p.mT, grad), rows, seq_len, kv_heads), None)
+                DenseAttention.unfold(torch.bmm(grad_scores.mT, q), rows, seen, kv_heads),
+                DenseAttention.unfold(torch.bmm(p.mT, grad), rows, seen, kv_heads), None)
+
+
+def dense_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`DenseAttention` where a gradient is wanted, the reference where not (its forward alone is the faster one)."""
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return DenseAttention.apply(q, k, v, ~mask) if wanted else masked_attention(q, k, v, mask)
 
 
 def dense_attention() -> Attention:
-    """`DenseAttention` where a gradient is wanted, the reference where not (its forward alone is the faster one)."""
-    reference = sdpa_attention()
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return DenseAttention.apply(q, k, v, ~mask) if q.requires_grad else reference.run(q, k, v, mask)
-
-    return Attention("dense", reference.prepare, run)
+    """Dense attention on rows of pieces."""
+    return Attention("dense", sdpa_attention().prepare, dense_masked_attention)
 
 
 def flat_attention(name: str, varlen: Callable[..., Tensor]) -> Attention:
@@ -1506,7 +1747,7 @@ class EagerCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         saved = ctx.saved_tensors[0]
-        return saved * grad.to(saved.dtype).unsqueeze(1), None, None
+        return torch.mul(saved, grad.unsqueeze(1), out=torch.empty_like(saved)), None, None  # product in fp32
 
 
 class Kernels(NamedTuple):
@@ -1515,6 +1756,8 @@ class Kernels(NamedTuple):
     rms_norm: Callable[..., Tensor] = rms_norm
     leaky_relu_squared: Callable[[Tensor, float], Tensor] = leaky_relu_squared
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = softcapped_cross_entropy
+    masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
+    """Attention of a chunk to a document's past (`KeyValueCache`)."""
 
 
 def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -1525,16 +1768,22 @@ def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
     """The kernels of this run. A compiler fuses the references by itself; eager runs take the hand-fused twins."""
     attention = pick_attention(cfg.attention, run.device, run.dtype, cfg.train_seq_len)
-    if run.compiles or cfg.logit_softcap > 40:
+    return Kernels(attention) if run.compiles else eager_kernels(attention, cfg)
+
+
+def eager_kernels(attention: Attention, cfg: Config) -> Kernels:
+    """The hand-fused twins around `attention`."""
+    if cfg.logit_softcap > 40:  # beyond it the one-pass cross-entropy could lose its smallest terms
         return Kernels(attention)
-    return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply)
+    masked = dense_masked_attention if attention.name == "dense" else masked_attention
+    return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked)
 
 
 # ----------------------------------------------------------------------------------------------------
 # 6 Model: layer plan, weights seam, one forward
 # ----------------------------------------------------------------------------------------------------
 # Which block runs when is data (`layer_plan`): loop off and loop on are two tuples. A block reads its matrices only
-# through `w.linear(name, block, x)`, so that training, calibration and evaluation share every gate and norm. Matrices
+# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm. Matrices
 # of one kind lie in one bank [count, O, I] for the optimizer; a parameter is fp32 and is cast where it is used.
 # Positions restart at every document piece; nothing else has to be told where documents end.
 # Safe to change: a gate is one class and one entry of GATES. A new parameter needs a row in ROUTES (section 7).
@@ -1542,6 +1791,8 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
 
 class Visit(NamedTuple):
     """One execution of one stored block."""
+    number: int
+    """Position in the plan: a looped block has several visits, each with adapters of its own."""
     block: int
     """Which stored block runs."""
     skip_from: int | None
@@ -1571,7 +1822,7 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
     for i, block in enumerate(order):
         slot = i - encoder if 0 <= i - encoder < encoder else None
         lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
-        visits.append(Visit(block, None if slot is None else encoder - 1 - slot, slot, lanes))
+        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes))
     return tuple(visits)
 
 
@@ -1603,9 +1854,12 @@ class Weights:
         """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
         return F.embedding(ids, self.table).to(self.dtype)
 
-    def linear(self, name: str, block: int, x: Tensor) -> Tensor:
-        """x [..., I] times the matrix's transpose -> [..., O]."""
-        return F.linear(x, self.matrices[name, block])
+    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        """x [..., I] times the matrix's transpose -> [..., O]; the head belongs to no visit.
+
+        `side`: the sublayer's input, for products whose adapter reads that instead of x.
+        """
+        return F.linear(x, self.matrices[name, visit.block if visit else 0])
 
 
 class RecordingWeights(Weights):
@@ -1615,11 +1869,110 @@ class RecordingWeights(Weights):
         super().__init__(model, dtype)
         self.gram: dict[tuple[str, int], Tensor] = {}
 
-    def linear(self, name: str, block: int, x: Tensor) -> Tensor:
-        x_MI = x.detach().flatten(0, -2).float()
-        seen = self.gram.get((name, block))
-        self.gram[name, block] = x_MI.T @ x_MI if seen is None else seen.addmm_(x_MI.T, x_MI)
-        return super().linear(name, block, x)
+    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        x_MI, key = x.detach().flatten(0, -2).float(), (name, visit.block if visit else 0)
+        seen = self.gram.get(key)
+        self.gram[key] = x_MI.T @ x_MI if seen is None else seen.addmm_(x_MI.T, x_MI)
+        return super().linear(name, visit, x, side)
+
+
+class Adapters:
+    """Low-rank corrections (LoRA, Hu et al. 2021) of one batch of documents, one set a row, for every visit.
+
+    A site is (product, visit number): A [R, r, I] is the same draw for every row, B [R, O, r] starts at zero, so that
+    the first chunk is scored by the plain model, bit for bit. `o` and `mlp` read the sublayer's normed input (#1530).
+    """
+
+    def __init__(self, model: GPT, plan: Sequence[Visit], rows: int, cfg: Config) -> None:
+        dim, kv_dim = model.cfg.model_dim, model.cfg.num_kv_heads * model.cfg.head_dim
+        device, rank = model.tok_emb.device, cfg.ttt_lora_rank
+        parts = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=model.cfg.vocab_size)
+        self.scale = cfg.ttt_lora_alpha / rank
+        draw = torch.Generator().manual_seed(cfg.seed)
+        wanted = cfg.ttt_lora_on.split(",")
+        self.sites: dict[tuple[str, int], list[tuple[int, Tensor, Tensor]]] = {}
+        """(product, visit number) -> parts [(first output row, A, B)]; qkv has up to three."""
+        for name, visit in [(n, v) for v in plan for n in ("q", "k", "v", "o", "mlp")] + [("head", None)]:
+            a = (2 * torch.rand(rank, dim, generator=draw) - 1) / math.sqrt(dim)  # drawn also where it is not wanted
+            if name not in wanted:
+                continue
+            product = {"q": "qkv", "k": "qkv", "v": "qkv", "mlp": "down"}.get(name, name)
+            site = self.sites.setdefault((product, visit.number if visit else 0), [])
+            first = {"k": dim, "v": dim + kv_dim}.get(name, 0)
+            site.append((first, a.to(device).repeat(rows, 1, 1).requires_grad_(),
+                         torch.zeros(rows, parts[name], rank, device=device, requires_grad=True)))
+
+    def parameters(self) -> list[Tensor]:
+        """Every A and B."""
+        return [t for site in self.sites.values() for _, a, b in site for t in (a, b)]
+
+
+class AdaptedWeights(Weights):
+    """Plain weights plus each row's own adapters: y + (x A^T) B^T * alpha / r, before the channel scales."""
+
+    def __init__(self, base: Weights, model: GPT, adapters: Adapters) -> None:
+        self.dtype, self.table, self.matrices, self.adapters = base.dtype, base.table, base.matrices, adapters
+        self.scales = {"o": model.attn_scale.detach(), "down": model.mlp_scale.detach()}
+
+    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        y = super().linear(name, visit, x)
+        source, changes, at = x if side is None else side, [], 0
+        for first, a, b in self.adapters.sites.get((name, visit.number if visit else 0), ()):
+            b = b * self.adapters.scale
+            if name in self.scales and visit is not None:
+                b = b * self.scales[name][visit.block].unsqueeze(1)
+            changes += [y.new_zeros(*y.shape[:-1], first - at)] * (first > at)
+            changes.append(torch.bmm(torch.bmm(source, a.to(self.dtype).mT), b.to(self.dtype).mT))
+            at = first + b.size(1)
+        changes += [y.new_zeros(*y.shape[:-1], y.size(-1) - at)] * (0 < at < y.size(-1))
+        return y + (torch.cat(changes, dim=-1) if len(changes) > 1 else changes[0]) if changes else y
+
+
+class NoPast:
+    """Every token's context is in the batch."""
+    lead = 0
+    """Columns at the front of a batch that are embedded but not run: the token before a chunk."""
+    reach = 0
+    """Tokens of the past that can be seen."""
+
+    def prepare(self, kernels: Kernels, batch: Batch) -> Any:
+        return kernels.attention.prepare(batch)
+
+    def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Any) -> Tensor:
+        return kernels.attention.run(q, k, v, pieces)
+
+
+NO_PAST = NoPast()
+
+
+class KeyValueCache(NoPast):
+    """Keys and values of the last `reach` tokens of each row's document, computed with the weights of their time.
+
+    A chunk attends to them and to itself, so that a token is computed once instead of once a chunk. Gradients end at
+    the chunk's start. All rows are at the same position of their documents.
+    """
+    lead = 1
+
+    def __init__(self, reach: int) -> None:
+        self.reach, self.seen = reach, 0
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
+        size, old = batch.ids.size(1) - self.lead, min(self.seen, self.reach)
+        column = torch.arange(old + size, device=batch.ids.device)
+        back = column[old:, None] - column[None, :]
+        return ((back >= 0) & (back < self.reach))[None, None]
+
+    def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Tensor) -> Tensor:
+        if visit.number in self.held:
+            k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.held[visit.number], (k, v)))
+        self.new[visit.number] = (k[:, -self.reach:].detach(), v[:, -self.reach:].detach())
+        return kernels.masked(q, k, v, pieces)
+
+    def advance(self, size: int, new: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """`new` (of the scoring forward over `size` tokens) becomes the past of the next chunk."""
+        self.held, self.seen = dict(new), self.seen + size
 
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1732,6 +2085,7 @@ class BigramHash(nn.Module):
 class Step(NamedTuple):
     """What all visits of one forward share."""
     w: Weights
+    past: NoPast
     pieces: Any
     cos: Tensor
     sin: Tensor
@@ -1784,14 +2138,14 @@ class GPT(nn.Module):
                 for row, matrix in enumerate(parameter.detach().unbind()):
                     yield f"blocks.{row % layers}.{banks[name][row // layers]}", matrix, name
 
-    def rotary(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its piece."""
-        cfg, seq_len = self.cfg, batch.ids.size(1)
+    def rotary(self, positions_RT: Tensor, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its piece, for contexts of seq_len."""
+        cfg = self.cfg
         base = cfg.rope_base
         if cfg.rope_yarn and seq_len > cfg.rope_train_seq_len and cfg.rope_dims > 2:
             base *= (seq_len / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-        exponent = torch.arange(0, cfg.rope_dims, 2, device=batch.ids.device) / max(1, cfg.rope_dims)
-        angle = batch.positions[..., None, None] * base ** -exponent
+        exponent = torch.arange(0, cfg.rope_dims, 2, device=positions_RT.device) / max(1, cfg.rope_dims)
+        angle = positions_RT[..., None, None] * base ** -exponent
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def embed(self, batch: Batch, w: Weights) -> Tensor:
@@ -1805,29 +2159,31 @@ class GPT(nn.Module):
             e = e + self.bigram(batch, e.dtype)
         return self.kernels.rms_norm(e)
 
-    def attn(self, n: Tensor, block: int, step: Step) -> Tensor:
-        """Attention of one block on its normed input n [R, T, D]."""
-        cfg, heads, kv = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads
-        qkv = step.w.linear("qkv", block, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
+    def attn(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
+        """Attention of one visit on its normed input n [R, T, D]."""
+        cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, visit.block
+        qkv = step.w.linear("qkv", visit, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
         q, k, v = qkv.split([heads, kv, kv], dim=2)
         q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), step.cos, step.sin)
         k = rotate(self.kernels.rms_norm(k), step.cos, step.sin)
-        y = self.kernels.attention.run(q, k, v, step.pieces)
+        y = step.past.attend(self.kernels, visit, q, k, v, step.pieces)
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
         y = self.gate(y, n, block)
-        return step.w.linear("o", block, y.flatten(2))
+        return step.w.linear("o", visit, y.flatten(2), side=n)
 
-    def mlp(self, n: Tensor, block: int, step: Step) -> Tensor:
-        """MLP of one block on its normed input."""
-        hidden = self.kernels.leaky_relu_squared(step.w.linear("up", block, n), self.cfg.mlp_slope)
-        return step.w.linear("down", block, hidden)
+    def mlp(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
+        """MLP of one visit on its normed input."""
+        hidden = self.kernels.leaky_relu_squared(step.w.linear("up", visit, n), self.cfg.mlp_slope)
+        return step.w.linear("down", visit, hidden, side=n)
 
-    def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights) -> Tensor:
-        """[R, T, D]: the normed input of the output matrix. The only forward there is."""
-        dtype = w.dtype
-        step, norm = Step(w, self.kernels.attention.prepare(batch), *self.rotary(batch, dtype)), self.kernels.rms_norm
-        x = x0 = self.embed(batch, w)
+    def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights, past: NoPast = NO_PAST) -> Tensor:
+        """[R, T - past.lead, D]: the normed input of the output matrix. The only forward there is."""
+        dtype, norm = w.dtype, self.kernels.rms_norm
+        positions = batch.positions[:, past.lead:]
+        context = max(past.reach, positions.size(1))
+        step = Step(w, past, past.prepare(self.kernels, batch), *self.rotary(positions, context, dtype))
+        x = x0 = self.embed(batch, w)[:, past.lead:]
         lane = None  # the second lane, once there are two
         outputs: list[Tensor] = []
         for visit in plan:
@@ -1842,14 +2198,14 @@ class GPT(nn.Module):
             mix = self.resid_mix[i].to(dtype)
             u = mix[0] * x + mix[1] * x0
             n = norm(u, scale)
-            a = self.attn(n, i, step)
+            a = self.attn(n, visit, step)
             if visit.lanes == "none":
                 x = u + a
-                x = x + self.mlp(norm(x, scale), i, step)
+                x = x + self.mlp(norm(x, scale), visit, step)
             elif visit.lanes == "single":
-                x = u + a + self.mlp(n, i, step)
+                x = u + a + self.mlp(n, visit, step)
             else:
-                m = self.mlp(norm(lane, scale), i, step)
+                m = self.mlp(norm(lane, scale), visit, step)
                 keep, post = self.parallel_resid_lambdas[i].to(dtype), self.parallel_post_lambdas[i].to(dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
                 lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
@@ -1860,7 +2216,7 @@ class GPT(nn.Module):
 
     def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
         """Nats of each target [M] given the final hidden states, fp32."""
-        return self.kernels.cross_entropy(w.linear("head", 0, hidden_MD), targets_M, self.cfg.logit_softcap)
+        return self.kernels.cross_entropy(w.linear("head", None, hidden_MD), targets_M, self.cfg.logit_softcap)
 
     def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
@@ -1994,7 +2350,7 @@ class ShardedOptimizer:
     """Muon for the banks, sharded over ranks by slices; AdamW for the rest, replicated."""
 
     def __init__(self, model: GPT, cfg: Config, run: Run) -> None:
-        self.cfg, self.run = cfg, run
+        self.cfg, self.run, self.named = cfg, run, dict(model.named_parameters())
         routes = {name: route(name) for name, _ in model.named_parameters()}
         self.banks = [(p, routes[n]) for n, p in model.named_parameters() if routes[n].rule == "muon"]
         self.small = [p for n, p in model.named_parameters() if routes[n].rule == "adam"]
@@ -2024,6 +2380,8 @@ class ShardedOptimizer:
         Gradients are consumed. `lr_scale` multiplies every peak learning rate.
         """
         cfg, run = self.cfg, self.run
+        idle = [name for name, p in self.named.items() if p.grad is None]
+        ensure(not idle, f"no gradient reached {', '.join(idle)}")
         grads = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
         flat = run.total(torch.cat([p.grad.flatten() for p in self.small]))
         own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
@@ -2307,7 +2665,9 @@ def quantize(model: GPT, hessians: Mapping[tuple[str, int], Tensor], cfg: Config
         mine = matrices[run.rank::run.world]
         if mine:
             stack = torch.stack([values for _, values in mine])
-            step = row_steps(coarser * sigmas * stack.std(dim=-1), bits)
+            # A row of nearly one value has almost no spread: its step must still reach its values.
+            largest = torch.maximum(sigmas * stack.std(dim=-1), stack.square().mean(-1).sqrt())
+            step = row_steps(coarser * largest, bits)
             hessian = torch.stack([hessians[hessian_key(name)] for name, _ in mine])
             codes = gptq(stack, hessian, step, bits, cfg.gptq_damp, run.log)
             own.update({name: Quantized(stored, c, s) for (name, _), c, s in zip(mine, codes.cpu(), step.cpu())})
@@ -2373,8 +2733,8 @@ def join_bytes(data: bytes) -> bytes:
     return bytes(out)
 
 
-def pack(tensors: Mapping[str, Quantized], model: ModelKnobs, preset: str) -> bytes:
-    """The artifact's bytes."""
+def pack(tensors: Mapping[str, Quantized], model: ModelKnobs, preset: str, illegal: str = "") -> bytes:
+    """The artifact's bytes; `illegal` says which rule its making broke ("": none)."""
     streams: dict[str, bytearray] = collections.defaultdict(bytearray)
     for q in tensors.values():
         if q.scale is None:
@@ -2385,7 +2745,8 @@ def pack(tensors: Mapping[str, Quantized], model: ModelKnobs, preset: str) -> by
     packed = {name: brotli_pack(split_bytes(bytes(raw)) if name in ("fp16", "steps") else bytes(raw))
               for name, raw in streams.items()}
     header = json.dumps({
-        "preset": preset, "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
+        "preset": preset, "illegal": illegal,
+        "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
         "tensors": [[name, q.stored, list(q.codes.shape)] for name, q in tensors.items()],
         "streams": [[name, len(streams[name]), len(packed[name])] for name in streams]}, separators=(",", ":"))
     head = struct.pack("<I", len(header)) + brotli_pack(header.encode())
@@ -2397,6 +2758,8 @@ class Artifact(NamedTuple):
     """What an artifact holds."""
     model: ModelKnobs
     preset: str
+    illegal: str
+    """Which rule its making broke; empty: none."""
     tensors: dict[str, Tensor]
     """Stored name -> fp32 values."""
     stream_bytes: dict[str, int]
@@ -2425,7 +2788,8 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
         with torch.device("meta"):
             expected = [[name, route(parameter).stored, list(values.shape)]
                         for name, values, parameter in GPT(model).tensors()]
-        preset, listed = str(header["preset"]), [(str(n), int(raw), int(size)) for n, raw, size in header["streams"]]
+        preset, illegal = str(header["preset"]), str(header["illegal"])
+        listed = [(str(n), int(raw), int(size)) for n, raw, size in header["streams"]]
         require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
     except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: the header cannot be read ({type(error).__name__})") from None
@@ -2453,7 +2817,7 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             quantized = Quantized(stored, codes, torch.from_numpy(parts[1].copy()).view(shape[:-1]))
         tensors[name] = quantized.dequantize()
         require(bool(torch.isfinite(tensors[name]).all()), f"{source}: {name} holds values that are not finite")
-    return Artifact(model, preset, tensors, {name: size for name, _, size in listed})
+    return Artifact(model, preset, illegal, tensors, {name: size for name, _, size in listed})
 
 
 @torch.no_grad()
@@ -2489,6 +2853,11 @@ def shipped_source(path: Path) -> bytes:
             b'exec(compile(s,"train_gpt","exec"))\n')
 
 
+def illegal(cfg: Config) -> str:
+    """Which rule a run with these knobs breaks; empty: none."""
+    return "C3: trained on the validation data before it was scored (PREQUANT_TTT=1)" if cfg.prequant_ttt else ""
+
+
 def predicted_bytes(cfg: Config) -> dict[str, int]:
     """Estimated packed bytes by stream before training: Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
     with torch.device("meta"):
@@ -2518,7 +2887,7 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
         with run.phase("gptq", "train"):
             tensors = quantize(model, hessians, cfg, run, coarser=2.0 ** octaves)
         with run.phase("pack"):
-            blob = run.share(pack(tensors, cfg, cfg.preset) if run.is_main else b"")
+            blob = run.share(pack(tensors, cfg, cfg.preset, illegal(cfg)) if run.is_main else b"")
         run.log("pack", steps_times=2.0 ** octaves, weight_bytes=len(blob), code_bytes=code_bytes,
                 left_bytes=cap - len(blob))
         return blob
@@ -2548,6 +2917,7 @@ def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_byte
             high, best = (octaves, len(blob)), blob
             if len(blob) > 0.99 * cap or octaves - low[0] < 0.005:
                 break
+    ensure(bool(best), "no attempt fitted the cap and none was the coarsest")
     return best
 
 
@@ -2572,13 +2942,14 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------
-# 11 Evaluation: plain and sliding windows through one scorer
+# 11 Evaluation: one scorer; windows, adapters for each document, learning from what is scored, n-gram tilt
 # ----------------------------------------------------------------------------------------------------
 # A document is scored by itself: a token's context is what precedes it in its document, at most EVAL_SEQ_LEN ids. The
-# target of a document's last token is the next BOS. Plain evaluation cuts documents into pieces; sliding windows move
-# on by EVAL_STRIDE targets, so that late tokens keep a long context; where a document fits a window they are the same.
-# Windows are packed into rows of EVAL_SEQ_LEN and dealt to the ranks. Every target is scored exactly once (section 4).
-# Safe to change: packing and dealing.
+# target of a document's last token is the next BOS. Whatever adapts follows one order, the stream's: the shared
+# weights learn at the end of a part from targets of it and earlier ones, a document's adapters from its own earlier
+# chunks, and a hint is a function of the ids before its target. Documents of one part therefore run in any batch and
+# on any rank; the score is the same up to rounding. A target is scored before anything learns from it (section 4).
+# Safe to change: packing and dealing; how an update is made. Not safe: what it is made from.
 
 
 class Window(NamedTuple):
@@ -2644,25 +3015,436 @@ def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: in
             torch.from_numpy(np.concatenate(which)))
 
 
+class Hints(NamedTuple):
+    """At most one hinted id for each target, with its strength; both depend on the ids before the target alone."""
+    ids: Tensor
+    """[targets] int64; any id where there is no hint."""
+    betas: Tensor
+    """[targets] float32; 0: no hint."""
+
+
+def context_groups(ids: Tensor, length: int, groups: dict[int, tuple[Tensor, Tensor | None]]
+                   ) -> tuple[Tensor, Tensor | None]:
+    """(number, order) for contexts of `length` ids: number[t] is equal for equal ids[t-length+1..t] (t >= length-1);
+    order lists these t by number and then by time. Exact: built by doubling and sorting, nothing is hashed."""
+    if length == 1:
+        return ids, None
+    if length not in groups:
+        half = 1 << (length - 1).bit_length() - 1  # two overlapping halves cover the context
+        number = context_groups(ids, half, groups)[0]
+        key = number[half - 1:len(ids) - length + half].long() * (int(number.max()) + 1) + number[length - 1:]
+        key, order = key.sort(stable=True)
+        ranks = torch.zeros_like(number, dtype=torch.int32)
+        order += length - 1
+        ranks[order] = F.pad((key[1:] != key[:-1]).int().cumsum(0, dtype=torch.int32), (1, 0))
+        groups[length] = ranks, order
+    return groups[length]
+
+
+def continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each t of `order`, what followed earlier occurrences of its context: (best id, its count, all), in the
+    order given. The best is the id that first reached the highest count, as in #1514's tables."""
+    follower = F.pad(ids[1:], (0, 1))[order]  # the last t has no follower: it is the last of its group, so none sees it
+    group = number[order].long()
+    index = torch.arange(len(order), device=ids.device)
+
+    def since(changed: Tensor) -> Tensor:
+        """Distance to the last place at or before each where `changed` holds; the first place counts as one."""
+        return index - torch.where(changed, index, 0).cummax(0).values
+
+    opens = F.pad(group[1:] != group[:-1], (1, 0), value=True)
+    pair, by_pair = (group * vocab_size + follower).sort(stable=True)
+    count = torch.empty_like(index)
+    count[by_pair] = since(F.pad(pair[1:] != pair[:-1], (1, 0), value=True)) + 1
+    highest = (group * (len(order) + 1) + count).cummax(0).values
+    rises = F.pad(highest[1:] > highest[:-1], (1, 0), value=True)
+    leader = torch.where(rises, index, 0).cummax(0).values
+    before, seen = (index - 1).clamp_min(0), since(opens)
+    return follower[leader[before]], count[leader[before]] * (seen > 0), seen
+
+
+def ngram_hints(ids: Tensor, cfg: Config) -> Hints:
+    """The hint of every target: the continuation that its longest trusted context had most often before (#1420).
+
+    NGRAM_RULES are tried longest context first; one applies where the best continuation has its least share and the
+    context its least number of earlier occurrences. ids [N] int64 on any device; about 100 bytes of memory an id.
+    """
+    hints = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    betas = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
+    groups: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for length, least_share, least_count in sorted(ngram_rules(cfg.ngram_rules), reverse=True):
+        if length >= len(ids):
+            continue
+        number, order = context_groups(ids, length, groups)
+        order = torch.sort(number, stable=True).indices if order is None else order
+        best, count, seen = continuations(ids, number, order, cfg.vocab_size)
+        share = count / seen.clamp_min(1)
+        use = (seen >= least_count) & (share >= least_share) & (betas[order] == 0)
+        hints[order[use]] = best[use]
+        betas[order[use]] = cfg.ngram_base_beta * (share[use] if cfg.ngram_beta_by_share else 1.0)
+    return Hints(hints[:-1], betas[:-1])
+
+
+def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, gamma: float, softcap: float
+           ) -> Tensor:
+    """Nats under p'(y) = p(y) e^(b [y = hint]) / Z with Z = 1 + p(hint) (e^b - 1) and b = beta (1 - p(hint))^gamma.
+
+    nats, targets, hints, betas [M]; logits [M, V] before the softcap. b depends on p and the hint, never on the
+    target, so that p' is a distribution fixed before the target is looked at.
+    """
+    def capped(ids: Tensor) -> Tensor:
+        picked = logits.gather(-1, ids.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return softcap * torch.tanh(picked.double() / softcap)
+
+    p = torch.exp(capped(hints) - capped(targets) - nats.double()).clamp_max(1.0)
+    b = betas * (1 - p) ** gamma
+    return (nats + torch.log1p(p * torch.expm1(b)) - b * (hints == targets)).float()
+
+
+class Scorer:
+    """Turns hidden states into ledger entries: the one place where a score is made."""
+
+    def __init__(self, val: ValData, cfg: Config, run: Run, hints: Hints | None = None) -> None:
+        self.val, self.cfg, self.run, self.hints = val, cfg, run, hints
+        self.ledger = Ledger(val.num_targets, val.starts)
+
+    def nats(self, model: GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        """(scores, losses to learn from), flat [M]: of targets with these numbers, given hidden [..., D]."""
+        logits = w.linear("head", None, hidden).flatten(0, -2)
+        targets, numbers = targets.flatten(), numbers.flatten()
+        nats = model.kernels.cross_entropy(logits, targets, model.cfg.logit_softcap)
+        if self.hints is None:
+            return nats.detach(), nats
+        at = numbers.clamp_max(len(self.hints.ids) - 1).to(self.hints.ids.device)
+        hints, betas = (t[at].to(nats.device) for t in self.hints)
+        with torch.no_grad():
+            return tilted(nats, logits, targets, hints, betas, self.cfg.ngram_gamma, model.cfg.logit_softcap), nats
+
+
 @torch.no_grad()
-def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
-    """Score of the whole validation stream with windows that advance by `stride` targets; split over ranks."""
+def score_windows(model: GPT, windows: Sequence[Window], scorer: Scorer, name: str) -> None:
+    """Score windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
+    cfg, run = scorer.cfg, scorer.run
     w, plan = Weights(model, run.dtype), layer_plan(model.cfg, looped=True)
     hidden = run.compiled(model.hidden)
-    rows = pack_rows(plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), cfg.eval_seq_len)
-    mine, ledger = rows[run.rank::run.world], Ledger(val.num_targets)
+    mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]
     chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
     with run.progress(len(mine), name, "row") as bar:
         for at in range(0, len(mine), cfg.eval_rows):
             part = mine[at:at + cfg.eval_rows]
             num_rows = cfg.eval_rows if run.compiles else len(part)  # a compiled graph has one shape
-            batch, where, which = window_batch(part, val.ids, num_rows, cfg.eval_seq_len)
+            batch, where, which = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
             batch, where = batch.to(run.device), where.to(run.device)
             flat, targets = hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten()
             for spots, numbers in zip(where.split(chunk), which.split(chunk)):
-                ledger.record(numbers, model.losses(flat[spots], targets[spots], w))
+                scorer.ledger.record(numbers, scorer.nats(model, flat[spots], targets[spots], numbers, w)[0])
+            _, ends, firsts = np.array([window for row in part for window in row]).T
+            scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)
             bar.update(len(part))
-    return ledger.close(val.target_bytes, run)
+
+
+def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
+    """Score of the whole validation stream with fixed weights and windows that advance by `stride` targets."""
+    scorer = Scorer(val, cfg, run)
+    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), scorer, name)
+    return scorer.ledger.close(val.target_bytes, run)[0]
+
+
+class Job(NamedTuple):
+    """Documents that are adapted to side by side, one a row, in chunks of one size."""
+    documents: tuple[int, ...]
+    chunk: int
+    steps: int
+
+    @property
+    def cost(self) -> int:
+        """In token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few."""
+        return self.steps * (STEP_TOKENS + len(self.documents) * self.chunk)
+
+
+STEP_TOKENS = 512
+"""Fixed cost of a chunk step in tokens: launches, the optimizer, small products."""
+
+
+def plan_jobs(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: int) -> list[Job]:
+    """Every document (numbers, targets of each) in one job, costliest job first.
+
+    Neighbours in length share a job while the padding costs less than steps of their own, up to TTT_BATCH_SIZE rows,
+    and fewer where the ranks would otherwise have too few jobs to share evenly.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
+    jobs: list[Job] = []
+    open_job: list[int] = []
+    chunk = steps = 0
+    for i in by_length[lengths[by_length] > 0].tolist():
+        size = chunk_size(int(lengths[i]), cfg.ttt_chunk_size)
+        own = -(-int(lengths[i]) // size)
+        padding = steps * chunk - int(lengths[i])
+        if open_job and size == chunk and len(open_job) < most and padding <= own * STEP_TOKENS:
+            open_job.append(int(documents[i]))
+            continue
+        if open_job:
+            jobs.append(Job(tuple(open_job), chunk, steps))
+        open_job, chunk, steps = [int(documents[i])], size, own
+    if open_job:
+        jobs.append(Job(tuple(open_job), chunk, steps))
+    return sorted(jobs, key=lambda job: (-job.cost, job.documents))
+
+
+def deal(jobs: Sequence[Job], world: int) -> list[list[Job]]:
+    """Jobs to ranks: the costliest first, each to the rank with the least work so far (Graham 1969)."""
+    dealt: list[list[Job]] = [[] for _ in range(world)]
+    load = [0] * world
+    for job in jobs:
+        rank = load.index(min(load))
+        dealt[rank].append(job)
+        load[rank] += job.cost
+    return dealt
+
+
+def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pace, name: str) -> None:
+    """Score whole documents, each with adapters that learn from its own chunks once these are scored."""
+    cfg, run, starts = scorer.cfg, scorer.run, scorer.val.starts
+    lengths = np.append(starts[1:], scorer.val.num_targets)[documents] - starts[documents]
+    mine = deal(plan_jobs(documents, lengths, cfg, run.world), run.world)[run.rank]
+    model.requires_grad_(False)
+    with torch.no_grad():
+        base = Weights(model, run.dtype)
+    with run.progress(sum(job.cost for job in mine), name, "tok") as bar:
+        for job in mine:
+            adapt_and_score(model, base, job, scorer, pace.adapts())
+            pace.did(job.cost)
+            bar.update(job.cost)
+    model.requires_grad_(True)
+
+
+def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, learns: bool) -> None:
+    """One job: chunk by chunk, score first, then one or more steps of the adapters on that chunk.
+
+    TTT_CONTEXT=cache computes each token once and keeps keys and values; recompute runs the whole window of a chunk
+    again with the newest adapters. Both score, and learn from, the chunk's targets alone.
+    """
+    cfg, run, val = scorer.cfg, scorer.run, scorer.val
+    rows, size = len(job.documents), job.chunk
+    begins = val.starts[list(job.documents)]
+    lengths = np.append(val.starts[1:], val.num_targets)[list(job.documents)] - begins
+    total = job.steps * size
+    ids = np.full((rows, total + 1), BOS_ID, dtype=np.int64)
+    for r, (begin, length) in enumerate(zip(begins, lengths)):
+        ids[r, :length + 1] = val.ids[begin:begin + length + 1]
+    ids_RT, left_R1 = torch.from_numpy(ids).to(run.device), torch.from_numpy(lengths).to(run.device)[:, None]
+    column = torch.arange(-1, total, device=run.device)
+    numbers_RT = torch.from_numpy(begins).to(run.device)[:, None] + column[None, 1:]
+    targets_RT = torch.where(column[1:] < left_R1, ids_RT[:, 1:], IGNORE)
+    scores = torch.zeros(rows, total, device=run.device)
+    plan = layer_plan(model.cfg, looped=True)
+    adapters = Adapters(model, plan, rows, cfg)
+    optimizer = adapter_optimizer(adapters, cfg)
+    past = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NoPast()
+    for begin in range(0, total, size):
+        end = begin + size
+        goes_on = lengths > end
+        steps = cfg.ttt_grad_steps if learns and goes_on.any() else 0
+        first = begin if past.lead else max(0, end - cfg.eval_seq_len)
+        # Column c of `column` is position c - 1, so that a chunk's lead is the token before it (or padding).
+        window = F.pad(ids_RT, (1, 0), value=BOS_ID)[:, first + 1 - past.lead:end + 1]
+        positions = (column[first + 1 - past.lead:end + 1] - (0 if past.lead else first)).int().expand(rows, -1)
+        pieces = torch.arange(0, window.numel() + 1, window.size(1), device=run.device, dtype=torch.int32)
+        batch = Batch(window, window, positions, pieces)
+        targets, numbers = targets_RT[:, begin:end], numbers_RT[:, begin:end]
+        for number in range(max(1, steps)):
+            with torch.set_grad_enabled(steps > 0):
+                w = AdaptedWeights(base, model, adapters)
+                hidden = model.hidden(batch, plan, w, past)[:, -size:]
+                scored, losses = scorer.nats(model, hidden, targets, numbers, w)
+            if number == 0:
+                scores[:, begin:end] = scored.view(rows, size)
+                new = dict(past.new) if isinstance(past, KeyValueCache) else {}
+                live = np.flatnonzero(lengths > begin)
+                scorer.ledger.note(Ledger.SCORE, np.array(job.documents)[live], begins[live] + begin,
+                                   begins[live] + np.minimum(end, lengths[live]))
+            if steps:
+                weight = torch.from_numpy(goes_on / size).to(losses)[:, None]
+                (losses.view(rows, size) * weight).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                live = np.flatnonzero(goes_on)
+                scorer.ledger.note(Ledger.UPDATE, np.array(job.documents)[live], begins[live] + begin,
+                                   begins[live] + end)
+        if isinstance(past, KeyValueCache):
+            past.advance(size, new)
+    real = column[1:] < left_R1
+    scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
+
+
+def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
+    """The optimizer of one job's adapters; elementwise, so that documents stay independent."""
+    parameters = adapters.parameters()
+    if cfg.ttt_optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=cfg.ttt_lora_lr, momentum=cfg.ttt_beta1,
+                               weight_decay=cfg.ttt_weight_decay, foreach=True)
+    return torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+                             weight_decay=cfg.ttt_weight_decay, fused=True)
+
+
+class SharedSgd:
+    """Steps of the shared weights on stretches of the stream, over all ranks; the rule is a torch optimizer."""
+
+    def __init__(self, model: GPT, ids: np.ndarray, optimizer: torch.optim.Optimizer, clip: float, freeze: int,
+                 batch_rows: int, cfg: Config, run: Run) -> None:
+        self.model, self.ids, self.optimizer, self.clip, self.freeze = model, ids, optimizer, clip, freeze
+        self.batch_rows, self.cfg, self.run = batch_rows, cfg, run
+        plan = layer_plan(model.cfg, looped=True)
+        self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
+
+    def learn(self, first: int, stop: int, lr: float) -> None:
+        """One step a batch of rows over targets [first, stop), each with the mean loss of its batch."""
+        seq_len, run = self.cfg.train_seq_len, self.run
+        spans = [(at, min(at + seq_len, stop)) for at in range(first, stop, seq_len)]
+        micro = max(1, self.cfg.micro_batch_tokens // seq_len)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for at in range(0, len(spans), self.batch_rows):
+            part = spans[at:at + self.batch_rows]
+            mine, count = part[run.rank::run.world], sum(b - a for a, b in part)
+            for i in range(0, len(mine), micro):
+                rows = [self.ids[a:b + 1] for a, b in mine[i:i + micro]]
+                num_rows = micro if run.compiles else len(rows)
+                (self.loss(make_batch(rows, num_rows, seq_len).to(run.device)) / count).backward()
+            self.step()
+
+    def step(self) -> None:
+        """Gradients summed over ranks in one message, the first blocks' zeroed, clipped, applied."""
+        model, layers = self.model, self.model.cfg.num_layers
+        for name, p in model.named_parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.freeze and not name.startswith(("tok_emb", "skip_", "smear_", "bigram.")):  # the rest has a row
+                p.grad.unflatten(0, (-1, layers))[:, :self.freeze] = 0  # (banks: two) for each block
+        parameters = list(model.parameters())
+        flat = self.run.total(torch.cat([p.grad.flatten() for p in parameters]))
+        if self.clip:
+            flat *= (self.clip / flat.norm().clamp_min(1e-12)).clamp_max(1.0)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def cosine(i: int, count: int) -> float:
+    """From 1 at i = 0 to 0 at the last of `count`."""
+    return 0.5 * (1 + math.cos(math.pi * i / max(1, count - 1)))
+
+
+class Pace:
+    """Watches the projected end of evaluation; once it passes EVAL_SECONDS_BUDGET, nothing adapts any more.
+
+    The rest is still scored, by what has been learned: no target is ever left out.
+    """
+
+    def __init__(self, total_cost: float, cfg: Config, run: Run) -> None:
+        self.cfg, self.run, self.total, self.done = cfg, run, max(1.0, total_cost), 0.0
+        self.used, self.started, self.stopped = run.spent("eval"), time.perf_counter(), False
+
+    def did(self, cost: float) -> None:
+        """Account for finished work, in the unit of `total_cost`."""
+        self.done += cost
+
+    def adapts(self) -> bool:
+        """Whether the end that the work so far projects lies within the budget; never true again once it was not."""
+        took = time.perf_counter() - self.started
+        late = self.used + took / max(self.done, 1e-9) * self.total if self.done else self.used + took
+        if not self.stopped and late > self.cfg.eval_seconds_budget:
+            self.stopped = True
+            self.run.log("adaptation_stopped", done=self.done / self.total, projected_seconds=late)
+        return not self.stopped
+
+
+def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> tuple[Score, str]:
+    """Score of the validation stream with everything the knobs ask for, part by part in the order of the stream.
+
+    The shared weights of `model` change. Returns the score and the ledger's digest.
+    """
+    adapt = {"none": score_plain, "sgd": chunked_sgd, "lora": phased_lora}[cfg.ttt]
+    adapt(model, val, cfg, run, scorer)
+    return scorer.ledger.close(val.target_bytes, run)
+
+
+def score_plain(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
+    """Fixed weights, windows by EVAL_STRIDE."""
+    stride = cfg.eval_stride or cfg.eval_seq_len
+    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), scorer, "score")
+
+
+def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
+    """Windows of TTT_CHUNK_TOKENS targets are scored, then the whole model learns from these targets (#1413, #549).
+
+    A window belongs to the chunk of its first scored target. Momentum runs on; the rate falls as a cosine over chunks.
+    """
+    stride = cfg.eval_stride or cfg.eval_seq_len
+    windows = plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride)
+    firsts = [w.first for w in windows]
+    count = -(-val.num_targets // cfg.ttt_chunk_tokens)
+    sgd = SharedSgd(model, val.ids, torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
+                    cfg.ttt_grad_clip, cfg.ttt_freeze_blocks, cfg.ttt_batch_seqs, cfg, run)
+    pace = Pace(count, cfg, run)
+    for c in range(count):
+        first, stop = c * cfg.ttt_chunk_tokens, min((c + 1) * cfg.ttt_chunk_tokens, val.num_targets)
+        mine = windows[bisect.bisect_left(firsts, first):bisect.bisect_left(firsts, stop)]
+        score_windows(model, mine, scorer, f"chunk {c + 1}/{count}")
+        if c + 1 < count and run.share(pace.adapts()):
+            for _ in range(cfg.ttt_epochs):
+                sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))
+            if run.is_main:
+                scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)
+        pace.did(1)
+        scorer.ledger.phase += 1
+
+
+def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
+    """Documents with adapters of their own; after each phase the shared weights learn from all documents so far.
+
+    The phases end at equal shares of the first PHASED_TTT_PREFIX_DOCS documents of the stream (#1610, which took the
+    longest ones instead).
+    """
+    documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases
+    prefix = min(cfg.phased_ttt_prefix_docs, len(documents))
+    ends = [prefix * (i + 1) // phases for i in range(phases)] + [len(documents)]
+    lengths = np.append(val.starts[1:], val.num_targets) - val.starts
+    work = plan_jobs(documents, lengths, cfg, run.world)
+    pace = Pace(sum(job.cost for job in deal(work, run.world)[run.rank]), cfg, run)
+    begin = 0
+    for number, end in enumerate(ends):
+        score_documents(model, documents[begin:end], scorer, pace, f"phase {number + 1}/{len(ends)}")
+        stop = int(val.starts[end]) if end < len(documents) else val.num_targets
+        if begin < end < len(documents) and run.share(pace.adapts()):
+            with run.phase("shared_sgd", "eval"):
+                momentum = torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.global_ttt_momentum)
+                sgd = SharedSgd(model, val.ids, momentum, cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg,
+                                run)
+                chunks = range(0, stop, cfg.global_ttt_chunk_tokens)
+                for _ in range(cfg.global_ttt_epochs):
+                    for i, first in enumerate(chunks):
+                        sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
+                                  cfg.global_ttt_lr * cosine(i, len(chunks)))
+            if run.is_main:
+                scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
+        begin = end
+        scorer.ledger.phase += 1
+
+
+def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
+    """AdamW on the validation data before quantization, as PR #1485 did: against the rules (C3), a specimen.
+
+    Kept so that the auditor has something real to catch; whatever it scores is marked illegal.
+    """
+    val = ValData.load(cfg, run)
+    adam = torch.optim.AdamW(model.parameters(), lr=cfg.prequant_ttt_lr, weight_decay=0.0)
+    sgd = SharedSgd(model, val.ids, adam, cfg.prequant_ttt_grad_clip, cfg.prequant_ttt_freeze_blocks,
+                    cfg.prequant_ttt_batch_seqs, cfg, run)
+    for epoch in range(cfg.prequant_ttt_epochs):
+        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * epoch / cfg.prequant_ttt_epochs))
+        sgd.learn(0, val.num_targets, cfg.prequant_ttt_lr * share)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2785,7 +3567,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 last, marked = total, (step, seconds)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
                 with clock.pause(), run.phase("val_probe"):
-                    val = val or ValData(cfg, run)
+                    val = val or ValData.load(cfg, run)
                     score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
@@ -2808,6 +3590,10 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
                 rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro)
     figures = train(model, data, cfg, run)
+    if cfg.prequant_ttt:
+        with run.phase("prequant_ttt", "train"):
+            run.log("warning", text=f"this run is illegal: {illegal(cfg)}")
+            prequant_ttt(model, cfg, run)
     with run.phase("calibrate", "train"):
         hessians = collect_hessians(model, data, figures["steps"] * cfg.train_rows, cfg, run)
     blob = fit_to_cap(model, hessians, code_bytes, cfg, run)
@@ -2826,23 +3612,34 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             weight_bytes=len(blob), code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes,
             **{f"bytes_{name.replace(':', '_')}": size for name, size in artifact.stream_bytes.items()})
     with run.phase("load_val", "eval"):
-        val = ValData(cfg, run)
+        val = ValData.load(cfg, run)
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
     ladder = {}
+    strides = {"ema": cfg.eval_seq_len, "quantized": cfg.eval_seq_len, "sliding": cfg.eval_stride or cfg.eval_seq_len}
 
-    def rung(name: str, weights: GPT, stride: int, budget: str) -> Score:
-        with run.phase(f"score_{name}", budget):
-            score = evaluate(weights, val, stride, cfg, run, name)
+    def rung(name: str, score: Score) -> None:
         run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
         ladder[name] = score.val_bpb
-        return score
 
-    if ema is not None:
-        rung("ema", ema, cfg.eval_seq_len, "none")
-    score = rung("quantized", model, cfg.eval_seq_len, "none" if cfg.eval_stride else "eval")
-    if cfg.eval_stride:
-        score = rung("sliding", model, cfg.eval_stride, "eval")
+    for name in cfg.eval_ladder.split(","):
+        if name and (name != "ema" or ema is not None):
+            with run.phase(f"score_{name}"):
+                score = evaluate(ema if name == "ema" else model, val, strides[name], cfg, run, name)
+            rung(name, score)
+    hints = None
+    if cfg.ngram_tilt_enabled:
+        with run.phase("ngram", "eval"):
+            hints = ngram_hints(torch.from_numpy(val.ids.astype(np.int64)).to(run.device), cfg)
+            run.log("ngram", hinted=int((hints.betas > 0).sum()), targets=val.num_targets,
+                    right=int((hints.ids.cpu() == torch.from_numpy(val.ids[1:].astype(np.int64)))[
+                        (hints.betas > 0).cpu()].sum()))
+    with run.phase("score", "eval"):
+        if cfg.ttt == "lora":  # chunks are short and their shapes many: nothing of this is compiled
+            model.kernels = eager_kernels(model.kernels.attention, cfg)
+        score, digest = adapted_score(model, val, cfg, run, Scorer(val, cfg, run, hints))
+    rung({"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) +
+         ("+ngram" if cfg.ngram_tilt_enabled else ""), score)
     total = time.perf_counter() - run.started
     run.log("verdict", val_bpb=score.val_bpb, val_loss=score.val_loss, tokens=score.tokens, bytes=score.bytes,
             ladder=ladder, artifact_bytes=len(blob) + code_bytes, weight_bytes=len(blob), code_bytes=code_bytes,
@@ -2850,7 +3647,7 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             eval_seconds=round(run.spent("eval"), 3), other_seconds=round(total - run.spent("train") -
                                                                          run.spent("eval"), 3),
             total_seconds=round(total, 3), parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed,
-            run_id=run.run_id, **figures)
+            run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal, **figures)
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 RUNGS = {"ema": "averaged weights, before quantization", "quantized": "from the artifact, plain",
-         "sliding": "from the artifact, sliding windows"}
+         "sliding": "from the artifact, sliding windows", "plain": "from the artifact, plain",
+         "lora": "documents' own adapters learn from what is scored", "sgd": "the model learns from what is scored"}
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -38,9 +39,11 @@ def table(path: Path) -> str:
     if verdict is None:
         raise ValueError(f"{path}: the run has no verdict (unfinished, or it failed); see {path.with_suffix('.txt')}")
     rows = [("val_bpb", "")]
-    for rung, meaning in RUNGS.items():
-        if rung in verdict["ladder"]:
-            rows.append((f"  {rung}", f"{verdict['ladder'][rung]:.4f}   {meaning}"))
+    for rung, bpb in verdict["ladder"].items():
+        name, *tilt = rung.split("+")
+        rows.append((f"  {rung}", f"{bpb:.4f}   {RUNGS.get(name, name)}{', n-gram tilt' if tilt else ''}"))
+    if verdict.get("illegal"):
+        rows.append(("ILLEGAL", verdict["illegal"]))
     compressors = (last(found, "val_data") or {}).get("compressors") or {}
     for name, need in compressors.items():
         rows.append((f"  {name}", f"{need['bits_per_byte']:.4f}   the same validation text, {need['bytes']:,} bytes"))

@@ -33,7 +33,7 @@ def logits(model: tg.GPT) -> Tensor:
     """Of a fixed batch."""
     w, batch = tg.Weights(model, torch.float32), batch_of(np.array([document(s, 24) for s in range(3)]))
     with torch.no_grad():
-        return w.linear("head", 0, model.hidden(batch, tg.layer_plan(model.cfg, looped=True), w))
+        return w.linear("head", None, model.hidden(batch, tg.layer_plan(model.cfg, looped=True), w))
 
 
 def quantized(cfg: tg.Config) -> dict[str, tg.Quantized]:

@@ -73,7 +73,7 @@ def test_a_bad_shard_is_one_line_that_names_the_file_and_the_remedy(content, fou
     path.write_bytes(content)
     cfg = tiny(data_path=str(tmp_path), tokenizer_path=dataset["tokenizer_path"])
     with pytest.raises(tg.UserError) as error:
-        (tg.TrainData if split == "train" else tg.ValData)(cfg, process())
+        (tg.TrainData if split == "train" else tg.ValData.load)(cfg, process())
     message = str(error.value)
     assert str(path) in message and found in message and "\n" not in message
     assert any(word in message for word in ("prepare", "another tokenizer"))

@@ -37,8 +37,8 @@ def scored(model: tg.GPT, val: SimpleNamespace, stride: int, cfg: tg.Config, run
     ledgers = []
 
     class Kept(tg.Ledger):
-        def __init__(self, num_targets: int) -> None:
-            super().__init__(num_targets)
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
             ledgers.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -201,9 +201,9 @@ def test_ranks_share_the_rows_and_agree_on_the_total(run: tg.Run):
     model, parts = noisy(cfg), []
 
     class Part(tg.Ledger):
-        def close(self, target_bytes: np.ndarray, run: tg.Run) -> tg.Score:
+        def close(self, target_bytes: np.ndarray, run: tg.Run) -> tuple[tg.Score, str]:
             parts.append(self)
-            return tg.Score(0.0, 1, 1)
+            return tg.Score(0.0, 1, 1), ""
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "Ledger", Part)

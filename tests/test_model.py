@@ -309,9 +309,9 @@ class Spy(tg.Weights):
         super().__init__(model, dtype)
         self.inputs: dict[tuple[str, int], list[Tensor]] = collections.defaultdict(list)
 
-    def linear(self, name: str, block: int, x: Tensor) -> Tensor:
-        self.inputs[name, block].append(x.detach().flatten(0, -2).double())
-        return super().linear(name, block, x)
+    def linear(self, name: str, visit: tg.Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        self.inputs[name, visit.block if visit else 0].append(x.detach().flatten(0, -2).double())
+        return super().linear(name, visit, x, side)
 
 
 @torch.no_grad()

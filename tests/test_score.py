@@ -120,7 +120,7 @@ def test_any_sequence_of_ids_has_the_bytes_of_the_slow_count(sp):
 
 
 def test_validation_has_a_target_for_every_id_but_the_first_and_their_bytes(dataset, run):
-    val = tg.ValData(tiny(**dataset), run)
+    val = tg.ValData.load(tiny(**dataset), run)
     sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
     text = [sp.decode(part.tolist()) for part in np.split(val.ids, val.starts[1:])]
     assert val.num_targets == len(val.ids) - 1 == len(val.target_bytes) and len(text) == 8
@@ -140,7 +140,7 @@ def caseops(folder: Path, ids: np.ndarray, sides: list[np.ndarray]) -> tg.Config
 
 def test_with_caseops_bytes_come_from_the_side_file(tmp_path, run):
     ids, side = np.array([BOS, 5, 6, BOS, 7, 8]), np.array([0, 3, 0, 0, 700, 1])
-    val = tg.ValData(caseops(tmp_path, ids, np.split(side, [4])), run)
+    val = tg.ValData.load(caseops(tmp_path, ids, np.split(side, [4])), run)
     assert val.target_bytes.tolist() == [3, 0, 0, 700, 1] and val.ids.tolist() == ids.tolist()
 
 
@@ -148,12 +148,12 @@ def test_with_caseops_bytes_come_from_the_side_file(tmp_path, run):
 def test_a_side_file_of_another_length_is_refused(length, tmp_path, run):
     cfg = caseops(tmp_path, np.array([BOS, 5, 6, BOS, 7, 8]), [np.ones(length, dtype=np.uint16)])
     with pytest.raises(tg.UserError, match=f"{length} entries for 6 tokens"):
-        tg.ValData(cfg, run)
+        tg.ValData.load(cfg, run)
 
 
 def test_a_missing_side_file_is_refused(tmp_path, run):
     with pytest.raises(tg.UserError, match="no fineweb_val_bytes"):
-        tg.ValData(caseops(tmp_path, np.array([BOS, 5]), []), run)
+        tg.ValData.load(caseops(tmp_path, np.array([BOS, 5]), []), run)
 
 
 # -- the tokenizer of the shards -----------------------------------------------------------------------
@@ -232,22 +232,29 @@ def test_bits_per_byte_are_nats_in_bits_over_bytes():
     assert tg.Score(nats=80 * math.log(2), tokens=7, bytes=80).val_bpb == pytest.approx(1.0, rel=1e-15)
 
 
+def ledger_of(num_targets: int) -> tg.Ledger:
+    """A ledger whose events say that plain weights scored everything at once."""
+    ledger = tg.Ledger(num_targets, np.array([0]))
+    ledger.note(tg.Ledger.SCORE, tg.Ledger.BASE, 0, num_targets)
+    return ledger
+
+
 def test_a_second_write_is_refused():
-    ledger = tg.Ledger(4)
+    ledger = ledger_of(4)
     ledger.record(torch.tensor([0, 2]), torch.tensor([1.0, 2.0]))
     with pytest.raises(AssertionError, match="twice"):
         ledger.record(torch.tensor([1, 2]), torch.tensor([1.0, 0.5]))
 
 
 def test_a_gap_is_refused(run):
-    ledger = tg.Ledger(4)
+    ledger = ledger_of(4)
     ledger.record(torch.tensor([0, 3, 1]), torch.ones(3))
     with pytest.raises(AssertionError, match="1 targets"):
         ledger.close(np.ones(4, dtype=np.int32), run)
 
 
 def test_a_target_scored_by_two_ranks_is_refused(run, monkeypatch):
-    ledger = tg.Ledger(3)
+    ledger = ledger_of(3)
     ledger.record(torch.arange(3), torch.ones(3))
     monkeypatch.setattr(run, "total", lambda t: t + torch.tensor([0, 1, 0]).to(t.dtype))
     with pytest.raises(AssertionError, match="1 targets"):
@@ -259,24 +266,24 @@ def test_the_total_does_not_depend_on_the_order_of_scoring(run):
     nats, size = 20 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 9, np.full(1000, 3)
     totals = set()
     for seed in range(3):
-        ledger = tg.Ledger(1000)
+        ledger = ledger_of(1000)
         for part in torch.randperm(1000, generator=torch.Generator().manual_seed(seed)).split(77):
             ledger.record(part, nats[part])
-        totals.add(ledger.close(size, run))
+        totals.add(ledger.close(size, run)[0])
     (score,) = totals
     assert score.nats == pytest.approx(math.fsum(nats.tolist()), rel=1e-13) and score[1:] == (1000, 3000)
 
 
 def test_bytes_are_summed_without_overflow(run):
-    ledger = tg.Ledger(2)
+    ledger = ledger_of(2)
     ledger.record(torch.arange(2), torch.ones(2))
-    assert ledger.close(np.full(2, 2 ** 31 - 1, dtype=np.int32), run).bytes == 2 ** 32 - 2
+    assert ledger.close(np.full(2, 2 ** 31 - 1, dtype=np.int32), run)[0].bytes == 2 ** 32 - 2
 
 
 @pytest.mark.parametrize("nats, size, message", [(math.nan, 1, "not finite"), (math.inf, 1, "not finite"),
                                                  (1.0, 0, "no bytes of text")])
 def test_a_score_that_means_nothing_is_refused(nats, size, message, run):
-    ledger = tg.Ledger(1)
+    ledger = ledger_of(1)
     ledger.record(torch.tensor([0]), torch.tensor([nats]))
     with pytest.raises(tg.UserError, match=message):
         ledger.close(np.array([size]), run)
@@ -284,7 +291,7 @@ def test_a_score_that_means_nothing_is_refused(nats, size, message, run):
 
 def test_a_target_twice_in_one_call_is_refused():
     with pytest.raises(AssertionError):
-        tg.Ledger(2).record(torch.tensor([0, 0]), torch.ones(2))
+        ledger_of(2).record(torch.tensor([0, 0]), torch.ones(2))
 
 
 @pytest.mark.parametrize("text", ['{"tokenizer": null}', '{"tokenizer": {"path": 3}}'])
