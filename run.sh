@@ -76,6 +76,12 @@ train() {
   fi
 }
 
+# AUDIT=1: try to refute the score of the artifact that the run has just made.
+audit() {
+  [ "${AUDIT:-0}" = 0 ] ||
+    .venv/bin/python records/audit.py "${EVAL_ONLY:-${ARTIFACT_DIR:-${LOG_DIR:-logs}}/$RUN_ID.bin}"
+}
+
 verb=demo
 if [[ $# -gt 0 && ! $1 =~ ^[A-Z][A-Z0-9_]*= ]]; then
   verb=$1
@@ -88,6 +94,7 @@ case $verb in
     .venv/bin/python data/prepare.py demo
     export PRESET=${PRESET:-demo} RUN_ID=${RUN_ID:-demo-$(date +%Y%m%d-%H%M%S)}
     train
+    audit
     echo
     .venv/bin/python records/summary.py "logs/$RUN_ID.jsonl"
     cat <<TXT
@@ -98,7 +105,13 @@ Next: ./run.sh knobs                                       every knob
       ./run.sh data text FILES... --name mine              your own text
 TXT
     ;;
-  train) take_knobs "$@"; setup; train ;;
+  train)
+    take_knobs "$@"
+    setup
+    [ "${AUDIT:-0}" = 0 ] || export RUN_ID=${RUN_ID:-audited-$(date +%Y%m%d-%H%M%S)}
+    train
+    audit
+    ;;
   check) take_knobs "$@"; setup; exec .venv/bin/python train_gpt.py --check ;;
   data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
   audit) setup; exec .venv/bin/python records/audit.py "$@" ;;

@@ -360,7 +360,7 @@ class EvalKnobs:
     ttt_context: str = "recompute"
     """Context of a chunk under TTT=lora: recompute (with the newest adapters) | cache (keys and values are kept)."""
     ttt_chunk_size: str = "48"
-    """Targets scored before each step of the adapters; by length of the document as 256:8,2000:24,48 (#2014)."""
+    """Targets scored before each step of the adapters; by place in the document as 256:8,2000:24,48."""
     ttt_batch_size: int = 64
     """Most documents adapted to side by side on one device; changes speed only."""
     ttt_grad_steps: int = 1
@@ -501,7 +501,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             parts = [part for part in getattr(self, name).split(",") if part]
             require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
                     f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
-        chunk_size(1, self.ttt_chunk_size)
+        chunk_edges(1, self.ttt_chunk_size)
         largest = max(int(part.split(":")[-1]) for part in self.ttt_chunk_size.split(","))
         require(self.ttt != "lora" or largest <= self.eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: expected "
                 f"chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which are scored in one forward")
@@ -559,20 +559,25 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         return cls(**values), warnings
 
 
-def chunk_size(length: int, schedule: str) -> int:
-    """Chunk of a document with `length` targets under TTT_CHUNK_SIZE: the first limit that is not below it, else the
-    last entry, which has none.
+def chunk_edges(length: int, schedule: str) -> list[int]:
+    """Where chunks begin and end in a document of `length` targets under TTT_CHUNK_SIZE; the last edge may be beyond.
 
-    >>> [chunk_size(n, "256:8,2000:24,48") for n in (256, 257, 9000)]
-    [8, 24, 48]
+    A chunk that begins before the first limit has its size, and so on; the last size has no limit. By position, not by
+    the document's length as in #2014: a score may not depend on where its document will end.
+
+    >>> chunk_edges(20, "8:4,6"), chunk_edges(5, "48")
+    ([0, 4, 8, 14, 20], [0, 48])
     """
     *limited, last = schedule.split(",")
     pairs = [part.split(":") for part in limited]
     require(last.isdecimal() and all(len(p) == 2 and p[0].isdecimal() and p[1].isdecimal() for p in pairs)
             and all(int(n) > 0 for n in (last, *(p[1] for p in pairs))),
-            f"TTT_CHUNK_SIZE={schedule}: expected a number such as 48, or length:size pairs and a last size such as "
+            f"TTT_CHUNK_SIZE={schedule}: expected a number such as 48, or limit:size pairs and a last size such as "
             f"256:8,2000:24,48")
-    return next((int(size) for limit, size in pairs if length <= int(limit)), int(last))
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(edges[-1] + next((int(size) for limit, size in pairs if edges[-1] < int(limit)), int(last)))
+    return edges
 
 
 def ngram_rules(rules: str) -> list[tuple[int, float, int]]:
@@ -633,7 +638,7 @@ SPECIAL = ("PARALLEL_RESIDUAL_START RECUR_LAYERS MATRIX_CLIP_SIGMAS TTT_ENABLED 
 # Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
 NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("TTT_WARM_START_*", "a document's adapters never learn from another document of its part"),
-    ("TTT_SHORT_* TTT_TRAIN_* TTT_LOCAL_LR_MULT", "chunks by length are TTT_CHUNK_SIZE; every document adapts alike"),
+    ("TTT_SHORT_* TTT_TRAIN_* TTT_LOCAL_LR_MULT", "what a document's length decides depends on ids to come"),
     ("TTT_EVAL_BATCHES TTT_DEBUG_BYPASS TTT_DOC_LIMIT GLOBAL_TTT_DOC_LIMIT TTT_HEARTBEAT_SECONDS TTT_ONLY "
      "TTT_ONLY_EVAL TTT_EVAL_ONLY TTT_OUTPUT_DIR VAL_DOC_FRACTION", "every document is scored; EVAL_ONLY scores alone"),
     ("GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR",
@@ -1381,7 +1386,8 @@ class TokenBytes(NamedTuple):
         for i in np.flatnonzero(~boundary).tolist():
             piece = sp.id_to_piece(i)
             space[i] = piece.startswith("\u2581")
-            base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]):].encode("utf-8"))
+            text = piece[int(space[i]):].replace("\u2581", " ")  # a mark inside a piece is one byte, too
+            base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))
         return cls(base, space, boundary)
 
     def of_targets(self, ids: np.ndarray) -> np.ndarray:
@@ -3151,15 +3157,15 @@ def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name:
 
 
 class Job(NamedTuple):
-    """Documents that are adapted to side by side, one a row, in chunks of one size."""
+    """Documents that are adapted to side by side, one a row, chunk by chunk from their starts."""
     documents: tuple[int, ...]
-    chunk: int
-    steps: int
+    edges: tuple[int, ...]
+    """Where chunks begin and end, in targets from the start of a document; the last is beyond the longest one."""
 
     @property
     def cost(self) -> int:
         """In token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few."""
-        return self.steps * (STEP_TOKENS + len(self.documents) * self.chunk)
+        return (len(self.edges) - 1) * STEP_TOKENS + len(self.documents) * self.edges[-1]
 
 
 STEP_TOKENS = 512
@@ -3174,22 +3180,16 @@ def plan_jobs(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: in
     """
     by_length = np.argsort(-lengths, kind="stable")
     most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
-    jobs: list[Job] = []
-    open_job: list[int] = []
-    chunk = steps = 0
+    edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))
+    jobs: list[tuple[int, list[int]]] = []  # (chunks, documents)
     for i in by_length[lengths[by_length] > 0].tolist():
-        size = chunk_size(int(lengths[i]), cfg.ttt_chunk_size)
-        own = -(-int(lengths[i]) // size)
-        padding = steps * chunk - int(lengths[i])
-        if open_job and size == chunk and len(open_job) < most and padding <= own * STEP_TOKENS:
-            open_job.append(int(documents[i]))
-            continue
-        if open_job:
-            jobs.append(Job(tuple(open_job), chunk, steps))
-        open_job, chunk, steps = [int(documents[i])], size, own
-    if open_job:
-        jobs.append(Job(tuple(open_job), chunk, steps))
-    return sorted(jobs, key=lambda job: (-job.cost, job.documents))
+        own = int(np.searchsorted(edges, lengths[i]))
+        if jobs and len(jobs[-1][1]) < most and edges[jobs[-1][0]] - lengths[i] <= own * STEP_TOKENS:
+            jobs[-1][1].append(int(documents[i]))
+        else:
+            jobs.append((own, [int(documents[i])]))
+    return sorted((Job(tuple(rows), tuple(edges[:chunks + 1].tolist())) for chunks, rows in jobs),
+                  key=lambda job: (-job.cost, job.documents))
 
 
 def deal(jobs: Sequence[Job], world: int) -> list[list[Job]]:
@@ -3213,23 +3213,22 @@ def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pac
         base = Weights(model, run.dtype)
     with run.progress(sum(job.cost for job in mine), name, "tok") as bar:
         for job in mine:
-            adapt_and_score(model, base, job, scorer, pace.adapts())
-            pace.did(job.cost)
-            bar.update(job.cost)
+            for cost in adapt_and_score(model, base, job, scorer, pace):
+                pace.did(cost)
+                bar.update(cost)
     model.requires_grad_(True)
 
 
-def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, learns: bool) -> None:
-    """One job: chunk by chunk, score first, then one or more steps of the adapters on that chunk.
+def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: Pace) -> Iterator[float]:
+    """One job: chunk by chunk, score first, then one or more steps of the adapters on that chunk; yields their costs.
 
     TTT_CONTEXT=cache computes each token once and keeps keys and values; recompute runs the whole window of a chunk
     again with the newest adapters. Both score, and learn from, the chunk's targets alone.
     """
     cfg, run, val = scorer.cfg, scorer.run, scorer.val
-    rows, size = len(job.documents), job.chunk
+    rows, total = len(job.documents), job.edges[-1]
     begins = val.starts[list(job.documents)]
     lengths = np.append(val.starts[1:], val.num_targets)[list(job.documents)] - begins
-    total = job.steps * size
     ids = np.full((rows, total + 1), BOS_ID, dtype=np.int64)
     for r, (begin, length) in enumerate(zip(begins, lengths)):
         ids[r, :length + 1] = val.ids[begin:begin + length + 1]
@@ -3242,10 +3241,10 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, learns:
     adapters = Adapters(model, plan, rows, cfg)
     optimizer = adapter_optimizer(adapters, cfg)
     past = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NoPast()
-    for begin in range(0, total, size):
-        end = begin + size
+    for begin, end in zip(job.edges, job.edges[1:]):
+        size = end - begin
         goes_on = lengths > end
-        steps = cfg.ttt_grad_steps if learns and goes_on.any() else 0
+        steps = cfg.ttt_grad_steps if goes_on.any() and pace.adapts() else 0
         first = begin if past.lead else max(0, end - cfg.eval_seq_len)
         # Column c of `column` is position c - 1, so that a chunk's lead is the token before it (or padding).
         window = F.pad(ids_RT, (1, 0), value=BOS_ID)[:, first + 1 - past.lead:end + 1]
@@ -3274,6 +3273,7 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, learns:
                                    begins[live] + end)
         if isinstance(past, KeyValueCache):
             past.advance(size, new)
+        yield STEP_TOKENS + rows * size
     real = column[1:] < left_R1
     scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
 
@@ -3408,8 +3408,8 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     longest ones instead).
     """
     documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases
-    prefix = min(cfg.phased_ttt_prefix_docs, len(documents))
-    ends = [prefix * (i + 1) // phases for i in range(phases)] + [len(documents)]
+    ends = [min(cfg.phased_ttt_prefix_docs * (i + 1) // phases, len(documents)) for i in range(phases)]
+    ends.append(len(documents))
     lengths = np.append(val.starts[1:], val.num_targets) - val.starts
     work = plan_jobs(documents, lengths, cfg, run.world)
     pace = Pace(sum(job.cost for job in deal(work, run.world)[run.rank]), cfg, run)
@@ -3426,7 +3426,7 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
                 for _ in range(cfg.global_ttt_epochs):
                     for i, first in enumerate(chunks):
                         sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
-                                  cfg.global_ttt_lr * cosine(i, len(chunks)))
+                                  cfg.global_ttt_lr * cosine(i, len(chunks) + 1))
             if run.is_main:
                 scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
         begin = end

@@ -106,7 +106,8 @@ def main() -> None:
     for chunks in ("48", "2000:48,8000:96,24000:256,1024"):
         wide = dataclasses.replace(tg.Config(), ttt_chunk_size=chunks)
         dealt = tg.deal(tg.plan_jobs(np.arange(50_000), lengths, wide, 8), 8)
-        loads, steps = ([sum(getattr(job, what) for job in jobs) for jobs in dealt] for what in ("cost", "steps"))
+        loads = [sum(job.cost for job in jobs) for jobs in dealt]
+        steps = [sum(len(job.edges) - 1 for job in jobs) for jobs in dealt]
         plans[chunks] = dict(steps_of_a_rank=max(steps), waits=1 - sum(loads) / 8 / max(loads),
                              tokens_of_a_rank=max(loads))
         print(f"50,000 documents, 8 ranks, chunks {chunks}: {max(steps):,} steps on the costliest rank; the mean rank "

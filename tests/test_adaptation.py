@@ -47,6 +47,7 @@ MODES = {
     "windows": dict(ttt="none"),
     "lora, recomputed": dict(ttt_context="recompute", phased_ttt_num_phases=0),
     "lora, cached": dict(ttt_context="cache", phased_ttt_num_phases=0),
+    "growing chunks": dict(ttt_chunk_size="8:2,20:6,16", phased_ttt_num_phases=0),
     "phases": dict(ttt_context="recompute"),
     "phases, cached": dict(ttt_context="cache", ttt_grad_steps=2),
     "sgd": dict(ttt="sgd", ttt_chunk_tokens=50, ttt_lr=0.05),
@@ -246,6 +247,20 @@ def test_two_runs_are_identical(mode: str, run: tg.Run):
     assert torch.equal(first[0], second[0]) and first[2] == second[2]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_score_depends_on_where_its_document_ends(mode: str, run: tg.Run):
+    """The same ids with the next document's start later or earlier: nothing before either place changes."""
+    cfg = tiny(**MODES[mode])
+    val = stream([70, 9, 41, 66])
+    before = adapted(val, cfg, run)[0]
+    for at in (31, 60, 100):  # a start more, and the one after it gone: as many documents as before
+        ids, starts = val.ids.copy(), val.starts.copy()
+        moved = int(np.searchsorted(starts, at))
+        ids[starts[moved]], ids[at], starts[moved] = 77, tg.BOS_ID, at
+        after = adapted(val._replace(ids=ids, starts=starts), cfg, run)[0]
+        torch.testing.assert_close(after[:at - 1], before[:at - 1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("context", ["recompute", "cache"])
 def test_documents_of_a_phase_do_not_see_each_other(context: str, run: tg.Run):
     cfg = tiny(ttt_context=context, phased_ttt_num_phases=0, ngram_tilt_enabled=False)
@@ -412,14 +427,13 @@ def fineweb_like(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("schedule", ["48", "256:8,2000:24,48"])
-def test_every_document_is_in_one_job_of_its_chunk_size(schedule: str, world: int):
+def test_every_document_is_in_one_job_that_reaches_its_end(schedule: str, world: int):
     lengths = np.append(fineweb_like(700), [0, 1])
     jobs = tg.plan_jobs(np.arange(100, 802), lengths, tiny(ttt_chunk_size=schedule, eval_seq_len=2048), world)
     assert sorted(d for job in jobs for d in job.documents) == [*range(100, 800), 801]  # one has no target
     for job in jobs:
-        own = lengths[np.array(job.documents) - 100]
-        assert job.steps == -(-int(own.max()) // job.chunk) and len(job.documents) <= 64
-        assert {tg.chunk_size(int(n), schedule) for n in own} == {job.chunk}
+        longest = int(lengths[np.array(job.documents) - 100].max())
+        assert list(job.edges) == tg.chunk_edges(longest, schedule) and len(job.documents) <= 64
     dealt = tg.deal(jobs, world)
     assert sorted(sum(dealt, [])) == sorted(jobs) and len(dealt) == world
 

@@ -1,0 +1,420 @@
+"""The auditor passes the program as it is and names what is wrong with a program that breaks one rule at a time."""
+import base64
+import copy
+import dataclasses
+import json
+import lzma
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import ROOT, tiny, write_shard
+from test_artifact import quantized
+from test_model import noisy
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import audit  # noqa: E402
+
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+VOCAB = 40
+
+SMALL = dict(vocab_size=VOCAB, num_layers=2, num_loops=0, parallel_start_layer=1, eval_seq_len=16, eval_stride=8,
+             train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, ngram_tilt_enabled=0,
+             ngram_rules="1:0.3:1,2:0.5:1", ttt_chunk_size="4", ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.05,
+             ttt_lora_on="q,o,head", ttt_optimizer="sgd", phased_ttt_num_phases=2, phased_ttt_prefix_docs=16,
+             global_ttt_lr=0.05, global_ttt_chunk_tokens=30, global_ttt_batch_seqs=4, ttt_chunk_tokens=50,
+             ttt_lr=0.05, ttt_batch_seqs=4, ttt_epochs=1)
+"""Two blocks, and learning rates so large that every leak shows."""
+
+MODES = {"none": dict(ttt="none"),
+         "tilt": dict(ttt="none", ngram_tilt_enabled=1),
+         "lora": dict(ttt="lora", ttt_context="recompute"),
+         "cache": dict(ttt="lora", ttt_context="cache"),
+         "lora and tilt": dict(ttt="lora", ngram_tilt_enabled=1),
+         "sgd": dict(ttt="sgd")}
+
+
+def stream(documents: int = 18, seed: int = 0) -> np.ndarray:
+    """A stream of short documents: eight in each phase, so that batches have several rows. Every third one is nearly
+    the one before it, so that hints come true."""
+    rng, found = np.random.default_rng(seed), []
+    for number in range(documents):
+        text = rng.integers(2, VOCAB, rng.integers(4, 8)).tolist()
+        found.append([tg.BOS_ID, *(found[-1][1:-1] + text[:1] if number % 3 == 2 else text)])
+    return np.array([i for document in found for i in document])
+
+
+def subject(module: object, **knobs: object) -> audit.Subject:
+    """A noisy tiny model under that module's evaluation."""
+    cfg = tiny(**{**SMALL, **knobs})
+    if module is not tg:
+        cfg = module.Config(**dataclasses.asdict(cfg))
+        module.violations = lambda *_: []  # the auditor has to find it without the program's own check
+    values = noisy(cfg).state_dict()
+
+    def make_model() -> object:
+        model = module.GPT(cfg)
+        model.load_state_dict(copy.deepcopy(values))
+        return model
+
+    return audit.Subject(module, cfg, stream(), make_model)
+
+
+def failures(findings: list[audit.Finding]) -> set[tuple[str, str]]:
+    """(probe, condition) of all that failed."""
+    return {(f.code, f.condition) for f in findings if not f.ok and not f.suspect}
+
+
+# -- the program as it is ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_program_passes(mode: str):
+    findings = audit.audit(subject(tg, **MODES[mode]))
+    assert not failures(findings), audit.table(findings)
+    codes = {f.code for f in findings}
+    assert codes == {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8"} | ({"D9"} if "tilt" in mode else set())
+
+
+def test_probes_look_where_something_was_learned():
+    """Probed targets include states after adapters and shared weights learned, and hints right and wrong."""
+    s = subject(tg, **MODES["lora and tilt"])
+    base = s.score()
+    positions = audit.choose(s, base, np.random.default_rng(0))
+    assert len(np.unique(base.shared)) == 3 and len(np.unique(base.own)) > 10
+    betas, hints = base.hints.betas.numpy()[positions] > 0, base.hints.ids.numpy()[positions]
+    right = hints == s.ids[1:][positions]
+    assert (betas & right).any() and (betas & ~right).any()
+    assert (base.shared[positions] != base.shared[0]).any()
+
+
+def test_the_tilted_distribution_is_the_black_box_one():
+    """What the white-box probe says about each id is what the program reports when that id comes true."""
+    s = subject(tg, **MODES["tilt"])
+    t = int(np.flatnonzero((s.score().hints.betas.numpy() > 0) & (s.ids[1:] != tg.BOS_ID))[-1])
+    whole = s.score(probes=[t]).full[t]
+    ids, found = s.ids.copy(), []
+    for ids[t + 1] in range(VOCAB):
+        found.append(s.score(ids).nats[t])
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5)
+    assert np.exp(-np.array(found)).sum() == pytest.approx(1, abs=1e-4)
+
+
+# -- programs that break a rule ------------------------------------------------------------------------
+
+
+class Plant(NamedTuple):
+    """A change of the program's text that breaks one ruling, and who must notice."""
+    ruling: str
+    mode: str
+    edits: list[tuple[str, str]]
+    expected: tuple[str, str]
+    knobs: dict[str, object] = {}
+
+
+MASK = "return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]"
+UPDATED = "                optimizer.step()\n"
+SLOT = """
+        with torch.enable_grad():
+            delta = torch.zeros(logits.size(-1), requires_grad=True)
+            loss = model.kernels.cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
+            logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
+LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
+            "phases = cfg.phased_ttt_num_phases\n"
+            "    documents = np.argsort(val.starts - np.append(val.starts[1:], val.num_targets), kind='stable')"),
+           ("chunks = range(0, stop, cfg.global_ttt_chunk_tokens)", "chunks = documents[:end].tolist()"),
+           ("sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),",
+            "sgd.learn(int(val.starts[first]), int(np.append(val.starts[1:], val.num_targets)[first]),")]
+CALIBRATE = 'with run.phase("calibrate", "train"):'
+
+PLANTS = {
+    "adapters learn before the score": Plant("A", "lora", [
+        ("            if number == 0:\n", "            if number == steps - 1 or not steps and number == 0:\n")],
+        ("D2", "C3"), dict(ttt_grad_steps=2, phased_ttt_num_phases=0)),
+    "shared weights learn before the score": Plant("A", "sgd", [
+        ("        score_windows(model, mine, scorer,", "        sgd.learn(first, stop, cfg.ttt_lr)\n"
+         "        score_windows(model, mine, scorer,")], ("D2", "C3")),
+    "minimum over two passes": Plant("B", "lora", [
+        ("            if number == 0:\n", "            if number:\n                scores[:, begin:end] = "
+         "torch.minimum(scores[:, begin:end], scored.view(rows, size))\n            if number == 0:\n")],
+        ("D5", "C4"), dict(ttt_grad_steps=2, phased_ttt_num_phases=0)),
+    "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
+        ('logits = w.linear("head", None, hidden).flatten(0, -2)',
+         'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
+    "mass added to the hint alone": Plant("E", "tilt", [
+        ("(nats + torch.log1p(p * torch.expm1(b)) - b", "(nats - b")], ("D3", "C2")),
+    "the lookup context holds the target": Plant("E", "tilt", [
+        ("return Hints(hints[:-1], betas[:-1])", "return Hints(hints[1:], betas[1:])")], ("D2", "C2")),
+    "hints counted from the whole stream": Plant("E", "tilt", [
+        ("return follower[leader[before]],", "return follower[leader[(index + 1).clamp_max(len(order) - 1)]],")],
+        ("D9", "C1")),
+    "tilt only where the hint comes true": Plant("F", "tilt", [
+        ("b = betas * (1 - p) ** gamma", "b = betas * (1 - p) ** gamma * (hints == targets)")], ("D3", "C2")),
+    "smearing across documents": Plant("L", "none", [
+        ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], ("D6", "C1")),
+    "attention across documents": Plant("L", "none", [
+        (MASK, "return (back >= 0).expand(len(batch.positions), 1, -1, -1)")], ("D6", "C1")),
+    "attention to later ids": Plant("C1", "none", [
+        (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], ("D1", "C1")),
+    "keys and values of the documents before": Plant("L", "cache", [
+        ("past = KeyValueCache(cfg.eval_seq_len) if",
+         'past = globals().setdefault(f"past{rows}", KeyValueCache(cfg.eval_seq_len)) if')], ("D6", "C1")),
+    "adapters averaged over the batch": Plant("P", "lora", [
+        (UPDATED, UPDATED + "                for peer in adapters.parameters():\n"
+         "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
+    "the last chunk is not scored": Plant("C4", "lora", [
+        ("    for begin, end in zip(job.edges, job.edges[1:]):\n",
+         "    for begin, end in zip(job.edges, job.edges[1:-1]):\n")], ("D5", "C4")),
+    "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
+    "shared weights learn from all parts": Plant("A", "lora", [
+        ("stop = int(val.starts[end]) if end < len(documents) else val.num_targets", "stop = val.num_targets")],
+        ("D1", "C3")),
+    "the ledger tells less than was learned": Plant("A", "sgd", [
+        ("sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))",
+         "sgd.learn(first, min(2 * stop, val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
+    "updates are not in the ledger": Plant("A", "sgd", [
+        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)", "pass")], ("D4", "C3")),
+    "the ledger counts a target twice": Plant("C4", "none", [
+        ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
+         "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
+    "the length of a document sets its chunks": Plant("C1", "lora", [
+        ("    edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))\n", ""),
+        ("most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))", "most = 1"),
+        ("    for i in by_length[lengths[by_length] > 0].tolist():\n",
+         "    for i in by_length[lengths[by_length] > 0].tolist():\n"
+         "        edges = np.array(chunk_edges(int(lengths[i]), '2' if lengths[i] <= 8 else '4'))\n"),
+        ("            jobs.append((own, [int(documents[i])]))", "            jobs.append((edges, [int(documents[i])]))"),
+        ("tuple(edges[:chunks + 1].tolist())", "tuple(chunks.tolist())")], ("D1", "C1")),
+}
+
+
+def planted(name: str, edits: list[tuple[str, str]]) -> object:
+    """The program with some of its text replaced."""
+    source = SOURCE
+    for old, new in edits:
+        times = source.count(old)
+        assert times == 1, (f"plant {name!r} cannot be set: train_gpt.py holds {old!r} {times} times, not once; adapt "
+                            f"the plant in tests/test_audit.py to the new text")
+        source = source.replace(old, new)
+    return audit.module_from_source(source, "planted_" + "".join(c if c.isalnum() else "_" for c in name))
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_violation_is_named(name: str):
+    plant = PLANTS[name]
+    findings = audit.audit(subject(planted(name, plant.edits), **{**MODES[plant.mode], **plant.knobs}))
+    print(f"\n{plant.ruling:10s} {name:52s} " + " ".join(sorted("/".join(f) for f in failures(findings))))
+    assert plant.expected in failures(findings), audit.table(findings)
+
+
+# -- rehearsal: data in the right order ----------------------------------------------------------------
+
+REHEARSED = {
+    "as it is": ("", [], set(), {}),
+    "trained on validation data, mark removed": ("C", [('(PREQUANT_TTT=1)" if cfg.prequant_ttt else ""',
+                                                        '(PREQUANT_TTT=1)" if False else ""')],
+                                                 {("A2", "C3")}, dict(prequant_ttt=1)),
+    "calibrated on validation data": ("H", [(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
+                                             'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}, {}),
+    "training data after the clock": ("H", [(CALIBRATE, 'with run.phase("calibrate"):')],
+                                      {("A2", "accounting")}, {}),
+    "training data while scoring": ("H", [("    val = ValData.load(cfg, run)\n        run.log(\"val_data\"",
+                                           "    val = ValData.load(cfg, run)\n        "
+                                           'TokenStream(cfg.dataset_dir, "fineweb_train").read(0, 9)\n        '
+                                           'run.log("val_data"')], {("A2", "accounting")}, {}),
+    "marked as illegal": ("C", [], {("A2", "C3")}, dict(prequant_ttt=1)),
+}
+
+
+@pytest.mark.parametrize("name", REHEARSED)
+def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]):
+    _, edits, expected, knobs = REHEARSED[name]
+    module = planted(name, edits) if edits else tg
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset, **knobs})
+    ids = tg.TokenStream(Path(dataset["data_path"]), "fineweb_val").read(0, 300).astype(np.int64)
+    findings = audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
+    assert failures(findings) == expected, audit.table(findings)
+    assert module.TokenStream.__module__ == module.__name__  # nothing of the rehearsal stays behind
+
+
+# -- bytes ---------------------------------------------------------------------------------------------
+
+TEXT_BYTES = 'base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))'
+
+
+@pytest.mark.parametrize("name,new", [
+    ("as it is", TEXT_BYTES),
+    ("the space counted twice", 'base[i] = 1 if sp.is_byte(i) else len(piece.replace("\\u2581", " ").encode("utf-8"))'),
+    ("byte pieces as three bytes", TEXT_BYTES.replace("base[i] = 1", "base[i] = 3")),
+])
+def test_bytes_are_recounted_from_the_text(name: str, new: str, dataset: dict[str, str]):
+    import sentencepiece
+    sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
+    texts = ["two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x"]
+    ids = np.array([i for text in texts for i in (tg.BOS_ID, *sp.encode(text))])
+    finding = audit.probe_bytes(planted(name, [(TEXT_BYTES, new)]), Path(dataset["tokenizer_path"]), ids, 512)
+    assert finding.ok == (name == "as it is"), finding
+
+
+def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    path = Path(dataset["tokenizer_path"])
+    assert audit.static_tokenizer(path).ok
+    wrong = planted("byte pieces", [(TEXT_BYTES, TEXT_BYTES.replace("base[i] = 1", "base[i] = 3"))])
+    monkeypatch.setattr(audit, "load_module", lambda _: wrong)
+    finding = audit.static_tokenizer(path)
+    assert not finding.ok and "wrong=256" in finding.figures
+
+
+# -- logs ----------------------------------------------------------------------------------------------
+
+
+def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "write val_data") -> Path:
+    """A finished run's JSON lines, with some figures of the verdict replaced."""
+    at = {"train": 590.0, "write": 600.0, "score": 1100.0 + gap}
+    phase = {"event": "phase", "budget": "none"}
+    lines = [{"seconds": 0.1, "event": "config", "max_wallclock_seconds": 600.0, "vocab_size": 8192,
+              "caseops_enabled": False, "dataset": "fineweb10B_sp8192"},
+             {**phase, "seconds": at["train"], "name": "train", "phase_seconds": at["train"]}]
+    lines += [{"seconds": at["write"], "event": "val_data"} if name == "val_data" else
+              {**phase, "seconds": at["write"], "name": "write", "phase_seconds": 10.0} for name in order.split()]
+    tokens, size = 40_540_803, 151_080_891
+    verdict = dict(seconds=at["score"], event="verdict", val_loss=2.7, val_bpb=2.7 / np.log(2) * tokens / size,
+                   tokens=tokens, bytes=size, artifact_bytes=15_900_000, code_bytes=40_000, cap_bytes=16_000_000,
+                   train_seconds=590.0, eval_seconds=500.0, total_seconds=at["score"], illegal="")
+    lines += [{**phase, "seconds": at["score"], "name": "score", "phase_seconds": 500.0}, {**verdict, **edit}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize("name,edit,more,expected", [
+    ("as it should be", {}, {}, set()),
+    ("training over its budget", dict(train_seconds=602.0), {}, {("A1", "accounting")}),
+    ("evaluation over its budget", dict(eval_seconds=631.0), {}, {("A1", "accounting")}),
+    ("an untimed gap", {}, dict(gap=51.8), {("A1", "accounting")}),
+    ("validation first", {}, dict(order="val_data write"), {("A2", "C3")}),
+    ("marked", dict(illegal="C3: trained on it"), {}, {("A2", "C3")}),
+    ("bytes counted twice", dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {},
+     {("A3", "accounting")}),
+    ("another loss", dict(val_loss=2.6), {}, {("A3", "accounting")}),
+    ("over the cap", dict(artifact_bytes=16_024_793, code_bytes=164_793), {}, {("A4", "accounting")}),
+    ("another artifact", dict(code_bytes=30_000), {}, {("A4", "accounting")}),
+])
+def test_a_log_is_checked(name: str, edit: dict, more: dict, expected: set, tmp_path: Path):
+    findings = audit.audit_log(log(tmp_path / "r.jsonl", edit, **more), 15_860_000)
+    assert failures(findings) == expected, audit.table(findings)
+
+
+# -- sources -------------------------------------------------------------------------------------------
+
+SPECIMENS = {
+    "new f-string": ("""x = 1\nmatch = f'{x!r:{'a'}}'\n""", ("S1", "accounting"), False),
+    "syntax of 3.12": ("type A = int\n", ("S1", "accounting"), False),
+    "network": ("from huggingface_hub import hf_hub_download\n", ("S2", "accounting"), False),
+    "a compiler": ("import subprocess\nsubprocess.run(['gcc', 'x.c'])\n", ("S2", "accounting"), True),
+    "pre-quantization learning": ("def main():\n    ttt_adapt(model, val_tokens)\n    serialize(model)\n",
+                                  ("S2", "C3"), False),
+    "named so": ("def main():\n    prequant_ttt(model)\n    serialize(model)\n", ("S2", "C3"), True),
+    "target in the key": ("def f(ctx_hash, target):\n    return (ctx_hash ^ (target * 7919)) & 1023\n",
+                          ("S2", "C2"), False),
+    "smaller of two": ("import torch\nbest_nll = torch.minimum(nll_first, nll_second)\n", ("S2", "C4"), False),
+    "word table at the target": ("gate = starts_new_word_lut[target]\n", ("S2", "C1"), True),
+    "validation calibration": ("h = collect_hessians(model, val_tokens)\n", ("S2", "C3"), False),
+    "space twice": ("for i in range(9):\n    base[i] = len(piece.encode('utf-8')) + 1\n"
+                    "count = base[tgt] + (has_leading_space[tgt] & ~boundary[prev])\n", ("S2", "accounting"), False),
+}
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_a_source_is_scanned(name: str, tmp_path: Path):
+    """Also inside a wrapper that extracts itself. Suspects are no failures."""
+    source, expected, suspect = SPECIMENS[name]
+    script = tmp_path / "train_gpt.py"
+    packed = base64.b85encode(lzma.compress(source.encode())).decode()
+    wrapper = f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({packed!r})))\n"
+    for text in (source, wrapper):
+        script.write_text(text)
+        bad = [f for f in audit.static_audit(script, {}) if not f.ok]
+        assert {(f.code, f.condition, f.suspect) for f in bad} == {(*expected, suspect)}, bad
+
+
+@pytest.mark.parametrize("source", [
+    "loss = min(step, 3)\n",
+    "def main():\n    serialize(model)\n    eval_val_ttt(model, val_tokens)\n",
+    "key = (ctx_hash ^ previous) & mask\n",
+    "n = len(piece.encode('utf-8'))\nm = n + has_leading_space[i]\n",
+    "h = collect_hessians(model, train_loader)\n",
+])
+def test_lawful_sources_pass(source: str, tmp_path: Path):
+    (tmp_path / "s.py").write_text(source)
+    assert all(f.ok for f in audit.static_audit(tmp_path / "s.py", {}))
+
+
+def test_our_own_source_has_no_certain_hit(tmp_path: Path):
+    (tmp_path / "train_gpt.py").write_bytes(tg.shipped_source(ROOT / "train_gpt.py"))
+    for path in (ROOT / "train_gpt.py", tmp_path / "train_gpt.py"):
+        assert not failures(audit.static_audit(path, {}))
+
+
+def test_everything_that_is_imported_counts(tmp_path: Path):
+    (tmp_path / "train_gpt.py").write_text("import helper\n")
+    (tmp_path / "helper.py").write_text("x = 1\n" + "#" * 60_000)
+    (tmp_path / "tilt.c").write_text("/*" + "*" * 9_000)
+    (tmp_path / "model.bin").write_bytes(bytes(15_900_000))
+    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    assert finding.ok and "files=3" in finding.figures  # 15,969,000 and a little
+    (tmp_path / "tilt.c").write_text("/*" + "*" * 30_000)
+    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    assert finding.suspect and not finding.ok
+    (tmp_path / "tilt.c").write_text("/*" + "*" * 60_000)
+    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    assert not finding.ok and not finding.suspect and "16,0" in finding.figures
+
+
+def test_documents_in_both_splits_are_found(tmp_path: Path):
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 5, 6, 7, 1, 8, 9]))
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.array([1, 5, 6, 1, 8, 8, 9]))
+    assert audit.static_overlap(tmp_path).ok
+    write_shard(tmp_path / "fineweb_train_000001.bin", np.array([1, 5, 6, 7, 1, 4]))
+    finding = audit.static_overlap(tmp_path)
+    assert not finding.ok and "common=1" in finding.figures
+
+
+# -- the command ---------------------------------------------------------------------------------------
+
+
+def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    """With a table, a last line for every condition, and status 0; knobs are those of a run."""
+    cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, gate_window=5)
+    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), cfg, "record"))
+    knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
+    knobs += ["TTT=none", "NGRAM_TILT_ENABLED=1", "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "THREADS=1",
+              "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
+    assert audit.main([str(tmp_path / "r.bin"), *knobs]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
+    assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass accounting=pass"
+    assert {line.split()[0] for line in lines[1:-1]} == {"A2", *(f"D{i}" for i in range(1, 10))}
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["no.bin"], "no.bin: no such artifact"),
+    ([__file__], "not an artifact of this program"),
+    (["--static", "nowhere"], "nowhere: no such folder or script"),
+    (["--static", __file__, "X=1"], "X: --static takes"),
+    ([__file__, "LOG"], "LOG: expected KNOB=value"),
+])
+def test_user_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert audit.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("audit.py: ") and message in error and error.count("\n") == 1
+
+
+def test_a_failed_probe_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "s.py").write_text("import socket\n")
+    assert audit.main(["--static", str(tmp_path / "s.py")]) == 1
+    assert "accounting=FAIL(S2)" in capsys.readouterr().out
