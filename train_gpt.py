@@ -453,10 +453,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         dataset="demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, shuffle="document",
         vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, num_loops=0,
         ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0, tied_embed_init_std=0.02,
-        bigram_buckets=32768, bigram_dim=64, matrix_lr=0.05, scalar_lr=0.05, tied_embed_lr=0.01, muon_momentum=0.9,
+        bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02, tied_embed_lr=0.005, muon_momentum=0.9,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, ema_decay=0.97, max_wallclock_seconds=190.0,
         gptq_reserve_seconds=5.0, warmup_steps=1, train_log_every=50, gptq_calibration_batches=16, eval_seq_len=256,
-        eval_stride=64, val_batch_tokens=65536),
+        eval_stride=64, val_batch_tokens=65536, eval_ladder="ema,quantized,sliding", eval_seconds_budget=60.0,
+        ttt_context="cache", ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0,
+        ngram_tilt_enabled=True),
 }
 
 
