@@ -940,6 +940,8 @@ class Run:
             if file is not None:
                 file.close()
         if self.world > 1 and dist.is_initialized():
+            if error is None:
+                dist.barrier()  # a process that ends early may take its peers' connections with it
             dist.destroy_process_group()
 
     @property
@@ -1220,6 +1222,13 @@ def pack_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> Batc
     cu_seqlens = np.full(-(-len(begins) // bucket) * bucket + 1, ids.size, dtype=np.int32)
     cu_seqlens[:len(begins)] = begins
     return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
+
+
+def random_batch(num_rows: int, cfg: Config) -> Batch:
+    """Rows of random ids, to warm graphs up with."""
+    rng = np.random.default_rng(cfg.seed)
+    rows = [rng.integers(2, cfg.vocab_size, cfg.train_seq_len + 1).astype(np.uint16) for _ in range(num_rows)]
+    return make_batch(rows, num_rows, cfg.train_seq_len)
 
 
 class TrainData:
@@ -3026,65 +3035,71 @@ def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: in
 class Hints(NamedTuple):
     """At most one hinted id for each target, with its strength; both depend on the ids before the target alone."""
     ids: Tensor
-    """[targets] int64; any id where there is no hint."""
+    """[targets] int32; any id where there is no hint."""
     betas: Tensor
     """[targets] float32; 0: no hint."""
 
 
-def context_groups(ids: Tensor, length: int, groups: dict[int, tuple[Tensor, Tensor | None]]
-                   ) -> tuple[Tensor, Tensor | None]:
+def context_groups(ids: Tensor, length: int, known: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """(number, order) for contexts of `length` ids: number[t] is equal for equal ids[t-length+1..t] (t >= length-1);
-    order lists these t by number and then by time. Exact: built by doubling and sorting, nothing is hashed."""
+    order lists these t by number and then by time, both int32. Exact: built by doubling and sorting, nothing is hashed.
+    `known` keeps the numbers of lengths that are powers of two."""
+    def numbers(half: int) -> Tensor:
+        if half > 1 and half not in known:
+            known[half] = context_groups(ids, half, known)[0]
+        return known[half] if half > 1 else ids
+
     if length == 1:
-        return ids, None
-    if length not in groups:
+        key, order = ids.sort(stable=True)
+    else:
         half = 1 << (length - 1).bit_length() - 1  # two overlapping halves cover the context
-        number = context_groups(ids, half, groups)[0]
-        key = number[half - 1:len(ids) - length + half].long() * (int(number.max()) + 1) + number[length - 1:]
+        part = numbers(half)
+        key = part[half - 1:len(ids) - length + half].long() * (int(part.max()) + 1) + part[length - 1:]
         key, order = key.sort(stable=True)
-        ranks = torch.zeros_like(number, dtype=torch.int32)
-        order += length - 1
-        ranks[order] = F.pad((key[1:] != key[:-1]).int().cumsum(0, dtype=torch.int32), (1, 0))
-        groups[length] = ranks, order
-    return groups[length]
+    ranks = F.pad((key[1:] != key[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
+    del key
+    order = order.int() + (length - 1)
+    number = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
+    return number.index_put_((order,), ranks), order
 
 
 def continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each t of `order`, what followed earlier occurrences of its context: (best id, its count, all), in the
     order given. The best is the id that first reached the highest count, as in #1514's tables."""
-    follower = F.pad(ids[1:], (0, 1))[order]  # the last t has no follower: it is the last of its group, so none sees it
-    group = number[order].long()
-    index = torch.arange(len(order), device=ids.device)
+    follower = F.pad(ids[1:].int(), (0, 1))[order]  # the last t has none: it is the last of its group, so none sees it
+    group = number[order]
+    index = torch.arange(len(order), device=ids.device, dtype=torch.int32)
 
     def since(changed: Tensor) -> Tensor:
         """Distance to the last place at or before each where `changed` holds; the first place counts as one."""
         return index - torch.where(changed, index, 0).cummax(0).values
 
-    opens = F.pad(group[1:] != group[:-1], (1, 0), value=True)
-    pair, by_pair = (group * vocab_size + follower).sort(stable=True)
-    count = torch.empty_like(index)
-    count[by_pair] = since(F.pad(pair[1:] != pair[:-1], (1, 0), value=True)) + 1
-    highest = (group * (len(order) + 1) + count).cummax(0).values
+    pair, by_pair = (group.long() * vocab_size + follower).sort(stable=True)
+    opens = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)
+    del pair
+    count = torch.empty_like(index).index_put_((by_pair,), since(opens) + 1)
+    del by_pair
+    highest = (group.long() * (len(order) + 1) + count).cummax(0).values
     rises = F.pad(highest[1:] > highest[:-1], (1, 0), value=True)
-    leader = torch.where(rises, index, 0).cummax(0).values
-    before, seen = (index - 1).clamp_min(0), since(opens)
-    return follower[leader[before]], count[leader[before]] * (seen > 0), seen
+    del highest
+    leader = torch.where(rises, index, 0).cummax(0).values[(index - 1).clamp_min_(0)]
+    seen = since(F.pad(group[1:] != group[:-1], (1, 0), value=True))
+    return follower[leader], count[leader] * (seen > 0), seen
 
 
 def ngram_hints(ids: Tensor, cfg: Config) -> Hints:
     """The hint of every target: the continuation that its longest trusted context had most often before (#1420).
 
     NGRAM_RULES are tried longest context first; one applies where the best continuation has its least share and the
-    context its least number of earlier occurrences. ids [N] int64 on any device; about 100 bytes of memory an id.
+    context its least number of earlier occurrences. ids [N] int64 on any device; memory: bench/ngram.py.
     """
-    hints = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    hints = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
     betas = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
-    groups: dict[int, tuple[Tensor, Tensor | None]] = {}
+    known: dict[int, Tensor] = {}
     for length, least_share, least_count in sorted(ngram_rules(cfg.ngram_rules), reverse=True):
         if length >= len(ids):
             continue
-        number, order = context_groups(ids, length, groups)
-        order = torch.sort(number, stable=True).indices if order is None else order
+        number, order = context_groups(ids, length, known)
         best, count, seen = continuations(ids, number, order, cfg.vocab_size)
         share = count / seen.clamp_min(1)
         use = (seen >= least_count) & (share >= least_share) & (betas[order] == 0)
@@ -3125,6 +3140,7 @@ class Scorer:
             return nats.detach(), nats
         at = numbers.clamp_max(len(self.hints.ids) - 1).to(self.hints.ids.device)
         hints, betas = (t[at].to(nats.device) for t in self.hints)
+        hints = hints.long()
         with torch.no_grad():
             return tilted(nats, logits, targets, hints, betas, self.cfg.ngram_gamma, model.cfg.logit_softcap), nats
 
@@ -3291,28 +3307,40 @@ def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
 
 
 class SharedSgd:
-    """Steps of the shared weights on stretches of the stream, over all ranks; the rule is a torch optimizer."""
+    """Steps of the shared weights on stretches of the stream, over all ranks; the rule is a torch optimizer.
 
-    def __init__(self, model: GPT, ids: np.ndarray, optimizer: torch.optim.Optimizer, clip: float, freeze: int,
-                 batch_rows: int, cfg: Config, run: Run) -> None:
-        self.model, self.ids, self.optimizer, self.clip, self.freeze = model, ids, optimizer, clip, freeze
+    Where the run compiles, the graph is made here, in a phase of its own and on random ids.
+    """
+
+    def __init__(self, model: GPT, ids: np.ndarray, optimizer: Callable[[], torch.optim.Optimizer], clip: float,
+                 freeze: int, batch_rows: int, cfg: Config, run: Run) -> None:
+        self.model, self.ids, self.new_optimizer, self.clip, self.freeze = model, ids, optimizer, clip, freeze
         self.batch_rows, self.cfg, self.run = batch_rows, cfg, run
         plan = layer_plan(model.cfg, looped=True)
         self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
+        self.micro = max(1, min(-(-batch_rows // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
+        self.forget()
+        if run.compiles:
+            with run.phase("prime_sgd"):
+                self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """Begin with fresh optimizer state."""
+        self.optimizer = self.new_optimizer()
 
     def learn(self, first: int, stop: int, lr: float) -> None:
         """One step a batch of rows over targets [first, stop), each with the mean loss of its batch."""
         seq_len, run = self.cfg.train_seq_len, self.run
         spans = [(at, min(at + seq_len, stop)) for at in range(first, stop, seq_len)]
-        micro = max(1, self.cfg.micro_batch_tokens // seq_len)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for at in range(0, len(spans), self.batch_rows):
             part = spans[at:at + self.batch_rows]
             mine, count = part[run.rank::run.world], sum(b - a for a, b in part)
-            for i in range(0, len(mine), micro):
-                rows = [self.ids[a:b + 1] for a, b in mine[i:i + micro]]
-                num_rows = micro if run.compiles else len(rows)
+            for i in range(0, len(mine), self.micro):
+                rows = [self.ids[a:b + 1] for a, b in mine[i:i + self.micro]]
+                num_rows = self.micro if run.compiles else len(rows)
                 (self.loss(make_batch(rows, num_rows, seq_len).to(run.device)) / count).backward()
             self.step()
 
@@ -3387,7 +3415,7 @@ def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     windows = plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride)
     firsts = [w.first for w in windows]
     count = -(-val.num_targets // cfg.ttt_chunk_tokens)
-    sgd = SharedSgd(model, val.ids, torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
+    sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
                     cfg.ttt_grad_clip, cfg.ttt_freeze_blocks, cfg.ttt_batch_seqs, cfg, run)
     pace = Pace(count, cfg, run)
     for c in range(count):
@@ -3414,6 +3442,9 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     ends.append(len(documents))
     lengths = np.append(val.starts[1:], val.num_targets) - val.starts
     work = plan_jobs(documents, lengths, cfg, run.world)
+    sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0,
+                                                            momentum=cfg.global_ttt_momentum),
+                    cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg, run)
     pace = Pace(sum(job.cost for job in deal(work, run.world)[run.rank]), cfg, run)
     begin = 0
     for number, end in enumerate(ends):
@@ -3421,9 +3452,7 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
         stop = int(val.starts[end]) if end < len(documents) else val.num_targets
         if begin < end < len(documents) and run.share(pace.adapts()):
             with run.phase("shared_sgd", "eval"):
-                momentum = torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.global_ttt_momentum)
-                sgd = SharedSgd(model, val.ids, momentum, cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg,
-                                run)
+                sgd.forget()
                 chunks = range(0, stop, cfg.global_ttt_chunk_tokens)
                 for _ in range(cfg.global_ttt_epochs):
                     for i, first in enumerate(chunks):
@@ -3441,8 +3470,8 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
     Kept so that the auditor has something real to catch; whatever it scores is marked illegal.
     """
     val = ValData.load(cfg, run)
-    adam = torch.optim.AdamW(model.parameters(), lr=cfg.prequant_ttt_lr, weight_decay=0.0)
-    sgd = SharedSgd(model, val.ids, adam, cfg.prequant_ttt_grad_clip, cfg.prequant_ttt_freeze_blocks,
+    sgd = SharedSgd(model, val.ids, lambda: torch.optim.AdamW(model.parameters(), weight_decay=0.0),
+                    cfg.prequant_ttt_grad_clip, cfg.prequant_ttt_freeze_blocks,
                     cfg.prequant_ttt_batch_seqs, cfg, run)
     for epoch in range(cfg.prequant_ttt_epochs):
         share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * epoch / cfg.prequant_ttt_epochs))
@@ -3518,9 +3547,7 @@ def prime(losses: Mapping[bool, Callable[[Batch], Tensor]], optimizer: ShardedOp
 
     Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
     """
-    rng = np.random.default_rng(cfg.seed)
-    rows = [rng.integers(2, cfg.vocab_size, cfg.train_seq_len + 1).astype(np.uint16) for _ in range(data.micro_rows)]
-    batch = make_batch(rows, data.micro_rows, cfg.train_seq_len).to(run.device)
+    batch = random_batch(data.micro_rows, cfg).to(run.device)
     for loss in losses.values():
         for _ in range(cfg.warmup_steps):
             (loss(batch) / cfg.train_batch_tokens).backward()

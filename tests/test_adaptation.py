@@ -322,7 +322,7 @@ def test_frozen_blocks_stay_and_the_rest_learns(run: tg.Run):
     cfg = tiny(**EVERYTHING)
     val, model = stream([100]), noisy(cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    sgd = tg.SharedSgd(model, val.ids, torch.optim.SGD(model.parameters(), lr=0.0), 0.0, 2, 8, cfg, run)
+    sgd = tg.SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0), 0.0, 2, 8, cfg, run)
     sgd.learn(0, 99, 0.1)
     for name, p in model.named_parameters():
         moved = (p.detach() != before[name]).flatten(1).any(1) if p.dim() > 1 else p.detach() != before[name]

@@ -188,7 +188,7 @@ PLANTS = {
         ("    for i in by_length[lengths[by_length] > 0].tolist():\n",
          "    for i in by_length[lengths[by_length] > 0].tolist():\n"
          "        edges = np.array(chunk_edges(int(lengths[i]), '2' if lengths[i] <= 8 else '4'))\n"),
-        ("            jobs.append((own, [int(documents[i])]))", "            jobs.append((edges, [int(documents[i])]))"),
+        ("jobs.append((own, [int(documents[i])]))", "jobs.append((edges, [int(documents[i])]))"),
         ("tuple(edges[:chunks + 1].tolist())", "tuple(chunks.tolist())")], ("D1", "C1")),
 }
 
