@@ -326,10 +326,18 @@ class ScheduleKnobs:
 @dataclass(frozen=True, kw_only=True)
 class QuantKnobs:
     """Quantization: how many bytes each matrix gets"""
+    quant: str = "waterfill"
+    """Steps of the codes: sdclip (so many standard deviations a row, #1394) | waterfill (equal cost everywhere)."""
+    bits_per_weight: float = 5.0
+    """QUANT=waterfill: most bits of a code on average; fewer where ARTIFACT_BYTES_CAP asks for it."""
+    row_softness: float = 0.7
+    """QUANT=waterfill: exponent of the rows' Fisher information, 0 (ignored) to 1 (full)."""
+    codec: str = "auto"
+    """Coder of the codes: range (package constriction) | brotli. Auto: range where it is installed."""
     matrix_bits: int = 6
-    """Bits of the codes of attention and MLP matrices, 2..8."""
+    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
     embed_bits: int = 7
-    """Bits of the codes of the embedding, 2..8."""
+    """QUANT=sdclip: bits of the codes of the embedding, 2..8."""
     attn_clip_sigmas: float = 13.0
     """SDClip (#1394) of attention: a row's largest code stands for this many standard deviations."""
     mlp_clip_sigmas: float = 11.5
@@ -443,7 +451,8 @@ CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bflo
            "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
-           "ttt_context": ("recompute", "cache")}
+           "ttt_context": ("recompute", "cache"), "quant": ("sdclip", "waterfill"),
+           "codec": ("auto", "range", "brotli")}
 
 # The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
 # and a hashed bigram table teaches it most of what three minutes can; figures in bench/LOG.md (2026-11-22).
@@ -485,12 +494,12 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
                      "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
-        for name in ("warmdown_frac", "enable_looping_at", "min_lr"):
+        for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
         for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
-                     "eval_seconds_budget"):
+                     "eval_seconds_budget", "bits_per_weight"):
             require(getattr(self, name) > 0, f"{name.upper()}={getattr(self, name)}: expected a positive number")
         require(self.train_batch_tokens % self.train_seq_len == 0,
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
@@ -1880,17 +1889,49 @@ class Weights:
 
 
 class RecordingWeights(Weights):
-    """Plain weights that also sum x x^T of every input (GPTQ's Hessians): all visits of a block, in fp32."""
+    """Plain weights that also sum what quantization needs to know, over all visits of a block, in fp32.
+
+    Of every input x: x x^T (GPTQ's Hessians). Of every gradient g at a product's output, once a backward runs: g^2 by
+    row; of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
+    """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
         self.gram: dict[tuple[str, int], Tensor] = {}
+        self.rows: dict[tuple[str, int], Tensor] = {}
+        self.tokens: dict[tuple[str, int], int] = collections.defaultdict(int)
+        vocab, dim = self.table.shape
+        self.input_gram = self.table.new_zeros(dim, dim)
+        self.input_rows = self.table.new_zeros(vocab)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        e = super().embed(ids)
+        if not torch.is_grad_enabled():
+            return e
+
+        def seen(grad: Tensor) -> None:
+            g_MD = grad.flatten(0, -2).float()
+            self.input_gram.addmm_(g_MD.T, g_MD)
+            self.input_rows.index_add_(0, ids.flatten(), g_MD.square().sum(-1))
+
+        e = e.detach().requires_grad_()
+        e.register_hook(seen)
+        return e
 
     def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
         x_MI, key = x.detach().flatten(0, -2).float(), (name, visit.block if visit else 0)
-        seen = self.gram.get(key)
-        self.gram[key] = x_MI.T @ x_MI if seen is None else seen.addmm_(x_MI.T, x_MI)
-        return super().linear(name, visit, x, side)
+        known = self.gram.get(key)
+        self.gram[key] = x_MI.T @ x_MI if known is None else known.addmm_(x_MI.T, x_MI)
+        self.tokens[key] += len(x_MI)
+        y = super().linear(name, visit, x, side)
+
+        def seen(grad: Tensor) -> None:
+            squares = grad.flatten(0, -2).float().square().sum(0)
+            self.rows[key] = squares if key not in self.rows else self.rows[key].add_(squares)
+
+        if y.requires_grad:
+            y.register_hook(seen)
+        return y
 
 
 class Adapters:
@@ -2550,12 +2591,18 @@ class TrainClock:
 
 
 # ----------------------------------------------------------------------------------------------------
-# 9 Quantization: Hessians, step sizes, GPTQ
+# 9 Quantization: what an error costs, step sizes, GPTQ
 # ----------------------------------------------------------------------------------------------------
-# A matrix becomes integer codes times one fp16 step a row. SDClip (#1394) sets the step to k standard deviations over
-# the largest code; GPTQ (Frantar et al. 2022) rounds column by column and feeds each error forward through the inverse
-# Hessian of the inputs. The Hessians are sums over all ranks and all visits, with documents separated as in training.
-# Safe to change: bits and clip of a family. `gptq` knows nothing of layers, ranks or files.
+# A matrix becomes integer codes times a step for each row and column. GPTQ (Frantar et al. 2022) rounds column by
+# column and feeds each error forward through the inverse Hessian of the inputs. Where the steps go matters most:
+# SDClip (#1394) gives every row the same rate, k standard deviations over the largest code; `waterfill` gives every
+# entry the same cost, as rate-distortion theory asks for: steps follow the inputs' Hessian by column and the Fisher
+# information of the outputs by row, nothing is clipped, and one unit for the whole model sets the size. Sums run over
+# all ranks and visits, with documents separated as in training.
+# Safe to change: how steps are chosen. `gptq` knows nothing of layers, ranks or files.
+
+OCTAVE = 8
+"""Step codes to a factor of two."""
 
 
 class Quantized(NamedTuple):
@@ -2563,71 +2610,103 @@ class Quantized(NamedTuple):
     stored: str
     """As in ROUTES: gptq:<family>, int8 or fp16."""
     codes: Tensor
-    """int8 [..., C] codes; for fp16 the values themselves."""
-    scale: Tensor | None
-    """fp16 [...]: step of each row; None for fp16."""
+    """int16 [..., C] codes; for fp16 the values themselves."""
+    rows: Tensor | None = None
+    """int8 [...]: step code of each row; None for fp16."""
+    columns: Tensor | None = None
+    """int8 [C]: step code of each column, of GPTQ's matrices alone."""
 
-    def dequantize(self) -> Tensor:
-        """The fp32 values that the artifact stands for."""
-        values = self.codes.float()
-        return values if self.scale is None else values * self.scale.float().unsqueeze(-1)
-
-
-def row_steps(largest: Tensor, bits: int) -> Tensor:
-    """fp16 step of each row whose largest code stands for `largest`; never 0, so that no row divides by it."""
-    return (largest / (2 ** (bits - 1) - 1)).clamp_min(2.0 ** -24).half()
-
-
-def round_to_codes(values: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Nearest code of each value (float), within +-(2^(bits-1) - 1)."""
-    top = 2 ** (bits - 1) - 1
-    return (values / step).round().clamp(-top, top)
+    def dequantize(self, unit: float) -> Tensor:
+        """The fp32 values that the artifact stands for; `unit` multiplies the steps of GPTQ's matrices."""
+        if self.rows is None:
+            return self.codes.float()
+        values = self.codes.float() * row_steps(self.rows, unit if self.columns is not None else 1.0).unsqueeze(-1)
+        return values if self.columns is None else values * column_steps(self.columns)
 
 
-def inverse_factor(hessian_KCC: Tensor, damp: float, log: Callable[..., None]) -> Tensor:
-    """Upper Cholesky factor U of the inverse, H^-1 = U^T U; where a matrix fails, its damping grows tenfold."""
-    mean = hessian_KCC.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(hessian_KCC.size(-1), device=hessian_KCC.device)
+STEP_TABLE = torch.tensor([math.ldexp(2.0 ** (k % OCTAVE / OCTAVE), k // OCTAVE) for k in range(-256, 256)],
+                          dtype=torch.float64)
+"""2^(k/8) for k from -256: the same bits on every machine."""
+ROW_OFFSET = 64
+"""Code 64 is a step of 1, so that codes reach from 2^-24 to 2^7.9: no row's step is 0."""
+
+
+def row_steps(codes: Tensor, unit: float) -> Tensor:
+    """fp32 steps of rows with these codes."""
+    return (unit * STEP_TABLE.to(codes.device)[codes.long() - ROW_OFFSET + 256]).float()
+
+
+def column_steps(codes: Tensor) -> Tensor:
+    """fp32 factors of columns with these codes."""
+    return STEP_TABLE.to(codes.device)[codes.long() + 256].float()
+
+
+def step_codes(steps: Tensor, offset: int, up: bool = False) -> Tensor:
+    """int8 codes of the nearest steps (relative error at most 4.4 %), or of the next larger ones."""
+    exact = OCTAVE * steps.double().clamp_min(1e-30).log2() + offset
+    return (exact.ceil() if up else exact.round()).clamp(-128, 127).to(torch.int8)
+
+
+class Factor(NamedTuple):
+    """A stack of Hessians made ready for `gptq`."""
+    order: Tensor
+    """[K, C] columns by decreasing diagonal."""
+    upper: Tensor
+    """[K, C, C] Cholesky factor U of the inverse in that order, H^-1 = U^T U."""
+    dead: Tensor
+    """[K, C] inputs that were never seen."""
+
+    def column_scales(self) -> Tensor:
+        """[K, C] diagonal of U by column: what a column's error costs is its square over this one's."""
+        diagonal = self.upper.diagonal(dim1=-2, dim2=-1)
+        return torch.empty_like(diagonal).scatter_(1, self.order, diagonal)
+
+
+def factorize(hessian_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *a, **k: None) -> Factor:
+    """Order and damped inverse factor of mean or summed x x^T; where a matrix fails, its damping grows tenfold."""
+    h = hessian_KCC.float().clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    alive = (~dead).sum(-1, keepdim=True).clamp_min(1)
+    diagonal.copy_(torch.where(dead, (diagonal.sum(-1, keepdim=True) / alive).clamp_min(1e-30), diagonal))
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(h.size(-1), device=h.device)
     damps = torch.full_like(mean, damp)
     while float(damps.max()) < 1e4:
-        lower, failed = torch.linalg.cholesky_ex(hessian_KCC + (damps * mean)[:, None, None] * eye)
+        lower, failed = torch.linalg.cholesky_ex(h + (damps * mean)[:, None, None] * eye)
         lower = torch.where((failed != 0)[:, None, None], eye, lower)
         upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         bad = (failed != 0) | (failed_inverse != 0)
         if not bool(bad.any()):
-            return upper
+            return Factor(order, upper, dead)
         log("gptq_damping", failed=int(bad.sum()), damp=float(damps[bad].max()), next=10 * float(damps[bad].max()))
         damps = torch.where(bad, 10 * damps, damps)
     raise UserError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
 
-def gptq(weight_KRC: Tensor, hessian_KCC: Tensor, step_KR: Tensor, bits: int, damp: float,
-         log: Callable[..., None] = lambda *a, **k: None) -> Tensor:
-    """int8 codes [K, R, C] of a stack of matrices, given the sums of x x^T of their inputs and the row steps.
+def gptq(weight_KRC: Tensor, factor: Factor, row_KR: Tensor, column_KC: Tensor, top: int) -> Tensor:
+    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the grid of steps row x column.
 
-    Columns go by decreasing diagonal; inputs never seen (diagonal 0) get the code 0. Blocks of 128 columns, so that
-    the rest of the matrix is updated by one product a block.
+    Columns go by decreasing diagonal; inputs never seen get the code 0. Blocks of 128 columns, so that the rest of the
+    matrix is updated by one product a block.
     """
-    w, h = weight_KRC.float(), hessian_KCC.float().clone()
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    w = w.masked_fill(dead[:, None, :], 0.0)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    diagonal[dead] = 1.0
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    order, upper, dead = factor
+    w = weight_KRC.float().masked_fill(dead[:, None, :], 0.0)
     w = w.gather(2, order[:, None, :].expand_as(w))
-    upper, step = inverse_factor(h, damp, log), step_KR.float()
+    column = column_KC.gather(1, order)
     codes = torch.empty_like(w)
     for begin in range(0, w.size(-1), 128):
         end = min(begin + 128, w.size(-1))
         block, errors = w[..., begin:end], torch.empty_like(w[..., begin:end])
         for j in range(end - begin):
-            row = upper[:, begin + j, begin + j:end]
-            codes[..., begin + j] = round_to_codes(block[..., j], step, bits)
+            row, step = upper[:, begin + j, begin + j:end], row_KR * column[:, begin + j, None]
+            codes[..., begin + j] = (block[..., j] / step).round().clamp(-top, top)
             errors[..., j] = (block[..., j] - codes[..., begin + j] * step) / row[:, :1]
             block[..., j:] -= errors[..., j, None] * row[:, None, :]
         w[..., end:] -= errors @ upper[:, begin:end, end:]
-    return codes.gather(2, order.argsort(dim=-1)[:, None, :].expand_as(codes)).to(torch.int8)
+    return codes.gather(2, order.argsort(dim=-1)[:, None, :].expand_as(codes)).to(torch.int16)
 
 
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up", "down": "down"}
@@ -2640,67 +2719,163 @@ def hessian_key(name: str) -> tuple[str, int]:
     return (INPUT_OF[parts[2]], int(parts[1])) if parts[0] == "blocks" else ("head", 0)
 
 
-@torch.no_grad()
-def collect_hessians(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
-                     ) -> dict[tuple[str, int], Tensor]:
-    """Sum of x x^T for every product over the calibration rows of all ranks, the loop on; fp32 on the device."""
+class Calibration(NamedTuple):
+    """Sums over the calibration tokens of all ranks, by product and block."""
+    gram: dict[tuple[str, int], Tensor]
+    """Mean of x x^T over inputs, all visits, [I, I]."""
+    rows: dict[tuple[str, int], Tensor]
+    """Sum of g^2 at each output, [O]; targets are drawn from the model (the true Fisher information)."""
+    input_gram: Tensor
+    """Sum of g g^T at the embedding's output, [D, D]."""
+    input_rows: Tensor
+    """Sum of |g|^2 there by id, [V]."""
+
+
+def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> Calibration:
+    """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device."""
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
     mine = range(first_row + run.rank, first_row + rows, run.world)
+    model.requires_grad_(False)
     w, plan = RecordingWeights(model, run.dtype), layer_plan(cfg, looped=True)
+    draw = torch.Generator(run.device).manual_seed(cfg.seed + run.rank)
     with run.progress(len(mine), "calibrate", "row") as bar:
-        for at in range(0, len(mine), data.micro_rows):
-            part = mine[at:at + data.micro_rows]
+        few = -(-data.micro_rows // 4)  # nothing is compiled here, so that activations take more room than in training
+        for at in range(0, len(mine), few):
+            part = mine[at:at + few]
             batch = make_batch([data.row(i) for i in part], len(part), cfg.train_seq_len).to(run.device)
-            model.losses(model.hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten(), w)
+            logits = w.linear("head", None, model.hidden(batch, plan, w).flatten(0, 1))
+            with torch.no_grad():
+                capped = cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
+                targets = torch.multinomial(capped.softmax(-1), 1, generator=draw).squeeze(1)
+            model.kernels.cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
             bar.update(len(part))
-    sizes = {(n, b): m.size(1) for (n, b), m in w.matrices.items()}  # a rank without rows still takes part
-    return {key: run.total(w.gram.get(key, torch.zeros(size, size, device=run.device))) for key, size in sizes.items()}
+    model.requires_grad_(True)
+    gram, fisher = {}, {}
+    for key, matrix in w.matrices.items():  # a rank without rows still takes part
+        outputs, inputs = matrix.shape
+        count = run.total(torch.tensor(float(w.tokens[key]), device=run.device)).clamp_min(1)
+        gram[key] = run.total(w.gram.get(key, matrix.new_zeros(inputs, inputs, dtype=torch.float32))) / count
+        fisher[key] = run.total(w.rows.get(key, matrix.new_zeros(outputs, dtype=torch.float32)))
+    return Calibration(gram, fisher, run.total(w.input_gram), run.total(w.input_rows))
 
 
-@torch.no_grad()
-def quantize(model: GPT, hessians: Mapping[tuple[str, int], Tensor], cfg: Config, run: Run,
-             coarser: float = 1.0) -> dict[str, Quantized]:
-    """Every tensor of the model as it will be stored; each rank does its share of the matrices, all get all.
+def waterfill_steps(cost_KR: Tensor, scale_KC: Tensor, softness: float) -> tuple[Tensor, Tensor]:
+    """(row steps [K, R], column steps [K, C]) at which every matrix loses equally much to rounding.
 
-    `coarser` multiplies every step of the GPTQ families (the packer's lever on the size).
+    An error e in row r and column c costs cost_r (e / scale_c)^2. Reverse water-filling (Cover and Thomas, 10.3.3)
+    wants step ~ cost^-1/2 scale; the rows' exponent is softened, as their cost is an estimate from few tokens.
     """
-    done: dict[str, Quantized] = {}
-    jobs = collections.defaultdict(list)
-    for name, values, parameter in model.tensors():
-        stored = route(parameter).stored
-        if stored.startswith("gptq:"):
-            jobs[values.shape, stored].append((name, values.float()))
-        elif stored == "int8":
-            step = row_steps(values.float().abs().amax(-1), 8)
-            codes = round_to_codes(values.float(), step.float().unsqueeze(-1), 8)
-            done[name] = Quantized(stored, codes.to(torch.int8).cpu(), step.cpu())
-        else:
-            done[name] = Quantized(stored, values.half().cpu(), None)
-    own: dict[str, Quantized] = {}
-    for (_, stored), matrices in jobs.items():
-        bits, sigmas = cfg.grid(stored.removeprefix("gptq:"))
-        mine = matrices[run.rank::run.world]
-        if mine:
-            stack = torch.stack([values for _, values in mine])
-            # A row of nearly one value has almost no spread: its step must still reach its values.
-            largest = torch.maximum(sigmas * stack.std(dim=-1), stack.square().mean(-1).sqrt())
-            step = row_steps(coarser * largest, bits)
-            hessian = torch.stack([hessians[hessian_key(name)] for name, _ in mine])
-            codes = gptq(stack, hessian, step, bits, cfg.gptq_damp, run.log)
-            own.update({name: Quantized(stored, c, s) for (name, _), c, s in zip(mine, codes.cpu(), step.cpu())})
-    for part in run.gather(own):
-        done.update(part)
-    return {name: done[name] for name, _, _ in model.tensors()}
+    cost = cost_KR + 0.01 * cost_KR.mean(-1, keepdim=True).clamp_min(1e-30)
+    row = torch.exp(-0.5 * softness * (cost.log() - cost.log().mean(-1, keepdim=True)))
+    level = (cost * row.square()).mean(-1, keepdim=True)  # columns: scale^2 / scale^2
+    return row / level.sqrt(), scale_KC
+
+
+class Quantizer:
+    """Turns the model's tensors into codes, as often as the packer asks; what costs time is kept between calls."""
+
+    def __init__(self, model: GPT, sums: Calibration, cfg: Config, run: Run) -> None:
+        self.model, self.sums, self.cfg, self.run = model, sums, cfg, run
+        jobs: dict[tuple, list[tuple[str, Tensor]]] = collections.defaultdict(list)
+        self.plain: dict[str, Quantized] = {}
+        for name, values, parameter in model.tensors():
+            stored, values = route(parameter).stored, values.float()
+            if stored.startswith("gptq:"):
+                jobs[values.shape, stored].append((name, values))
+            elif stored == "int8":
+                rows = step_codes(values.abs().amax(-1) / 127, ROW_OFFSET, up=True)
+                codes = (values / row_steps(rows, 1.0).unsqueeze(-1)).round().clamp(-127, 127)
+                self.plain[name] = Quantized(stored, codes.to(torch.int16).cpu(), rows.cpu())
+            else:
+                self.plain[name] = Quantized(stored, values.half().cpu())
+        self.weights = sum(values.numel() for matrices in jobs.values() for _, values in matrices)
+        self.stacks = []
+        for (_, stored), matrices in jobs.items():
+            mine = matrices[run.rank::run.world]
+            if mine:
+                self.stacks.append(self._prepare(stored, mine))
+
+    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]]) -> tuple:
+        """(stored, names, weights, factor, step codes of rows, of columns, top) of a stack of equal shapes."""
+        names, weights = [name for name, _ in matrices], torch.stack([values for _, values in matrices])
+        hessians, costs = zip(*(self._cost(name) for name in names))
+        factor = factorize(torch.stack(hessians), self.cfg.gptq_damp, self.run.log)
+        if self.cfg.quant == "waterfill":
+            steps = waterfill_steps(torch.stack(costs), factor.column_scales(), self.cfg.row_softness)
+            # The geometric mean goes to the rows, so that columns lie around code 0.
+            middle = steps[1].log().mean(-1, keepdim=True).exp()
+            rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
+            return stored, names, weights, factor, rows, columns, 2 ** 15 - 1
+        bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
+        top = 2 ** (bits - 1) - 1
+        # A row of nearly one value has almost no spread: its step must still reach its values.
+        largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
+        columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)
+        return stored, names, weights, factor, step_codes(largest / top, ROW_OFFSET), columns, top
+
+    def _cost(self, name: str) -> tuple[Tensor, Tensor]:
+        """(Hessian [C, C], cost of each row [R]) of an error in a stored matrix."""
+        sums, (product, block) = self.sums, hessian_key(name)
+        gram, rows = sums.gram[product, block], sums.rows[product, block]
+        if product == "head":  # the embedding is read at both ends: mix the costs of both uses
+            out, into = rows * gram.trace(), sums.input_rows
+            total = out.sum() + into.sum()
+            mixed = gram / gram.trace().clamp_min(1e-30) * out.sum() + \
+                sums.input_gram / sums.input_gram.trace().clamp_min(1e-30) * into.sum()
+            return mixed / total.clamp_min(1e-30), out + into
+        part, kv = name.split(".")[-1], self.model.cfg.num_kv_heads * self.model.cfg.head_dim
+        if product == "qkv":
+            return gram, rows.split([len(rows) - 2 * kv, kv, kv])["qkv".index(part)]
+        scale = {"o": self.model.attn_scale, "down": self.model.mlp_scale}.get(product)
+        return gram, rows if scale is None else rows * scale[block].detach().square()
+
+    def bits(self, unit: float) -> float:
+        """Bits of all codes by their entropy, matrix by matrix, if they were rounded to nearest (no GPTQ)."""
+        total = torch.zeros((), dtype=torch.float64, device=self.run.device)
+        for _, _, weights, _, rows, columns, top in self.stacks:
+            codes = weights / row_steps(rows, unit).unsqueeze(-1) / column_steps(columns).unsqueeze(1)
+            for matrix in codes.round_().clamp_(-top, top).int():
+                counts = torch.bincount(matrix.flatten() + top).double()
+                total -= (counts * (counts / matrix.numel()).clamp_min(1e-30).log2()).sum()
+        return float(self.run.total(total))
+
+    def octaves_for(self, bits: float) -> float:
+        """log2 of the unit at which the codes take so many bits in all, by `bits`."""
+        logs = torch.zeros((), dtype=torch.float64, device=self.run.device)
+        for _, _, weights, _, rows, columns, _ in self.stacks:
+            least = 1e-3 * weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
+            logs += (weights.abs().clamp_min(least).log2() - row_steps(rows, 1.0).log2().unsqueeze(-1)
+                     - column_steps(columns).log2().unsqueeze(1)).sum(dtype=torch.float64)
+        # Gaussian codes of deviation s: log2 s + 2.05 bits, and the mean of log2 |code| is log2 s - 0.92.
+        guess = float(self.run.total(logs)) / self.weights + 2.97 - bits / self.weights
+        low, high = guess - 3, guess + 6
+        for _ in range(16):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.bits(2.0 ** middle) > bits else (low, middle)
+        return high
+
+    @torch.no_grad()
+    def quantize(self, unit: float) -> dict[str, Quantized]:
+        """Every tensor as it will be stored; each rank does its share of the matrices, all get all."""
+        own: dict[str, Quantized] = {}
+        for stored, names, weights, factor, rows, columns, top in self.stacks:
+            codes = gptq(weights, factor, row_steps(rows, unit), column_steps(columns), top)
+            own.update({name: Quantized(stored, *parts)
+                        for name, *parts in zip(names, codes.cpu(), rows.cpu(), columns.cpu())})
+        done = dict(self.plain)
+        for part in self.run.gather(own):
+            done.update(part)
+        return {name: done[name] for name, _, _ in self.model.tensors()}
 
 
 # ----------------------------------------------------------------------------------------------------
 # 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
 # ----------------------------------------------------------------------------------------------------
-# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, tensor records in order, streams
-# with raw and packed length; the packed streams; BLAKE2b-128 of all before it. Codes of one family share a stream,
-# transposed (columns first); fp16 numbers go to streams of their high and of their low bytes. No pickle: a reader
-# checks digest, bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
-# Safe to change: the codec of a stream, with a new format version.
+# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, unit of the steps, tensors in
+# order, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before it. Codes of one
+# family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader checks digest,
+# bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
+# Safe to change: the coder of a stream, with a new format version.
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 ARTIFACT_HEAD = struct.Struct("<5sBI")
@@ -2733,9 +2908,13 @@ def brotli_unpack(data: bytes, size: int) -> bytes:
 
 
 def stream_parts(stored: str, shape: Sequence[int]) -> list[tuple[str, int]]:
-    """(stream, bytes) that one tensor contributes, in the order in which they are written."""
+    """(stream, raw bytes) that one tensor contributes, in the order in which they are written."""
     count, rows = math.prod(shape), math.prod(shape[:-1])
-    return [("fp16", 2 * count)] if stored == "fp16" else [(stored, count), ("steps", 2 * rows)]
+    if stored == "fp16":
+        return [("fp16", 2 * count)]
+    if stored == "int8":
+        return [("int8", count), ("steps", rows)]
+    return [(stored, 2 * count), ("steps", rows + shape[-1])]
 
 
 def split_bytes(halves: bytes) -> bytes:
@@ -2750,24 +2929,184 @@ def join_bytes(data: bytes) -> bytes:
     return bytes(out)
 
 
-def pack(tensors: Mapping[str, Quantized], model: ModelKnobs, preset: str, illegal: str = "") -> bytes:
-    """The artifact's bytes; `illegal` says which rule its making broke ("": none)."""
-    streams: dict[str, bytearray] = collections.defaultdict(bytearray)
-    for q in tensors.values():
-        if q.scale is None:
-            streams["fp16"] += q.codes.numpy().astype("<f2").tobytes()
+def zigzag(codes: np.ndarray) -> np.ndarray:
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: [n] int16 -> uint16."""
+    return ((codes.astype(np.int32) << 1) ^ (codes.astype(np.int32) >> 31)).astype("<u2")
+
+
+def unzigzag(values: np.ndarray) -> np.ndarray:
+    """Inverse of `zigzag`."""
+    return ((values.astype(np.int32) >> 1) ^ -(values.astype(np.int32) & 1)).astype(np.int16)
+
+
+ESCAPE = 127
+"""Symbol of a code that has none of its own; the code follows in a side stream."""
+LEAST_IN_CLASS = 2048
+"""Codes of a class with a histogram of its own; smaller classes join the nearest."""
+
+
+def magnitudes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int8 logs (4 to the octave) of the mean |code| of each row, of each column and of all of a matrix [R, C]."""
+    size = np.abs(codes.astype(np.float64))
+    return tuple(np.clip(np.rint(4 * np.log2(np.asarray(mean) + 1 / 64)), -128, 127).astype(np.int8).reshape(-1)
+                 for mean in (size.mean(1), size.mean(0), size.mean()))
+
+
+def classes_of(logs: bytes, shapes: Sequence[Sequence[int]]) -> np.ndarray:
+    """[n] int16 class of every code of the matrices: the magnitude that its row and its column let expect."""
+    found, at = [], 0
+    values = np.frombuffer(logs, dtype=np.int8).astype(np.int16)
+    for rows, cols in shapes:
+        r, c, (mean,) = np.split(values[at:at + rows + cols + 1], [rows, rows + cols])
+        found.append((r[:, None] + c - mean).reshape(-1))
+        at += rows + cols + 1
+    return np.concatenate(found)
+
+
+def join_classes(classes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """[n] index into the ascending `kept` classes of the nearest one, the lower of two."""
+    lowest = int(classes.min(initial=0))
+    every = np.arange(lowest, int(classes.max(initial=0)) + 1)
+    above = np.searchsorted(kept, every).clip(0, len(kept) - 1)
+    below = (above - 1).clip(0)
+    nearest = np.where(np.abs(kept[below] - every) <= np.abs(kept[above] - every), below, above)
+    return nearest[classes - lowest]
+
+
+def range_pack(matrices: Sequence[np.ndarray]) -> bytes:
+    """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude.
+
+    Rows' and columns' mean magnitudes travel as side information; histograms are integers, so that both ends compute
+    with the same numbers on any machine. Entropy coding as in Deflate's or zstd's static models, over better classes.
+    """
+    import constriction
+    logs = b"".join(part.tobytes() for matrix in matrices for part in magnitudes(matrix))
+    classes = classes_of(logs, [matrix.shape for matrix in matrices])
+    flat = zigzag(np.concatenate([matrix.reshape(-1) for matrix in matrices]))
+    symbols = np.minimum(flat, ESCAPE).astype(np.int32)
+    present, counts = np.unique(classes, return_counts=True)
+    kept = present[counts >= LEAST_IN_CLASS] if (counts >= LEAST_IN_CLASS).any() else present[counts.argmax()][None]
+    joined = join_classes(classes, kept)
+    coder, tables = constriction.stream.queue.RangeEncoder(), []
+    order = np.argsort(joined, kind="stable")
+    for part in np.split(symbols[order], np.cumsum(np.bincount(joined, minlength=len(kept)))[:-1]):
+        table = np.bincount(part, minlength=ESCAPE + 1)
+        table = np.where(table, np.maximum(1, table * 65535 // max(1, int(table.max()))), 0).astype("<u2")
+        tables.append(table.tobytes())
+        if np.count_nonzero(table) > 1:
+            coder.encode(part, histogram(table))
+    escaped = flat[order][symbols[order] == ESCAPE]
+    parts = [brotli_pack(logs), brotli_pack(kept.astype("<i2").tobytes()), brotli_pack(split_bytes(b"".join(tables))),
+             brotli_pack(escaped.astype("<u2").tobytes()), coder.get_compressed().astype("<u4").tobytes()]
+    sizes = struct.pack("<7I", *(len(part) for part in parts[:4]), len(kept), len(escaped), len(parts[4]))
+    return sizes + b"".join(parts)
+
+
+def histogram(table: np.ndarray) -> Any:
+    """The entropy model of one class: its symbols' stored counts."""
+    import constriction
+    counts = table.astype(np.float64)
+    return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+
+
+def range_unpack(data: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Inverse of `range_pack`, given the matrices' shapes; `UserError` for anything it could not have written."""
+    try:
+        import constriction
+    except ImportError:
+        raise UserError("artifact: its codes need the package constriction; pip install -r requirements.txt") from None
+    head = struct.calcsize("<7I")
+    require(len(data) >= head, "artifact: a range-coded stream is truncated")
+    *lengths, num_kept, num_escaped, num_words = struct.unpack_from("<7I", data)
+    total = sum(rows * cols for rows, cols in shapes)
+    require(head + sum(lengths) + num_words == len(data) and num_words % 4 == 0 and 0 < num_kept <= 1024
+            and num_escaped <= total, "artifact: a range-coded stream does not fit its lengths")
+    edges = np.cumsum([head, *lengths])
+    raw = [brotli_unpack(data[a:b], size) for a, b, size in zip(edges, edges[1:], (
+        sum(rows + cols + 1 for rows, cols in shapes), 2 * num_kept, 2 * num_kept * (ESCAPE + 1), 2 * num_escaped))]
+    classes, kept = classes_of(raw[0], shapes), np.frombuffer(raw[1], dtype="<i2").astype(np.int64)
+    require(bool((np.diff(kept) > 0).all()), "artifact: the classes of a range-coded stream are not ascending")
+    joined = join_classes(classes, kept)
+    tables = np.frombuffer(join_bytes(raw[2]), dtype="<u2").reshape(num_kept, ESCAPE + 1)
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[edges[-1]:], dtype="<u4").astype(np.uint32))
+    parts = []
+    for count, table in zip(np.bincount(joined, minlength=num_kept).tolist(), tables):
+        used = np.flatnonzero(table)
+        require(len(used) > 0 or count == 0, "artifact: a class of codes has no histogram")
+        if len(used) > 1 and count:
+            try:
+                parts.append(decoder.decode(histogram(table), count))
+            except (AssertionError, ValueError) as error:  # what the package raises for bytes nobody encoded
+                raise UserError("artifact: a range-coded stream is damaged") from error
         else:
-            streams[q.stored] += q.codes.reshape(-1, q.codes.size(-1)).T.contiguous().numpy().tobytes()
-            streams["steps"] += q.scale.numpy().astype("<f2").tobytes()
-    packed = {name: brotli_pack(split_bytes(bytes(raw)) if name in ("fp16", "steps") else bytes(raw))
-              for name, raw in streams.items()}
+            parts.append(np.full(count, used[0] if len(used) else 0, dtype=np.int32))
+    sorted_symbols = np.concatenate(parts)
+    escapes = sorted_symbols == ESCAPE
+    require(int(escapes.sum()) == num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
+    sorted_symbols[escapes] = np.frombuffer(raw[3], dtype="<u2")
+    flat = np.empty(total, dtype=np.uint16)
+    flat[np.argsort(joined, kind="stable")] = sorted_symbols
+    edges = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
+    return [part.reshape(shape) for part, shape in zip(np.split(unzigzag(flat), edges[1:-1]), shapes)]
+
+
+def brotli_codes(matrices: Sequence[np.ndarray]) -> bytes:
+    """int16 matrices by Brotli: transposed (columns first), zigzag, high bytes before low bytes."""
+    flat = np.concatenate([zigzag(matrix.T.reshape(-1)) for matrix in matrices])
+    return brotli_pack(split_bytes(flat.tobytes()))
+
+
+def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Inverse of `brotli_codes`."""
+    sizes = [rows * cols for rows, cols in shapes]
+    flat = unzigzag(np.frombuffer(join_bytes(brotli_unpack(data, 2 * sum(sizes))), dtype="<u2"))
+    return [part.reshape(cols, rows).T for part, (rows, cols) in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes)]
+
+
+CODERS: dict[str, tuple[Callable[[Sequence[np.ndarray]], bytes], Callable[..., list[np.ndarray]]]] = {
+    "range": (range_pack, range_unpack), "brotli": (brotli_codes, brotli_uncodes)}
+"""How the codes of GPTQ's matrices are packed, and read again."""
+
+
+def pick_codec(wanted: str) -> str:
+    """range or brotli; `UserError` if the wanted one is not installed."""
+    if wanted == "brotli":
+        return wanted
+    try:
+        import constriction  # noqa: F401
+    except ImportError:
+        require(wanted == "auto", "CODEC=range: the package constriction is missing; pip install -r requirements.txt")
+        return "brotli"
+    return "range"
+
+
+def pack(tensors: Mapping[str, Quantized], unit: float, codec: str, model: ModelKnobs, preset: str, illegal: str = ""
+         ) -> bytes:
+    """The artifact's bytes; `illegal` says which rule its making broke ("": none)."""
+    raw: dict[str, bytearray] = collections.defaultdict(bytearray)
+    matrices: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    for q in tensors.values():
+        if q.rows is None:
+            raw["fp16"] += q.codes.numpy().astype("<f2").tobytes()
+            continue
+        raw["steps"] += q.rows.numpy().tobytes()
+        if q.columns is None:
+            raw["int8"] += q.codes.reshape(-1, q.codes.size(-1)).T.contiguous().numpy().astype(np.int8).tobytes()
+        else:
+            raw["steps"] += q.columns.numpy().tobytes()
+            matrices[q.stored].append(q.codes.numpy())
+    streams = [(name, "brotli", len(data), brotli_pack(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
+               for name, data in raw.items()]
+    streams += [(name, codec, sum(2 * m.size for m in stack), CODERS[codec][0](stack))
+                for name, stack in matrices.items()]
     header = json.dumps({
-        "preset": preset, "illegal": illegal,
+        "preset": preset, "illegal": illegal, "unit": unit,
         "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
         "tensors": [[name, q.stored, list(q.codes.shape)] for name, q in tensors.items()],
-        "streams": [[name, len(streams[name]), len(packed[name])] for name in streams]}, separators=(",", ":"))
+        "streams": [[name, coder, size, len(packed)] for name, coder, size, packed in streams]}, separators=(",", ":"))
     head = struct.pack("<I", len(header)) + brotli_pack(header.encode())
-    body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + b"".join(packed.values())
+    body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + \
+        b"".join(packed for _, _, _, packed in streams)
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
@@ -2806,7 +3145,9 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             expected = [[name, route(parameter).stored, list(values.shape)]
                         for name, values, parameter in GPT(model).tensors()]
         preset, illegal = str(header["preset"]), str(header["illegal"])
-        listed = [(str(n), int(raw), int(size)) for n, raw, size in header["streams"]]
+        listed = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
+        unit = float(header["unit"])
+        require(1e-12 < unit < 1e12, f"{source}: a unit of {unit:g} for its steps is not plausible")
         require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
     except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: the header cannot be read ({type(error).__name__})") from None
@@ -2814,27 +3155,38 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     for _, stored, shape in expected:
         for stream, size in stream_parts(stored, shape):
             need[stream] += size
-    require({name: raw for name, raw, _ in listed} == dict(need) and len(listed) == len(need)
-            and fixed + head_bytes + sum(size for _, _, size in listed) == len(body),
+    require({name: raw for name, _, raw, _ in listed} == dict(need) and len(listed) == len(need)
+            and all(coder in CODERS and (coder == "brotli" or name.startswith("gptq:")) for name, coder, _, _ in listed)
+            and fixed + head_bytes + sum(size for *_, size in listed) == len(body),
             f"{source}: its streams do not fit its tensors")
     require(sum(need.values()) <= MAX_RAW_BYTES,
             f"{source}: {sum(need.values()):,} bytes of tensors is not plausible")
-    raw, at = {}, fixed + head_bytes
-    for name, length, size in listed:
-        data = brotli_unpack(bytes(body[at:at + size]), length)
-        raw[name], at = io.BytesIO(join_bytes(data) if name in ("fp16", "steps") else data), at + size
+    raw, matrices, at = {}, {}, fixed + head_bytes
+    for name, coder, length, size in listed:
+        data, at = bytes(body[at:at + size]), at + size
+        if name.startswith("gptq:"):
+            matrices[name] = iter(CODERS[coder][1](data, [shape for _, stored, shape in expected if stored == name]))
+        else:
+            data = brotli_unpack(data, length)
+            raw[name] = io.BytesIO(join_bytes(data) if name == "fp16" else data)
     tensors = {}
     for name, stored, shape in expected:
-        parts = [np.frombuffer(raw[stream].read(size), dtype="<f2" if stream in ("fp16", "steps") else np.int8)
-                 for stream, size in stream_parts(stored, shape)]
         if stored == "fp16":
-            quantized = Quantized(stored, torch.from_numpy(parts[0].copy()).view(shape), None)
+            halves = np.frombuffer(raw["fp16"].read(2 * math.prod(shape)), dtype="<f2").reshape(shape)
+            quantized = Quantized(stored, torch.from_numpy(halves.copy()))
         else:
-            codes = torch.from_numpy(parts[0].reshape(shape[-1], -1).T.copy()).view(shape)
-            quantized = Quantized(stored, codes, torch.from_numpy(parts[1].copy()).view(shape[:-1]))
-        tensors[name] = quantized.dequantize()
+            rows = np.frombuffer(raw["steps"].read(math.prod(shape[:-1])), dtype=np.int8).reshape(shape[:-1])
+            columns = None
+            if stored == "int8":
+                codes = np.frombuffer(raw["int8"].read(math.prod(shape)), dtype=np.int8).reshape(shape[-1], -1).T
+            else:
+                codes = next(matrices[stored])
+                columns = torch.from_numpy(np.frombuffer(raw["steps"].read(shape[-1]), dtype=np.int8).copy())
+            quantized = Quantized(stored, torch.from_numpy(codes.astype(np.int16).reshape(shape)),
+                                  torch.from_numpy(rows.copy()), columns)
+        tensors[name] = quantized.dequantize(unit)
         require(bool(torch.isfinite(tensors[name]).all()), f"{source}: {name} holds values that are not finite")
-    return Artifact(model, preset, illegal, tensors, {name: size for name, _, size in listed})
+    return Artifact(model, preset, illegal, tensors, {name: size for name, _, _, size in listed})
 
 
 @torch.no_grad()
@@ -2885,57 +3237,74 @@ def predicted_bytes(cfg: Config) -> dict[str, int]:
             bits = 8.0
             if stream.startswith("gptq:"):
                 width, sigmas = cfg.grid(stream.removeprefix("gptq:"))
-                bits = max(0.1, 2.05 + math.log2((2 ** (width - 1) - 1) / sigmas))
+                bits = cfg.bits_per_weight if cfg.quant == "waterfill" else \
+                    max(0.1, 2.05 + math.log2((2 ** (width - 1) - 1) / sigmas))
+                size /= 2  # raw codes have two bytes
             total[stream] += size * bits / 8
+    excess = sum(total.values()) - cfg.artifact_bytes_cap
+    if cfg.quant == "waterfill" and excess > 0:  # the unit gives way
+        codes = sum(size for stream, size in total.items() if stream.startswith("gptq:"))
+        for stream in total:
+            total[stream] *= max(0.0, 1 - excess / codes) if stream.startswith("gptq:") else 1.0
     return {stream: round(size) for stream, size in total.items()}
 
 
-def fit_to_cap(model: GPT, hessians: Mapping[tuple[str, int], Tensor], code_bytes: int, cfg: Config, run: Run) -> bytes:
-    """The packed artifact, quantized as finely as the knobs say or as the cap allows; the same bytes on every rank.
+def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run: Run) -> bytes:
+    """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
 
-    Packed size falls by about one bit a weight each time the steps double: that is the first guess of the common
-    factor, which is then interpolated until the cap is used to 99 %. Raises `UserError` when nothing fits.
+    One unit multiplies all steps. Where the cap binds it is found from entropies and finished with true sizes, until at
+    most a thousandth of the cap is left. Raises `UserError` when nothing fits.
     """
     cap = cfg.artifact_bytes_cap - code_bytes
-    weights = sum(values.numel() for _, values, parameter in model.tensors()
-                  if route(parameter).stored.startswith("gptq:"))
+    codec = pick_codec(cfg.codec)
+    with run.phase("factorize", "train"):
+        quantizer = Quantizer(model, sums, cfg, run)
+    rest = sum(size for stream, size in predicted_bytes(cfg).items() if not stream.startswith("gptq:"))
 
     def attempt(octaves: float) -> bytes:
         with run.phase("gptq", "train"):
-            tensors = quantize(model, hessians, cfg, run, coarser=2.0 ** octaves)
+            tensors = quantizer.quantize(2.0 ** octaves)
         with run.phase("pack"):
-            blob = run.share(pack(tensors, cfg, cfg.preset, illegal(cfg)) if run.is_main else b"")
-        run.log("pack", steps_times=2.0 ** octaves, weight_bytes=len(blob), code_bytes=code_bytes,
-                left_bytes=cap - len(blob))
+            blob = b"" if not run.is_main else pack(tensors, 2.0 ** octaves, codec, cfg, cfg.preset, illegal(cfg))
+            blob = run.share(blob)
+        run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
+                bits_per_weight=8 * (len(blob) - rest) / quantizer.weights, left_bytes=cap - len(blob))
         return blob
 
-    blob = attempt(0.0)
-    if len(blob) <= cap:
-        return blob
-    # (octaves, bytes) of the coarsest attempt that is too big and of the finest that fits; where to give up
-    low, high, coarsest = (0.0, len(blob)), None, 8.0
-    best = b""
+    finest, octaves = -60.0, 0.0
+    if cfg.quant == "waterfill":
+        with run.phase("allocate", "train"):
+            wanted = min(cfg.bits_per_weight, 8 * max(1, 0.999 * cap - rest) / quantizer.weights) * quantizer.weights
+            octaves = quantizer.octaves_for(wanted)
+            finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
+    else:
+        finest = 0.0  # SDClip's bits set the size
+    blob = attempt(octaves)
+    big, fits = (None, (octaves, blob)) if len(blob) <= cap else ((octaves, len(blob)), None)
     for number in range(14):
-        if high is None:  # a bit a weight and octave; further each time, as coarse codes have less to give
-            bits = 8.4 * (low[1] - cap) / weights
-            octaves = min(coarsest, low[0] + max(0.005 * 2 ** number, 2 ** max(0, number - 3) * bits))
+        if fits is not None and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap):
+            break
+        slope = quantizer.weights / 8  # a bit a weight and octave
+        if fits is None:
+            coarser = 1.02 * (big[1] - 0.9996 * cap) / slope * 2 ** max(0, number - 3)
+            octaves = big[0] + max(0.002, coarser)
+            require(octaves < big[0] + 8 and octaves < 40, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code "
+                    f"{code_bytes:,} and weights {big[1]:,} do not fit however coarse the steps; use a smaller model")
+        elif big is None:
+            octaves = max(finest, fits[0] - max(0.002, (0.9997 * cap - len(fits[1])) / slope))
         else:
-            share = (low[1] - 0.996 * cap) / (low[1] - high[1])
-            octaves = low[0] + min(0.9, max(0.1, share)) * (high[0] - low[0])
-        blob = attempt(octaves)
-        if len(blob) > cap:
-            if octaves >= coarsest:
-                sizes = ", ".join(f"{name} {size:,}" for name, size in unpack(blob).stream_bytes.items())
-                raise UserError(f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
-                                f"{len(blob):,} ({sizes}) do not fit even with {2 ** coarsest:g}-fold steps; use a "
-                                f"smaller model")
-            low = (octaves, len(blob))
-        else:
-            high, best = (octaves, len(blob)), blob
-            if len(blob) > 0.99 * cap or octaves - low[0] < 0.005:
+            share = (big[1] - 0.9996 * cap) / max(1, big[1] - len(fits[1]))
+            octaves = big[0] + min(0.95, max(0.05, share)) * (fits[0] - big[0])
+            if abs(fits[0] - big[0]) < 1e-4:
                 break
-    ensure(bool(best), "no attempt fitted the cap and none was the coarsest")
-    return best
+        blob = attempt(octaves)
+        if len(blob) <= cap:
+            fits = (octaves, blob)
+        else:
+            big = (octaves, len(blob))
+    require(fits is not None, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
+            f"{len(blob):,} do not fit however coarse the steps; use a smaller model")
+    return fits[1]
 
 
 def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
@@ -3526,6 +3895,7 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     except ImportError as error:
         problem = f"package {error.name} is missing; pip install -r requirements.txt"
     run.agree(problem)
+    pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
     TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
@@ -3624,8 +3994,8 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
             run.log("warning", text=f"this run is illegal: {illegal(cfg)}")
             prequant_ttt(model, cfg, run)
     with run.phase("calibrate", "train"):
-        hessians = collect_hessians(model, data, figures["steps"] * cfg.train_rows, cfg, run)
-    blob = fit_to_cap(model, hessians, code_bytes, cfg, run)
+        sums = calibrate(model, data, figures["steps"] * cfg.train_rows, cfg, run)
+    blob = fit_to_cap(model, sums, code_bytes, cfg, run)
     with run.phase("write"):
         return write_artifact(blob, run.artifact_path, run), figures
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import ROOT, tiny, write_shard
-from test_artifact import quantized
+from test_artifact import UNIT, quantized
 from test_model import noisy
 
 import train_gpt as tg
@@ -151,7 +151,7 @@ PLANTS = {
     "the lookup context holds the target": Plant("E", "tilt", [
         ("return Hints(hints[:-1], betas[:-1])", "return Hints(hints[1:], betas[1:])")], ("D2", "C2")),
     "hints counted from the whole stream": Plant("E", "tilt", [
-        ("return follower[leader[before]],", "return follower[leader[(index + 1).clamp_max(len(order) - 1)]],")],
+        ("cummax(0).values[(index - 1).clamp_min_(0)]", "cummax(0).values[(index + 1).clamp_max_(len(order) - 1)]")],
         ("D9", "C1")),
     "tilt only where the hint comes true": Plant("F", "tilt", [
         ("b = betas * (1 - p) ** gamma", "b = betas * (1 - p) ** gamma * (hints == targets)")], ("D3", "C2")),
@@ -390,7 +390,7 @@ def test_documents_in_both_splits_are_found(tmp_path: Path):
 def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
     cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, gate_window=5)
-    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), cfg, "record"))
+    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), UNIT, "brotli", cfg, "record"))
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
     knobs += ["TTT=none", "NGRAM_TILT_ENABLED=1", "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "THREADS=1",
               "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
