@@ -89,6 +89,9 @@ def load_module(path: Path) -> ModuleType:
     """Import the script under audit. Raises `AuditError` where there is none."""
     if not path.is_file():
         raise AuditError(f"SCRIPT={path}: no such file; give the training script of the submission")
+    known = sys.modules.get("train_gpt")
+    if known is not None and Path(known.__file__ or "").resolve() == path.resolve():
+        return known  # a second copy would be a stranger to the classes of the first
     spec = importlib.util.spec_from_file_location("train_gpt", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -265,7 +268,7 @@ def piece_of_stream(module: ModuleType, cfg: Any, ids: np.ndarray, documents: in
     starts = np.append(np.flatnonzero(ids == module.BOS_ID), len(ids))
     length = 120
     if cfg.ttt == "lora":
-        length = max(length, 2 * module.chunk_size(length, cfg.ttt_chunk_size) + 24)
+        length = max(length, module.chunk_edges(10_000, cfg.ttt_chunk_size)[2] + 24)
     found = [ids[a:min(b, a + length)].astype(np.int64) for a, b in zip(starts[:-1], starts[1:]) if b - a > 8]
     found = found[:max(2, documents // 4) if cfg.ngram_tilt_enabled else documents]
     if not found:
@@ -692,7 +695,8 @@ def rehearsal_config(module: ModuleType, cfg: Any, folder: Path, tokenizer: Path
         gptq_calibration_batches=1, eval_seq_len=32, eval_stride=min(cfg.eval_stride, 16), eval_ladder="",
         val_loss_every=min(cfg.val_loss_every, 1), phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 1),
         ttt_freeze_blocks=0, prequant_ttt_freeze_blocks=0, prequant_ttt_epochs=min(cfg.prequant_ttt_epochs, 1),
-        ttt_lora_rank=min(cfg.ttt_lora_rank, 4), dtype="float32", device="cpu", threads=1, compile="off")
+        ttt_lora_rank=min(cfg.ttt_lora_rank, 4), ttt_chunk_size="16", dtype="float32", device="cpu", threads=1,
+        compile="off")
 
 
 def write_shard(module: ModuleType, path: Path, ids: np.ndarray) -> None:

@@ -116,7 +116,8 @@ def merged(model: tg.GPT, plan: tuple[tg.Visit, ...], cfg: tg.Config) -> tuple[l
 def test_adaptation_equals_a_loop_over_documents_with_merged_matrices(steps: int, optimizer: str, run: tg.Run):
     """One document at a time, W + s B A written into the matrices, whole windows, steps on the chunk's mean loss."""
     cfg = tiny(num_loops=0, ttt_lora_on="q,k,v,head", phased_ttt_num_phases=0, ttt_grad_steps=steps,
-               ngram_tilt_enabled=False, ttt_optimizer=optimizer, ttt_weight_decay=0.1, ttt_lora_alpha=32,
+               ngram_tilt_enabled=False, ttt_context="recompute", ttt_optimizer=optimizer, ttt_weight_decay=0.1,
+               ttt_lora_alpha=32,
                ttt_lora_lr=0.005 if optimizer == "adam" else 0.01)
     val, model, plan = stream(FIVE), noisy(cfg), tg.layer_plan(cfg, looped=True)
     expected = torch.full((val.num_targets,), torch.nan)
