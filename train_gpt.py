@@ -11,9 +11,9 @@ are `logs/<run_id>.txt`, `.jsonl` and `.bin` (the artifact).
 
   1 Config       every number that can change a result      7 Optimizer     update rules, then communication
   2 Run          rank, device, clock of phases, log         8 Schedule      functions of the used budget
-  3 Data         shards -> documents -> batches             9 Quantization  Hessians, step sizes, GPTQ
+  3 Data         shards -> documents -> batches             9 Quantization  what errors cost, steps, GPTQ
   4 Score        bytes of a token, bits per byte           10 Artifact      tensors <-> bytes, fit to the cap
-  5 Kernels      a reference and a fast twin, in pairs     11 Evaluation    plain and sliding windows, one scorer
+  5 Kernels      a reference and a fast twin, in pairs     11 Evaluation    windows, adaptation, tilt: one scorer
   6 Model        layer plan, weights seam, one forward     12 Train, main   the story, in order
 
 Shape letters: R rows of a batch, T tokens of a row, D model width, N query heads, K key/value heads, H head width,
@@ -659,8 +659,8 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("PREQUANT_TTT_COSINE_DECAY", "its rate always falls as a cosine"),
     ("ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "no record ever trained this scale; here there is none"),
     ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS INT5_LAYERS",
-     "quantization here is GPTQ with SDClip alone"),
-    ("COMPRESSOR", "the artifact is always packed by Brotli-11; no external program is needed"),
+     "QUANT chooses the steps by what an error costs; there is no separate correction"),
+    ("COMPRESSOR", "CODEC chooses the coder of the codes; no external program is needed"),
     ("GATED_ATTN_QUANT_GATE", "gates are always stored in int8 with one scale a row"),
     ("FUSED_CE_ENABLED", "the kernels are chosen by what the machine has; see the log"),
     ("GPTQ_ENABLED", "GPTQ is always on"),
@@ -3227,8 +3227,9 @@ def illegal(cfg: Config) -> str:
     return "C3: trained on the validation data before it was scored (PREQUANT_TTT=1)" if cfg.prequant_ttt else ""
 
 
-def predicted_bytes(cfg: Config) -> dict[str, int]:
-    """Estimated packed bytes by stream before training: Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
+def predicted_bytes(cfg: Config, code_bytes: int) -> dict[str, int]:
+    """Estimated packed bytes by stream before training: BITS_PER_WEIGHT or what the cap leaves, or under SDClip those
+    of Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
     with torch.device("meta"):
         tensors = [(values, route(parameter).stored) for _, values, parameter in GPT(cfg).tensors()]
     total: dict[str, float] = collections.defaultdict(float)
@@ -3241,7 +3242,7 @@ def predicted_bytes(cfg: Config) -> dict[str, int]:
                     max(0.1, 2.05 + math.log2((2 ** (width - 1) - 1) / sigmas))
                 size /= 2  # raw codes have two bytes
             total[stream] += size * bits / 8
-    excess = sum(total.values()) - cfg.artifact_bytes_cap
+    excess = sum(total.values()) + code_bytes - cfg.artifact_bytes_cap
     if cfg.quant == "waterfill" and excess > 0:  # the unit gives way
         codes = sum(size for stream, size in total.items() if stream.startswith("gptq:"))
         for stream in total:
@@ -3259,7 +3260,7 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     codec = pick_codec(cfg.codec)
     with run.phase("factorize", "train"):
         quantizer = Quantizer(model, sums, cfg, run)
-    rest = sum(size for stream, size in predicted_bytes(cfg).items() if not stream.startswith("gptq:"))
+    rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
     def attempt(octaves: float) -> bytes:
         with run.phase("gptq", "train"):
@@ -3298,10 +3299,12 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             if abs(fits[0] - big[0]) < 1e-4:
                 break
         blob = attempt(octaves)
-        if len(blob) <= cap:
-            fits = (octaves, blob)
-        else:
+        if len(blob) > cap:
             big = (octaves, len(blob))
+        elif fits is None or len(blob) >= len(fits[1]):
+            fits = (octaves, blob)
+        else:  # finer and yet smaller: the coder's classes jump here
+            break
     require(fits is not None, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
             f"{len(blob):,} do not fit however coarse the steps; use a smaller model")
     return fits[1]
@@ -3877,7 +3880,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
         r = route(name)
         run.write(f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}")
     run.log("model", parameters=sum(p.numel() for p in model.parameters()),
-            predicted_weight_bytes=sum(predicted_bytes(cfg).values()))
+            predicted_weight_bytes=sum(predicted_bytes(cfg, code_bytes).values()))
 
 
 def plan_text(plan: Sequence[Visit]) -> str:
@@ -4099,7 +4102,7 @@ def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> in
     with torch.device("meta"):
         model = GPT(cfg)
     describe(cfg, model, run, warnings, code_bytes)
-    sizes = predicted_bytes(cfg)
+    sizes = predicted_bytes(cfg, code_bytes)
     run.log("predicted", total_bytes=sum(sizes.values()) + code_bytes, code_bytes=code_bytes,
             cap_bytes=cfg.artifact_bytes_cap, **{f"bytes_{k.replace(':', '_')}": v for k, v in sizes.items()})
     try:

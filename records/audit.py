@@ -851,6 +851,8 @@ NETWORK = {"socket", "urllib", "requests", "huggingface_hub", "http", "ftplib"}
 OUTSIDE = {"subprocess", "ctypes"}
 FREEZING = re.compile(r"serialize|quantize|gptq|pack_|save_model", re.I)
 LEARNING = re.compile(r"(^|_)(ttt|adapt|finetune|fine_tune|train)", re.I)
+ADAPTING = re.compile(r"(^|_)(ttt|adapt|finetune|fine_tune)", re.I)
+"""Names that leave no other reading; a training loop may be given the validation data to probe itself."""
 VALIDATION = re.compile(r"(^|_)val(id|idation)?(_|$)", re.I)
 PREQUANT = re.compile(r"pre_?quant.*ttt|ttt.*pre_?quant", re.I)
 TARGET = re.compile(r"(^|_)(target|tgt|label|next_?tok)", re.I)
@@ -997,7 +999,7 @@ def scan_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[Hit]:
         if frozen and call.lineno < frozen[-1] and LEARNING.search(name) and not name.startswith("eval") and \
                 any(map(VALIDATION.search, read)):
             hits.append(Hit(call.lineno, "C3", "C", f"{name} gets validation data before line {frozen[-1]} freezes the "
-                            f"weights", True))
+                            f"weights", ADAPTING.search(name) is not None))
     return hits
 
 

@@ -611,6 +611,6 @@ def test_predicted_bytes_foresee_a_gaussian_model(knobs: dict):
             p.normal_()
     with tg.Run(cfg, {}, log=False) as run:
         blob = tg.fit_to_cap(model, unit_sums(model), 0, cfg, run)
-    predicted, found = tg.predicted_bytes(cfg), tg.unpack(blob).stream_bytes
+    predicted, found = tg.predicted_bytes(cfg, 0), tg.unpack(blob).stream_bytes
     assert predicted.keys() == found.keys()
     assert sum(predicted.values()) == pytest.approx(len(blob), rel=0.05)
