@@ -14,12 +14,13 @@ usage() {
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
-./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS]
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh help                   this text
 
 PYTHON=python3.12 ./run.sh ...  another interpreter for .venv (3.10 or newer)
+AUDIT=1 ./run.sh train ...      audit the artifact that the run has made
 NPROC=2 ./run.sh train ...      number of processes (default: one for each GPU, or 1)
 TXT
 }

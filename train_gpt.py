@@ -1195,7 +1195,7 @@ class Batch(NamedTuple):
     positions: Tensor
     """[R, T] int32: distance from the start of the document piece; 0 where a piece starts."""
     cu_seqlens: Tensor
-    """[S+1] int32: where pieces start in the flattened rows, padded with R*T to a multiple of 4*R + 1."""
+    """[S+1] int32: where pieces start in the flattened rows, padded with R*T to one of a few lengths."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in self))
@@ -1227,7 +1227,8 @@ def pack_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> Batc
     column = np.arange(seq_len, dtype=np.int32)
     positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
     begins = np.flatnonzero(starts.reshape(-1))
-    bucket = 4 * num_rows  # few distinct lengths: each would be a graph of its own where the model is compiled
+    # Few distinct lengths, in practice one: each would be a graph of its own where the model is compiled.
+    bucket = max(4, seq_len // 128) * num_rows
     cu_seqlens = np.full(-(-len(begins) // bucket) * bucket + 1, ids.size, dtype=np.int32)
     cu_seqlens[:len(begins)] = begins
     return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
@@ -1446,7 +1447,7 @@ class Ledger:
         self.nats = torch.zeros(num_targets, dtype=torch.float32)
         self.times = torch.zeros(num_targets, dtype=torch.uint8)
         self.starts = starts
-        self.phase, self.sequence = 0, 0
+        self.phase, self.sequence, self.learned_in = 0, 0, -1
         self.events: list[np.ndarray] = []
 
     def record(self, targets: Tensor, nats: Tensor) -> None:
@@ -1456,7 +1457,11 @@ class Ledger:
         self.nats[targets] = nats.detach().float().cpu()
 
     def note(self, kind: int, states: Any, begins: Any, ends: Any) -> None:
-        """Simultaneous events: numbers or arrays of one length."""
+        """Simultaneous events: numbers or arrays of one length. An update of BASE ends the scores of its phase."""
+        ensure(kind != self.SCORE or self.learned_in < self.phase, "targets were scored after the shared weights had "
+               "learned from their phase")
+        if kind == self.UPDATE and np.any(np.asarray(states) == self.BASE):
+            self.learned_in = self.phase
         states, begins, ends = np.broadcast_arrays(*(np.asarray(x, dtype=np.int64).reshape(-1)
                                                      for x in (states, begins, ends)))
         self.events.append(np.stack([np.full_like(begins, self.phase), np.full_like(begins, self.sequence),
@@ -1472,6 +1477,8 @@ class Ledger:
         times = run.total(self.times.to(run.device, torch.int32)).cpu()
         ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
         own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events])
+        if not run.is_main:  # all ranks made the same updates of the shared weights
+            own = own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)]
         events = np.concatenate(run.gather(own))
         found = violations(events, self.starts, len(nats))
         ensure(not found, "; ".join(found))
@@ -2320,7 +2327,7 @@ class Route(NamedTuple):
     wd: str
     """Knob of the weight decay."""
     stored: str
-    """In the artifact: gptq:<family>, int8 (one fp16 scale a row) or fp16."""
+    """In the artifact: gptq:<family>, int8 (one step a row) or fp16."""
 
 
 ROUTES = (
@@ -2737,7 +2744,6 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
     mine = range(first_row + run.rank, first_row + rows, run.world)
     model.requires_grad_(False)
     w, plan = RecordingWeights(model, run.dtype), layer_plan(cfg, looped=True)
-    draw = torch.Generator(run.device).manual_seed(cfg.seed + run.rank)
     with run.progress(len(mine), "calibrate", "row") as bar:
         few = -(-data.micro_rows // 4)  # nothing is compiled here, so that activations take more room than in training
         for at in range(0, len(mine), few):
@@ -2746,7 +2752,10 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
             logits = w.linear("head", None, model.hidden(batch, plan, w).flatten(0, 1))
             with torch.no_grad():
                 capped = cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
-                targets = torch.multinomial(capped.softmax(-1), 1, generator=draw).squeeze(1)
+                # Drawn by row, so that the number of ranks does not change what is drawn.
+                uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in part])
+                drawn = torch.from_numpy(uniform.astype(np.float32)).to(run.device).view(-1, 1)
+                targets = (capped.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp_max(cfg.vocab_size - 1)
             model.kernels.cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
             bar.update(len(part))
     model.requires_grad_(True)
@@ -2877,10 +2886,10 @@ class Quantizer:
 # bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
-MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 30
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
 OCTAL = frozenset(bytes([digit]) for digit in b"01234567")
 WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
 
@@ -2970,7 +2979,7 @@ def join_classes(classes: np.ndarray, kept: np.ndarray) -> np.ndarray:
     above = np.searchsorted(kept, every).clip(0, len(kept) - 1)
     below = (above - 1).clip(0)
     nearest = np.where(np.abs(kept[below] - every) <= np.abs(kept[above] - every), below, above)
-    return nearest[classes - lowest]
+    return nearest.astype(np.int16)[classes - lowest]
 
 
 def range_pack(matrices: Sequence[np.ndarray]) -> bytes:
@@ -3551,34 +3560,42 @@ class Job(NamedTuple):
     documents: tuple[int, ...]
     edges: tuple[int, ...]
     """Where chunks begin and end, in targets from the start of a document; the last is beyond the longest one."""
-
-    @property
-    def cost(self) -> int:
-        """In token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few."""
-        return (len(self.edges) - 1) * STEP_TOKENS + len(self.documents) * self.edges[-1]
+    cost: int
+    """In token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few."""
 
 
 STEP_TOKENS = 512
 """Fixed cost of a chunk step in tokens: launches, the optimizer, small products."""
 
 
+def tokens_run(begin: int, end: int, cfg: Config) -> int:
+    """Tokens of one document that go through the model to score its targets [begin, end)."""
+    return end - (begin if cfg.ttt_context == "cache" else max(0, end - cfg.eval_seq_len))
+
+
 def plan_jobs(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: int) -> list[Job]:
     """Every document (numbers, targets of each) in one job, costliest job first.
 
     Neighbours in length share a job while the padding costs less than steps of their own, up to TTT_BATCH_SIZE rows,
-    and fewer where the ranks would otherwise have too few jobs to share evenly.
+    and fewer where the ranks would otherwise have too few jobs, or too long ones, to share evenly.
     """
     by_length = np.argsort(-lengths, kind="stable")
     most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
     edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))
+    row = np.cumsum([0, *(tokens_run(a, b, cfg) for a, b in zip(edges.tolist(), edges[1:].tolist()))])
+    chunks = np.searchsorted(edges, lengths)  # of each document by itself
+    largest = (row[chunks].sum() + chunks.sum() * STEP_TOKENS / max(1, most)) / (8 * world)
     jobs: list[tuple[int, list[int]]] = []  # (chunks, documents)
     for i in by_length[lengths[by_length] > 0].tolist():
-        own = int(np.searchsorted(edges, lengths[i]))
-        if jobs and len(jobs[-1][1]) < most and edges[jobs[-1][0]] - lengths[i] <= own * STEP_TOKENS:
-            jobs[-1][1].append(int(documents[i]))
+        own = int(chunks[i])
+        longest, rows = jobs[-1] if jobs else (0, [])
+        if rows and len(rows) < most and row[longest] - row[own] <= own * STEP_TOKENS \
+                and longest * STEP_TOKENS + (len(rows) + 1) * row[longest] <= largest:
+            rows.append(int(documents[i]))
         else:
             jobs.append((own, [int(documents[i])]))
-    return sorted((Job(tuple(rows), tuple(edges[:chunks + 1].tolist())) for chunks, rows in jobs),
+    return sorted((Job(tuple(rows), tuple(edges[:longest + 1].tolist()),
+                       int(longest * STEP_TOKENS + len(rows) * row[longest])) for longest, rows in jobs),
                   key=lambda job: (-job.cost, job.documents))
 
 
@@ -3604,7 +3621,6 @@ def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pac
     with run.progress(sum(job.cost for job in mine), name, "tok") as bar:
         for job in mine:
             for cost in adapt_and_score(model, base, job, scorer, pace):
-                pace.did(cost)
                 bar.update(cost)
     model.requires_grad_(True)
 
@@ -3632,9 +3648,10 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: P
     optimizer = adapter_optimizer(adapters, cfg)
     past = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NoPast()
     for begin, end in zip(job.edges, job.edges[1:]):
-        size = end - begin
+        size, cost = end - begin, STEP_TOKENS + rows * tokens_run(begin, end, cfg)
         goes_on = lengths > end
         steps = cfg.ttt_grad_steps if goes_on.any() and pace.adapts() else 0
+        started = time.perf_counter()
         first = begin if past.lead else max(0, end - cfg.eval_seq_len)
         # Column c of `column` is position c - 1, so that a chunk's lead is the token before it (or padding).
         window = F.pad(ids_RT, (1, 0), value=BOS_ID)[:, first + 1 - past.lead:end + 1]
@@ -3663,7 +3680,8 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: P
                                    begins[live] + end)
         if isinstance(past, KeyValueCache):
             past.advance(size, new)
-        yield STEP_TOKENS + rows * size
+        pace.did(cost, time.perf_counter() - started)
+        yield cost
     real = column[1:] < left_R1
     scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
 
@@ -3739,27 +3757,46 @@ def cosine(i: int, count: int) -> float:
 
 
 class Pace:
-    """Watches the projected end of evaluation; once it passes EVAL_SECONDS_BUDGET, nothing adapts any more.
+    """Watches the projected end of evaluation: while it lies beyond EVAL_SECONDS_BUDGET, nothing adapts.
 
-    The rest is still scored, by what has been learned: no target is ever left out.
+    What does not adapt is still scored, by what has been learned: no target is ever left out. Waiting for other ranks
+    counts as time, but not as the pace of this rank's work.
     """
+    LEAST_SECONDS = 5.0
+    """Work before the first projection: the first steps load kernels and say little."""
 
     def __init__(self, total_cost: float, cfg: Config, run: Run) -> None:
-        self.cfg, self.run, self.total, self.done = cfg, run, max(1.0, total_cost), 0.0
-        self.used, self.started, self.stopped = run.spent("eval"), time.perf_counter(), False
+        self.cfg, self.run, self.total, self.done, self.busy = cfg, run, max(1.0, total_cost), 0.0, 0.0
+        self.used, self.started, self.refused = run.spent("eval"), time.perf_counter(), 0
 
-    def did(self, cost: float) -> None:
+    def did(self, cost: float, seconds: float) -> None:
         """Account for finished work, in the unit of `total_cost`."""
         self.done += cost
+        self.busy += seconds
+
+    @contextlib.contextmanager
+    def works(self, cost: float) -> Iterator[None]:
+        """What happens inside is work of this cost."""
+        start = time.perf_counter()
+        yield
+        self.did(cost, time.perf_counter() - start)
+
+    def projected(self) -> float:
+        """Seconds of evaluation at the end, at the pace so far."""
+        ahead = self.busy / self.done * max(0.0, self.total - self.done) if self.busy > self.LEAST_SECONDS else 0.0
+        return self.used + time.perf_counter() - self.started + ahead
 
     def adapts(self) -> bool:
-        """Whether the end that the work so far projects lies within the budget; never true again once it was not."""
-        took = time.perf_counter() - self.started
-        late = self.used + took / max(self.done, 1e-9) * self.total if self.done else self.used + took
-        if not self.stopped and late > self.cfg.eval_seconds_budget:
-            self.stopped = True
-            self.run.log("adaptation_stopped", done=self.done / self.total, projected_seconds=late)
-        return not self.stopped
+        """Whether there is time to adapt now."""
+        late = self.projected() > self.cfg.eval_seconds_budget
+        self.refused += late
+        return not late
+
+    def report(self) -> None:
+        """Log how often adaptation was refused on each rank, if it was; all ranks take part."""
+        refused = self.run.gather(self.refused)
+        if any(refused):
+            self.run.log("adaptation_cut", refused_by_rank=refused, budget_seconds=self.cfg.eval_seconds_budget)
 
 
 def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> tuple[Score, str]:
@@ -3793,14 +3830,15 @@ def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     for c in range(count):
         first, stop = c * cfg.ttt_chunk_tokens, min((c + 1) * cfg.ttt_chunk_tokens, val.num_targets)
         mine = windows[bisect.bisect_left(firsts, first):bisect.bisect_left(firsts, stop)]
-        score_windows(model, mine, scorer, f"chunk {c + 1}/{count}")
-        if c + 1 < count and run.share(pace.adapts()):
-            for _ in range(cfg.ttt_epochs):
+        learns = c + 1 < count and run.share(pace.adapts())
+        with pace.works(1):
+            score_windows(model, mine, scorer, f"chunk {c + 1}/{count}")
+            for _ in range(cfg.ttt_epochs if learns else 0):
                 sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))
-            if run.is_main:
-                scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)
-        pace.did(1)
+        if learns:
+            scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)
         scorer.ledger.phase += 1
+    pace.report()
 
 
 def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
@@ -3816,13 +3854,13 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     work = plan_jobs(documents, lengths, cfg, run.world)
     sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0,
                                                             momentum=cfg.global_ttt_momentum),
-                    cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg, run)
+                    cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg, run) if phases else None
     pace = Pace(sum(job.cost for job in deal(work, run.world)[run.rank]), cfg, run)
     begin = 0
     for number, end in enumerate(ends):
         score_documents(model, documents[begin:end], scorer, pace, f"phase {number + 1}/{len(ends)}")
         stop = int(val.starts[end]) if end < len(documents) else val.num_targets
-        if begin < end < len(documents) and run.share(pace.adapts()):
+        if sgd is not None and begin < end < len(documents) and run.share(pace.adapts()):
             with run.phase("shared_sgd", "eval"):
                 sgd.forget()
                 chunks = range(0, stop, cfg.global_ttt_chunk_tokens)
@@ -3830,10 +3868,10 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
                     for i, first in enumerate(chunks):
                         sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
                                   cfg.global_ttt_lr * cosine(i, len(chunks) + 1))
-            if run.is_main:
-                scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
+            scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
         begin = end
         scorer.ledger.phase += 1
+    pace.report()
 
 
 def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
@@ -4037,8 +4075,6 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
                     right=int((hints.ids.cpu() == torch.from_numpy(val.ids[1:].astype(np.int64)))[
                         (hints.betas > 0).cpu()].sum()))
     with run.phase("score", "eval"):
-        if cfg.ttt == "lora":  # chunks are short and their shapes many: nothing of this is compiled
-            model.kernels = eager_kernels(model.kernels.attention, cfg)
         score, digest = adapted_score(model, val, cfg, run, Scorer(val, cfg, run, hints))
     rung({"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) +
          ("+ngram" if cfg.ngram_tilt_enabled else ""), score)
@@ -4092,7 +4128,8 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         return error.exit_code
     except torch.OutOfMemoryError as error:
         print(f"train_gpt.py: out of GPU memory; lower MICRO_BATCH_TOKENS (training, now "
-              f"{cfg.micro_batch_tokens}) or VAL_BATCH_TOKENS (evaluation, now {cfg.val_batch_tokens}): "
+              f"{cfg.micro_batch_tokens}), VAL_BATCH_TOKENS (windows, now {cfg.val_batch_tokens}) or TTT_BATCH_SIZE "
+              f"(adapters, now {cfg.ttt_batch_size}): "
               f"{str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 

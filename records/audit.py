@@ -512,9 +512,9 @@ def recheck(events: np.ndarray, starts: Sequence[int], num_targets: int, module:
         return sorted(found)
     for phase, sequence, kind, state, begin, end in events.tolist():
         if kind == ledger.UPDATE and state == ledger.BASE:
-            if any(when[t][0] > phase for t in range(begin, end)):
+            if any(when[t] > (phase, sequence) for t in range(begin, end)):
                 found.add("C3: the shared weights learned from unscored targets")
-            if any(when[t][0] > phase for t in range(end)):
+            if any(when[t] > (phase, sequence) for t in range(end)):
                 found.add("C1: an earlier target is scored by weights that know a later one")
         elif kind == ledger.UPDATE and any(when[t] >= (phase, sequence) for t in range(begin, end)):
             found.add("C3: adapters learned from unscored targets")

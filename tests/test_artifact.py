@@ -82,7 +82,7 @@ def taken_apart(blob: bytes) -> tuple[dict, list[bytes]]:
 
 
 def put_together(header: object, streams: list[bytes], header_bytes: int | None = None,
-                 head_bytes: int | None = None, version: int = 1, packed: bytes | None = None) -> bytes:
+                 head_bytes: int | None = None, version: int = 2, packed: bytes | None = None) -> bytes:
     """An artifact of these parts with a correct digest; lengths and the packed header may be lies."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = struct.pack("<I", len(text) if header_bytes is None else header_bytes)
@@ -233,7 +233,7 @@ def test_any_missing_or_additional_byte_is_noticed(small: bytes):
 
 
 def test_the_name_of_the_file_is_in_the_message(small: bytes):
-    for blob in (b"", b"PK\3\4" + bytes(100), small[:-1], signed(small[:5] + b"\2" + small[6:-16])):
+    for blob in (b"", b"PK\3\4" + bytes(100), small[:-1], signed(small[:5] + b"\3" + small[6:-16])):
         assert "some.bin" in refused(blob)
     assert "not an artifact" in refused(signed(b"PGOLG" + small[5:-16]))
 
@@ -243,7 +243,7 @@ def test_the_test_can_build_a_valid_artifact(small: bytes):
 
 
 @pytest.mark.parametrize("lies", [
-    dict(version=0), dict(version=2), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
+    dict(version=1), dict(version=3), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
     dict(header_bytes=2**32 - 1), dict(header_bytes=0), dict(header_bytes=7), dict(header_bytes=1 << 20),
     dict(packed=b""), dict(packed=b"\xff" * 40), dict(packed=brotli.compress(bytes(10**7), quality=1))],
     ids=lambda d: "-".join(f"{k}={str(v)[:12]}" for k, v in d.items()))
