@@ -3580,11 +3580,11 @@ def plan_jobs(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: in
     and fewer where the ranks would otherwise have too few jobs, or too long ones, to share evenly.
     """
     by_length = np.argsort(-lengths, kind="stable")
-    most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
+    most = cfg.ttt_batch_size if world == 1 else min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
     edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))
     row = np.cumsum([0, *(tokens_run(a, b, cfg) for a, b in zip(edges.tolist(), edges[1:].tolist()))])
     chunks = np.searchsorted(edges, lengths)  # of each document by itself
-    largest = (row[chunks].sum() + chunks.sum() * STEP_TOKENS / max(1, most)) / (8 * world)
+    largest = math.inf if world == 1 else (row[chunks].sum() + chunks.sum() * STEP_TOKENS / most) / (8 * world)
     jobs: list[tuple[int, list[int]]] = []  # (chunks, documents)
     for i in by_length[lengths[by_length] > 0].tolist():
         own = int(chunks[i])

@@ -137,8 +137,8 @@ PLANTS = {
         ("            if number == 0:\n", "            if number == steps - 1 or not steps and number == 0:\n")],
         ("D2", "C3"), dict(ttt_grad_steps=2, phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
-        ("        score_windows(model, mine, scorer,", "        sgd.learn(first, stop, cfg.ttt_lr)\n"
-         "        score_windows(model, mine, scorer,")], ("D2", "C3")),
+        ("            score_windows(model, mine, scorer,", "            sgd.learn(first, stop, cfg.ttt_lr)\n"
+         "            score_windows(model, mine, scorer,")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
         ("            if number == 0:\n", "            if number:\n                scores[:, begin:end] = "
          "torch.minimum(scores[:, begin:end], scored.view(rows, size))\n            if number == 0:\n")],
@@ -183,13 +183,11 @@ PLANTS = {
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
     "the length of a document sets its chunks": Plant("C1", "lora", [
-        ("    edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))\n", ""),
-        ("most = min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))", "most = 1"),
-        ("    for i in by_length[lengths[by_length] > 0].tolist():\n",
-         "    for i in by_length[lengths[by_length] > 0].tolist():\n"
-         "        edges = np.array(chunk_edges(int(lengths[i]), '2' if lengths[i] <= 8 else '4'))\n"),
-        ("jobs.append((own, [int(documents[i])]))", "jobs.append((edges, [int(documents[i])]))"),
-        ("tuple(edges[:chunks + 1].tolist())", "tuple(chunks.tolist())")], ("D1", "C1")),
+        ("most = cfg.ttt_batch_size if world == 1 else", "most = 1 if world == 1 else"),
+        ("    return sorted((Job(tuple(rows), tuple(edges[:longest + 1].tolist()),",
+         "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
+         "    return sorted((Job(tuple(rows), tuple(chunk_edges(size[rows[0]], '2' if size[rows[0]] <= 8 else '4')),")],
+        ("D1", "C1")),
 }
 
 
