@@ -80,7 +80,8 @@ train() {
 # AUDIT=1: try to refute the score of the artifact that the run has just made.
 audit() {
   [ "${AUDIT:-0}" = 0 ] ||
-    .venv/bin/python records/audit.py "${EVAL_ONLY:-${ARTIFACT_DIR:-${LOG_DIR:-logs}}/$RUN_ID.bin}"
+    .venv/bin/python records/audit.py "${EVAL_ONLY:-${ARTIFACT_DIR:-${LOG_DIR:-logs}}/$RUN_ID.bin}" \
+      "LOG=${LOG_DIR:-logs}/$RUN_ID.jsonl"
 }
 
 verb=demo

@@ -27,6 +27,7 @@ import json
 import linecache
 import lzma
 import math
+import os
 import re
 import sys
 import tempfile
@@ -1196,7 +1197,8 @@ def main(arguments: Sequence[str]) -> int:
             if not path.is_file():
                 raise AuditError(f"{path}: no such artifact; give a .bin that a run has written")
             log = given.pop("LOG", "")
-            subject, cfg = artifact_subject(path, given)
+            knobs = {name: value for name, value in os.environ.items() if name != "SCRIPT"}
+            subject, cfg = artifact_subject(path, {**knobs, **given})
             findings = audit(subject) + rehearse(subject.module, cfg, subject.ids, subject.tokenizer)
             if log:
                 findings += audit_log(Path(log), path.stat().st_size)
