@@ -362,7 +362,7 @@ class EvalKnobs:
     eval_ladder: str = "ema,quantized"
     """Scores for comparison before the one that counts, outside the budget: any of ema, quantized, sliding."""
     eval_seconds_budget: float = 600.0
-    """Budget of evaluation from opening the artifact; adaptation ends where the projected end would pass it."""
+    """Budget of evaluation from opening the artifact; nothing adapts while the projected end lies beyond it."""
     ttt: str = "lora"
     """Adaptation while scoring: none | lora (adapters for each document, #1530) | sgd (whole model, #549, #1413)."""
     ttt_context: str = "recompute"
@@ -394,7 +394,7 @@ class EvalKnobs:
     phased_ttt_prefix_docs: int = 2500
     """These first documents of the stream are divided into the phases."""
     global_ttt_lr: float = 0.001
-    """Learning rate of that SGD, falling to 0 as a cosine over its chunks."""
+    """Learning rate of that SGD, falling towards 0 as a cosine over its chunks."""
     global_ttt_momentum: float = 0.9
     """Its momentum."""
     global_ttt_epochs: int = 1
@@ -432,7 +432,7 @@ class EvalKnobs:
     prequant_ttt: bool = False
     """1: train on the validation data before quantizing (#1485). Illegal (C3); the run is marked as such."""
     prequant_ttt_lr: float = 0.0005
-    """Its learning rate (AdamW), falling to a tenth."""
+    """Its learning rate (AdamW), falling towards a tenth as a cosine over the epochs."""
     prequant_ttt_epochs: int = 6
     """Its passes over the validation data."""
     prequant_ttt_batch_seqs: int = 32
@@ -1801,12 +1801,7 @@ def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
     """The kernels of this run. A compiler fuses the references by itself; eager runs take the hand-fused twins."""
     attention = pick_attention(cfg.attention, run.device, run.dtype, cfg.train_seq_len)
-    return Kernels(attention) if run.compiles else eager_kernels(attention, cfg)
-
-
-def eager_kernels(attention: Attention, cfg: Config) -> Kernels:
-    """The hand-fused twins around `attention`."""
-    if cfg.logit_softcap > 40:  # beyond it the one-pass cross-entropy could lose its smallest terms
+    if run.compiles or cfg.logit_softcap > 40:  # beyond 40 the one-pass cross-entropy could lose its smallest terms
         return Kernels(attention)
     masked = dense_masked_attention if attention.name == "dense" else masked_attention
     return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked)
@@ -2780,6 +2775,21 @@ def waterfill_steps(cost_KR: Tensor, scale_KC: Tensor, softness: float) -> tuple
     return row / level.sqrt(), scale_KC
 
 
+class Stack(NamedTuple):
+    """Matrices of one shape and family, ready for GPTQ."""
+    stored: str
+    names: list[str]
+    weights: Tensor
+    """[K, R, C] fp32."""
+    factor: Factor
+    rows: Tensor
+    """[K, R] int8 step codes."""
+    columns: Tensor
+    """[K, C] int8 step codes."""
+    top: int
+    """Largest code."""
+
+
 class Quantizer:
     """Turns the model's tensors into codes, as often as the packer asks; what costs time is kept between calls."""
 
@@ -2804,8 +2814,8 @@ class Quantizer:
             if mine:
                 self.stacks.append(self._prepare(stored, mine))
 
-    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]]) -> tuple:
-        """(stored, names, weights, factor, step codes of rows, of columns, top) of a stack of equal shapes."""
+    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]]) -> Stack:
+        """Factor and step codes of matrices (name, values) of equal shape."""
         names, weights = [name for name, _ in matrices], torch.stack([values for _, values in matrices])
         hessians, costs = zip(*(self._cost(name) for name in names))
         factor = factorize(torch.stack(hessians), self.cfg.gptq_damp, self.run.log)
@@ -2814,13 +2824,13 @@ class Quantizer:
             # The geometric mean goes to the rows, so that columns lie around code 0.
             middle = steps[1].log().mean(-1, keepdim=True).exp()
             rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
-            return stored, names, weights, factor, rows, columns, 2 ** 15 - 1
+            return Stack(stored, names, weights, factor, rows, columns, 2 ** 15 - 1)
         bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
         top = 2 ** (bits - 1) - 1
         # A row of nearly one value has almost no spread: its step must still reach its values.
         largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
         columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)
-        return stored, names, weights, factor, step_codes(largest / top, ROW_OFFSET), columns, top
+        return Stack(stored, names, weights, factor, step_codes(largest / top, ROW_OFFSET), columns, top)
 
     def _cost(self, name: str) -> tuple[Tensor, Tensor]:
         """(Hessian [C, C], cost of each row [R]) of an error in a stored matrix."""

@@ -29,6 +29,7 @@ class WholeWindow(tg.Scorer):
 
     def nats(self, model: tg.GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: tg.Weights
              ) -> tuple[Tensor, Tensor]:
+        """As `Scorer.nats`, without its savings."""
         whole = torch.nn.functional.pad(targets, (model.seen - targets.size(1), 0), value=tg.BOS_ID)
         logits = w.linear("head", None, model.window).flatten(0, -2)
         nats = model.kernels.cross_entropy(logits, whole.flatten(), model.cfg.logit_softcap)
@@ -40,6 +41,7 @@ class Straightforward(tg.GPT):
     """A model that remembers the hidden states of its last forward, for `WholeWindow`."""
 
     def hidden(self, *arguments: object, **named: object) -> Tensor:
+        """As `GPT.hidden`."""
         self.window = super().hidden(*arguments, **named)
         self.seen = self.window.size(1)
         return self.window
@@ -55,12 +57,13 @@ def run_one(kind: type[tg.GPT], scorer: type[tg.Scorer], artifact: tg.Artifact, 
             run: tg.Run) -> dict[str, float]:
     """Seconds, chunk steps, token-forwards a target and val_bpb of one evaluation."""
     model = kind(artifact.model).to(run.device)
-    model.kernels = tg.eager_kernels(tg.pick_kernels(cfg, run).attention, cfg)
+    model.kernels = tg.pick_kernels(cfg, run)
     tg.load_tensors(model, artifact.tensors)
     forwards = steps = 0
     plain = model.hidden
 
     def counted(batch: tg.Batch, plan: object, w: tg.Weights, past: tg.NoPast = tg.NO_PAST) -> Tensor:
+        """The forward, counting tokens and calls."""
         nonlocal forwards, steps
         out = plain(batch, plan, w, past)
         forwards, steps = forwards + out.size(0) * out.size(1), steps + 1
@@ -83,6 +86,7 @@ def web_lengths(count: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Four ways in turns, then the schedule."""
     artifact = tg.unpack(Path(sys.argv[1]).read_bytes(), sys.argv[1])
     stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
     cfg = dataclasses.replace(tg.Config.from_env(os.environ, stored)[0], ngram_tilt_enabled=False)

@@ -33,6 +33,7 @@ def stream(count: int, vocab_size: int) -> np.ndarray:
 
 
 def main() -> None:
+    """One line of JSON."""
     count = int(1e6 * float(sys.argv[1])) if len(sys.argv) > 1 else 5_000_000
     cfg, _ = tg.Config.from_env({"NGRAM_TILT_ENABLED": "1", **os.environ})
     with tg.Run(cfg, {}, log=False) as run:

@@ -237,8 +237,6 @@ class Subject:
         val = m.ValData(ids.astype(np.uint16), np.flatnonzero(ids == m.BOS_ID), np.ones(len(ids) - 1, dtype=np.int32))
         hints = m.ngram_hints(torch.from_numpy(ids).to(run.device), cfg) if cfg.ngram_tilt_enabled else None
         model = self.make_model()
-        if cfg.ttt == "lora":  # as `judge` does
-            model.kernels = m.eager_kernels(model.kernels.attention, cfg)
         scorer, refusal = self.watch(val, cfg, run, hints, probes), ""
         with counting_steps(scorer.timeline), run.phase("score", "eval"):
             try:

@@ -15,6 +15,7 @@ from test_evaluation import starts_of
 from test_model import BY_HAND, EVERYTHING, document, noisy
 
 import train_gpt as tg
+from bench.evaluation import web_lengths
 
 
 def tiny(**knobs: object) -> tg.Config:
@@ -420,16 +421,10 @@ def test_the_tilt_changes_hinted_targets_alone_and_pays_on_repeats(run: tg.Run):
 # -- jobs, ranks, pace ---------------------------------------------------------------------------------
 
 
-def fineweb_like(count: int) -> np.ndarray:
-    """Lengths of web documents in tokens: median near 570, mean near 957, the longest cut at 97,000."""
-    lengths = np.exp(np.random.default_rng(0).normal(math.log(570), 1.02, count))
-    return np.clip(lengths, 8, 97_000).astype(np.int64)
-
-
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("schedule", ["48", "256:8,2000:24,48"])
 def test_every_document_is_in_one_job_that_reaches_its_end(schedule: str, world: int):
-    lengths = np.append(fineweb_like(700), [0, 1])
+    lengths = np.append(web_lengths(700), [0, 1])
     jobs = tg.plan_jobs(np.arange(100, 802), lengths, tiny(ttt_chunk_size=schedule, eval_seq_len=2048), world)
     assert sorted(d for job in jobs for d in job.documents) == [*range(100, 800), 801]  # one has no target
     for job in jobs:
@@ -442,7 +437,7 @@ def test_every_document_is_in_one_job_that_reaches_its_end(schedule: str, world:
 @pytest.mark.parametrize("context", ["cache", "recompute"])
 def test_eight_ranks_end_level_on_fifty_thousand_documents(context: str):
     """Chunks that grow with the document: the costliest rank exceeds the mean by less than 3 %."""
-    lengths = fineweb_like(50_000)
+    lengths = web_lengths(50_000)
     cfg = tiny(ttt_chunk_size="2000:48,8000:96,24000:256,1024", eval_seq_len=2048,
                ttt_context=context)
     dealt = tg.deal(tg.plan_jobs(np.arange(50_000), lengths, cfg, 8), 8)
