@@ -341,7 +341,7 @@ def rank_of(rank: int, world: int, run: tg.Run, seen: list[Tensor]) -> SimpleNam
 
 
 def test_sums_are_over_all_calibration_tokens_and_ranks(run: tg.Run, dataset: dict[str, str]):
-    """Inputs agree to rounding; Fisher information is drawn, so that ranks draw other targets."""
+    """To rounding, Fisher information included: its targets are drawn by row, whoever has the row."""
     cfg = tiny(**dataset, gptq_calibration_batches=3)
     model, data, whole = noisy(cfg), tg.TrainData(cfg, run), []
     sums = tg.calibrate(model, data, 40, cfg, rank_of(0, 1, run, whole))
@@ -352,10 +352,7 @@ def test_sums_are_over_all_calibration_tokens_and_ranks(run: tg.Run, dataset: di
             tg.calibrate(model, data, 40, cfg, rank_of(rank, world, run, parts[rank]))
         for number, expected in enumerate(whole):
             found = sum(part[number] for part in parts)
-            if number % 3 < 2 and number < 3 * len(sums.gram):  # count, sum of x x^T, then sum of g^2
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-            else:
-                assert float(found.sum()) == pytest.approx(float(expected.sum()), rel=0.5)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert float(sums.gram["head", 0].trace()) == pytest.approx(cfg.model_dim, rel=1e-4)
     for block in range(cfg.num_layers):  # normed inputs, scaled by 1 / sqrt(block + 1), over all visits
         assert float(sums.gram["qkv", block].trace()) == pytest.approx(cfg.model_dim / (block + 1), rel=1e-3)
@@ -368,6 +365,9 @@ def test_costs_foresee_how_far_the_distribution_moves(run: tg.Run, dataset: dict
     """
     cfg = tiny(**dataset, gptq_calibration_batches=12, logit_softcap=8)
     model, data = noisy(cfg, scale=0.1), tg.TrainData(cfg, run)
+    with torch.no_grad():  # far from 1, so that a forgotten scale shows
+        model.attn_scale.mul_(3)
+        model.mlp_scale.mul_(0.3)
     quantizer = tg.Quantizer(model, tg.calibrate(model, data, 0, cfg, run), cfg, run)
     batch = tg.make_batch([data.row(i) for i in range(48)], 48, cfg.train_seq_len)
 
