@@ -332,6 +332,10 @@ class QuantKnobs:
     """QUANT=waterfill: most bits of a code on average; fewer where ARTIFACT_BYTES_CAP asks for it."""
     row_softness: float = 0.7
     """QUANT=waterfill: exponent of the rows' Fisher information, 0 (ignored) to 1 (full)."""
+    gptq_two_sided: bool = True
+    """QUANT=waterfill: feed rounding errors forward along the rows too, by the outputs' Fisher information (K-FAC)."""
+    trellis_states: int = 8
+    """QUANT=waterfill: states of the trellis that the codes of a row follow, 4 or 8. 1: none, plain rounding."""
     codec: str = "auto"
     """Coder of the codes: range (package constriction) | brotli. Auto: range where it is installed."""
     matrix_bits: int = 6
@@ -496,6 +500,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
         for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
+        require(self.trellis_states in (1, 4, 8), f"TRELLIS_STATES={self.trellis_states}: expected 1 (none), 4 or 8")
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
         for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
@@ -1893,14 +1898,14 @@ class Weights:
 class RecordingWeights(Weights):
     """Plain weights that also sum what quantization needs to know, over all visits of a block, in fp32.
 
-    Of every input x: x x^T (GPTQ's Hessians). Of every gradient g at a product's output, once a backward runs: g^2 by
-    row; of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
+    Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g g^T (of the head: g^2 by
+    row); of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
         self.gram: dict[tuple[str, int], Tensor] = {}
-        self.rows: dict[tuple[str, int], Tensor] = {}
+        self.fisher: dict[tuple[str, int], Tensor] = {}
         self.tokens: dict[tuple[str, int], int] = collections.defaultdict(int)
         vocab, dim = self.table.shape
         self.input_gram = self.table.new_zeros(dim, dim)
@@ -1928,8 +1933,9 @@ class RecordingWeights(Weights):
         y = super().linear(name, visit, x, side)
 
         def seen(grad: Tensor) -> None:
-            squares = grad.flatten(0, -2).float().square().sum(0)
-            self.rows[key] = squares if key not in self.rows else self.rows[key].add_(squares)
+            g_MO = grad.flatten(0, -2).float()
+            found = g_MO.square().sum(0) if name == "head" else g_MO.T @ g_MO
+            self.fisher[key] = found if key not in self.fisher else self.fisher[key].add_(found)
 
         if y.requires_grad:
             y.register_hook(seen)
@@ -2595,12 +2601,13 @@ class TrainClock:
 # ----------------------------------------------------------------------------------------------------
 # 9 Quantization: what an error costs, step sizes, GPTQ
 # ----------------------------------------------------------------------------------------------------
-# A matrix becomes integer codes times a step for each row and column. GPTQ (Frantar et al. 2022) rounds column by
-# column and feeds each error forward through the inverse Hessian of the inputs. Where the steps go matters most:
-# SDClip (#1394) gives every row the same rate, k standard deviations over the largest code; `waterfill` gives every
-# entry the same cost, as rate-distortion theory asks for: steps follow the inputs' Hessian by column and the Fisher
-# information of the outputs by row, nothing is clipped, and one unit for the whole model sets the size. Sums run over
-# all ranks and visits, with documents separated as in training.
+# A matrix becomes integer codes times a step for each row and column. GPTQ (Frantar et al. 2022) feeds the error of
+# each rounding forward into what is not rounded yet, along the inputs by their Hessian; here also along the outputs by
+# their Fisher information, as in K-FAC (Martens and Grosse 2015), so that the loss and not the layer's output is kept.
+# Where the steps go matters most: SDClip (#1394) gives every row the same rate, k standard deviations over the largest
+# code; `waterfill` gives every entry the same cost, as rate-distortion theory asks for; nothing is clipped, and one
+# unit for the whole model sets the size. Trellis-coded quantization (Marcellin and Fischer 1990) then gains most of
+# what a vector quantizer could. Sums run over all ranks and visits, with documents separated as in training.
 # Safe to change: how steps are chosen. `gptq` knows nothing of layers, ranks or files.
 
 OCTAVE = 8
@@ -2619,7 +2626,7 @@ class Quantized(NamedTuple):
     """int8 [C]: step code of each column, of GPTQ's matrices alone."""
 
     def dequantize(self, unit: float) -> Tensor:
-        """The fp32 values that the artifact stands for; `unit` multiplies the steps of GPTQ's matrices."""
+        """The fp32 values that the artifact stands for; `unit` multiplies the codes of GPTQ's matrices."""
         if self.rows is None:
             return self.codes.float()
         values = self.codes.float() * row_steps(self.rows, unit if self.columns is not None else 1.0).unsqueeze(-1)
@@ -2649,30 +2656,17 @@ def step_codes(steps: Tensor, offset: int, up: bool = False) -> Tensor:
     return (exact.ceil() if up else exact.round()).clamp(-128, 127).to(torch.int8)
 
 
-class Factor(NamedTuple):
-    """A stack of Hessians made ready for `gptq`."""
-    order: Tensor
-    """[K, C] columns by decreasing diagonal."""
-    upper: Tensor
-    """[K, C, C] Cholesky factor U of the inverse in that order, H^-1 = U^T U."""
-    dead: Tensor
-    """[K, C] inputs that were never seen."""
+def factorize(gram_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *a, **k: None) -> Tensor:
+    """[K, C, C] upper Cholesky factor U of the damped inverse, (gram + damp * mean diagonal)^-1 = U^T U.
 
-    def column_scales(self) -> Tensor:
-        """[K, C] diagonal of U by column: what a column's error costs is its square over this one's."""
-        diagonal = self.upper.diagonal(dim1=-2, dim2=-1)
-        return torch.empty_like(diagonal).scatter_(1, self.order, diagonal)
-
-
-def factorize(hessian_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *a, **k: None) -> Factor:
-    """Order and damped inverse factor of mean or summed x x^T; where a matrix fails, its damping grows tenfold."""
-    h = hessian_KCC.float().clone()
+    Compensated by all later ones, an error e in entry c costs (e / U_cc)^2. Entries never seen get the mean diagonal;
+    where a matrix fails, its damping grows tenfold.
+    """
+    h = gram_KCC.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     alive = (~dead).sum(-1, keepdim=True).clamp_min(1)
     diagonal.copy_(torch.where(dead, (diagonal.sum(-1, keepdim=True) / alive).clamp_min(1e-30), diagonal))
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(h.size(-1), device=h.device)
     damps = torch.full_like(mean, damp)
@@ -2682,33 +2676,124 @@ def factorize(hessian_KCC: Tensor, damp: float, log: Callable[..., None] = lambd
         upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         bad = (failed != 0) | (failed_inverse != 0)
         if not bool(bad.any()):
-            return Factor(order, upper, dead)
+            return upper
         log("gptq_damping", failed=int(bad.sum()), damp=float(damps[bad].max()), next=10 * float(damps[bad].max()))
         damps = torch.where(bad, 10 * damps, damps)
     raise UserError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
 
-def gptq(weight_KRC: Tensor, factor: Factor, row_KR: Tensor, column_KC: Tensor, top: int) -> Tensor:
-    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the grid of steps row x column.
+SEGMENT = 64
+"""Columns that one path through the trellis covers; each starts in state 0."""
 
-    Columns go by decreasing diagonal; inputs never seen get the code 0. Blocks of 128 columns, so that the rest of the
-    matrix is updated by one product a block.
+
+class Trellis(NamedTuple):
+    """Which codes may follow each other along a row (Ungerboeck's codes 5/2 and 13/4 in octal, of 4 and 8 states).
+
+    A state allows the codes of its own parity, every second one. The next bit of the code picks the next state, so that
+    a path can reach every code and entropy coding still pays for every second one only.
     """
-    order, upper, dead = factor
-    w = weight_KRC.float().masked_fill(dead[:, None, :], 0.0)
-    w = w.gather(2, order[:, None, :].expand_as(w))
-    column = column_KC.gather(1, order)
+    previous: Tensor
+    """[S, 2] the states from which one comes to each state."""
+    coset: Tensor
+    """[S, 2] remainder by 4 of the codes that lead from there."""
+    following: Tensor
+    """[S, 2] the state after each state and second bit of a code."""
+
+    @classmethod
+    def of(cls, states: int, device: torch.device | str = "cpu") -> Trellis:
+        """With 4 or 8 states; 1: plain rounding, every code may follow."""
+        if states == 1:
+            return cls(*(torch.zeros(1, n, dtype=torch.long, device=device) for n in (1, 1, 2)))
+        first, second = {4: (0o5, 0o2), 8: (0o13, 0o4)}[states]
+        state, bit = torch.arange(states).unsqueeze(1), torch.arange(2)
+        following = (state >> 1) ^ (state & 1) * (first >> 1) ^ bit * (second >> 1)
+        edges = following.flatten().argsort(stable=True).view(states, 2)
+        return cls(*(t.to(device) for t in (edges // 2, edges % 2 * 2 + edges // 2 % 2, following)))
+
+    @property
+    def states(self) -> int:
+        return len(self.previous)
+
+    @property
+    def density(self) -> int:
+        """Codes to a step: only every second one is to be told apart."""
+        return 2 if self.states > 1 else 1
+
+
+def round_along(target: Tensor, upper: Tensor, lattice: Tensor, trellis: Trellis, top: int) -> Tensor:
+    """Codes [..., B] of pieces of rows, each error fed forward; the path of least cost through the trellis (Viterbi).
+
+    target: [..., B] values wanted; upper: [..., B, B] (broadcasts) factor of the columns; lattice: [..., B] value of
+    the code 1. Every survivor carries its own fed-forward errors. With one state this is GPTQ's column loop.
+    """
+    states, came_from = trellis.states, trellis.previous.flatten()
+    paths = target.unsqueeze(-2).repeat(*[1] * (target.dim() - 1), states, 1)  # codes up to j, targets from j on
+    cost = torch.full(paths.shape[:-1], math.inf, device=target.device)
+    cost[..., 0] = 0.0
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    weight = (lattice / diagonal).square()
+    for j in range(target.size(-1)):
+        wanted = (paths[..., j] / lattice[..., j, None]).clamp(-top, top)
+        if states > 1:
+            wanted = wanted.index_select(-1, came_from).unflatten(-1, (states, 2))
+            codes = trellis.coset + 4 * ((wanted - trellis.coset) / 4).round()
+            costs = cost.index_select(-1, came_from).unflatten(-1, (states, 2))
+            cost, pick = torch.addcmul(costs, (wanted - codes).square(), weight[..., j, None, None]).min(-1, True)
+            source = trellis.previous.expand(*pick.shape[:-1], 2).gather(-1, pick)
+            paths, code, cost = paths.gather(-2, source.expand_as(paths)), codes.gather(-1, pick)[..., 0], cost[..., 0]
+        else:
+            code = wanted.round()
+        error = (paths[..., j] - code * lattice[..., j, None]) / diagonal[..., j, None]
+        paths[..., j + 1:] -= error.unsqueeze(-1) * upper[..., j, None, j + 1:]
+        paths[..., j] = code
+    best = cost.argmin(-1)[..., None, None]
+    return paths.gather(-2, best.expand(*paths.shape[:-2], 1, target.size(-1))).squeeze(-2)
+
+
+def gptq(weight_KRC: Tensor, inputs: Tensor, outputs: Tensor | None, row_KR: Tensor, column_KC: Tensor,
+         trellis: Trellis, top: int) -> Tensor:
+    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the lattice of values row x column x code.
+
+    inputs: [K, C, C] factor of the columns (`factorize`); outputs: [K, R, R] of the rows, or None: rows are rounded
+    independently. With both, an error is fed forward along rows and columns, U and V at once: what remains to round at
+    (r, c) is W - V^T E U there, E the errors so far over U_cc V_rr. Blocks on one anti-diagonal need nothing of each
+    other and go together; the rest of the matrix is updated by products.
+    """
+    w, rows = weight_KRC.float().clone(), weight_KRC.size(1)
+    lattice = row_KR.unsqueeze(-1) * column_KC.unsqueeze(1)
     codes = torch.empty_like(w)
-    for begin in range(0, w.size(-1), 128):
-        end = min(begin + 128, w.size(-1))
-        block, errors = w[..., begin:end], torch.empty_like(w[..., begin:end])
-        for j in range(end - begin):
-            row, step = upper[:, begin + j, begin + j:end], row_KR * column[:, begin + j, None]
-            codes[..., begin + j] = (block[..., j] / step).round().clamp(-top, top)
-            errors[..., j] = (block[..., j] - codes[..., begin + j] * step) / row[:, :1]
-            block[..., j:] -= errors[..., j, None] * row[:, None, :]
-        w[..., end:] -= errors @ upper[:, begin:end, end:]
-    return codes.gather(2, order.argsort(dim=-1)[:, None, :].expand_as(codes)).to(torch.int16)
+    if outputs is None:
+        for begin in range(0, w.size(-1), SEGMENT):
+            part, rest = slice(begin, begin + SEGMENT), slice(begin + SEGMENT, None)
+            upper = inputs[:, part, part]
+            codes[..., part] = round_along(w[..., part], upper.unsqueeze(1), lattice[..., part], trellis, top)
+            lost = w[..., part] - codes[..., part] * lattice[..., part]
+            w[..., rest] -= torch.linalg.solve_triangular(upper, lost, upper=True, left=False) @ inputs[:, part, rest]
+        return codes.to(torch.int16)
+    ahead = torch.zeros_like(w)  # E U from the columns before
+    row_parts = [slice(r, min(r + 16, rows)) for r in range(0, rows, 16)]
+    column_parts = [slice(c, min(c + SEGMENT, w.size(-1))) for c in range(0, w.size(-1), SEGMENT)]
+    waves: dict[tuple, list[tuple[slice, slice]]] = collections.defaultdict(list)
+    for i, r in enumerate(row_parts):
+        for j, c in enumerate(column_parts):  # the last ones may be smaller: only blocks of one size go together
+            waves[i + j, r.stop - r.start, c.stop - c.start].append((r, c))
+    for _, blocks in sorted(waves.items()):
+        (target, before, delta), upper, lower = (
+            [torch.stack([t[:, r, c] for r, c in blocks]) for t in (w, ahead, lattice)],
+            torch.stack([inputs[:, c, c] for _, c in blocks]), torch.stack([outputs[:, r, r] for r, _ in blocks]))
+        found, kept = torch.empty_like(target), torch.empty_like(target)
+        for r in range(target.size(2)):
+            scale = lower[:, :, r, r, None]
+            wanted = target[:, :, r] - scale * before[:, :, r]
+            found[:, :, r] = round_along(wanted, upper, delta[:, :, r], trellis, top)
+            kept[:, :, r] = before[:, :, r] + (wanted - found[:, :, r] * delta[:, :, r]) / scale  # E U of this row
+            target[:, :, r + 1:] -= lower[:, :, r, r + 1:, None] * kept[:, :, r, None]
+        errors = torch.linalg.solve_triangular(upper, kept - before, upper=True, left=False)
+        for (r, c), code, here, error in zip(blocks, found, kept, errors):
+            codes[:, r, c] = code
+            w[:, r.stop:, c] -= outputs[:, r, r.stop:].mT @ here
+            ahead[:, r, c.stop:] += error @ inputs[:, c, c.stop:]
+    return codes.to(torch.int16)
 
 
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up", "down": "down"}
@@ -2725,8 +2810,9 @@ class Calibration(NamedTuple):
     """Sums over the calibration tokens of all ranks, by product and block."""
     gram: dict[tuple[str, int], Tensor]
     """Mean of x x^T over inputs, all visits, [I, I]."""
-    rows: dict[tuple[str, int], Tensor]
-    """Sum of g^2 at each output, [O]; targets are drawn from the model (the true Fisher information)."""
+    fisher: dict[tuple[str, int], Tensor]
+    """Sum of g g^T over outputs, [O, O], of the head its diagonal [V]; targets are drawn from the model (the true
+    Fisher information)."""
     input_gram: Tensor
     """Sum of g g^T at the embedding's output, [D, D]."""
     input_rows: Tensor
@@ -2757,9 +2843,10 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
     gram, fisher = {}, {}
     for key, matrix in w.matrices.items():  # a rank without rows still takes part
         outputs, inputs = matrix.shape
+        shape = (outputs,) if key[0] == "head" else (outputs, outputs)
         count = run.total(torch.tensor(float(w.tokens[key]), device=run.device)).clamp_min(1)
         gram[key] = run.total(w.gram.get(key, matrix.new_zeros(inputs, inputs, dtype=torch.float32))) / count
-        fisher[key] = run.total(w.rows.get(key, matrix.new_zeros(outputs, dtype=torch.float32)))
+        fisher[key] = run.total(w.fisher.get(key, matrix.new_zeros(shape, dtype=torch.float32)))
     return Calibration(gram, fisher, run.total(w.input_gram), run.total(w.input_rows))
 
 
@@ -2779,9 +2866,14 @@ class Stack(NamedTuple):
     """Matrices of one shape and family, ready for GPTQ."""
     stored: str
     names: list[str]
+    order: Tensor
+    """[K, C] order in which the columns are rounded."""
     weights: Tensor
-    """[K, R, C] fp32."""
-    factor: Factor
+    """[K, R, C] fp32, columns in that order."""
+    inputs: Tensor
+    """[K, C, C] factor of the columns."""
+    outputs: Tensor | None
+    """[K, R, R] factor of the rows; None: errors are not fed forward along them."""
     rows: Tensor
     """[K, R] int8 step codes."""
     columns: Tensor
@@ -2795,6 +2887,7 @@ class Quantizer:
 
     def __init__(self, model: GPT, sums: Calibration, cfg: Config, run: Run) -> None:
         self.model, self.sums, self.cfg, self.run = model, sums, cfg, run
+        self.trellis = Trellis.of(cfg.trellis_states if cfg.quant == "waterfill" else 1, run.device)
         jobs: dict[tuple, list[tuple[str, Tensor]]] = collections.defaultdict(list)
         self.plain: dict[str, Quantized] = {}
         for name, values, parameter in model.tensors():
@@ -2815,44 +2908,67 @@ class Quantizer:
                 self.stacks.append(self._prepare(stored, mine))
 
     def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]]) -> Stack:
-        """Factor and step codes of matrices (name, values) of equal shape."""
+        """Factors and step codes of matrices (name, values) of equal shape."""
         names, weights = [name for name, _ in matrices], torch.stack([values for _, values in matrices])
-        hessians, costs = zip(*(self._cost(name) for name in names))
-        factor = factorize(torch.stack(hessians), self.cfg.gptq_damp, self.run.log)
+        grams, fishers = map(torch.stack, zip(*(self._cost(name) for name in names)))
+        energy = grams.diagonal(dim1=-2, dim2=-1)
+        weights = weights.masked_fill((energy == 0).unsqueeze(1), 0.0)  # inputs never seen
+        # Costly columns first, while the others can still make up for them: with SDClip's equal steps that is worth a
+        # fifth of the damage, with water-filled ones nothing (bench/LOG.md 2026-11-22). A trellis keeps their order.
+        natural = torch.arange(energy.size(-1), device=energy.device).expand_as(energy)
+        order = energy.argsort(dim=-1, descending=True, stable=True) if self.cfg.quant == "sdclip" else natural
+        weights = weights.gather(2, order.unsqueeze(1).expand_as(weights))
+        grams = grams.gather(1, order.unsqueeze(2).expand_as(grams)).gather(2, order.unsqueeze(1).expand_as(grams))
+        damp, outputs = self.cfg.gptq_damp, None
+        inputs = factorize(grams, damp, self.run.log)
         if self.cfg.quant == "waterfill":
-            steps = waterfill_steps(torch.stack(costs), factor.column_scales(), self.cfg.row_softness)
+            costs = fishers if fishers.dim() == 2 else fishers.diagonal(dim1=-2, dim2=-1)
+            if self.cfg.gptq_two_sided and fishers.dim() == 3:
+                outputs = factorize(fishers, damp, self.run.log)
+                costs = outputs.diagonal(dim1=-2, dim2=-1).square().reciprocal()
+            steps = waterfill_steps(costs, inputs.diagonal(dim1=-2, dim2=-1), self.cfg.row_softness)
             # The geometric mean goes to the rows, so that columns lie around code 0.
             middle = steps[1].log().mean(-1, keepdim=True).exp()
             rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
-            return Stack(stored, names, weights, factor, rows, columns, 2 ** 15 - 1)
+            return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** 15 - 4)  # cosets add 2
         bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
         top = 2 ** (bits - 1) - 1
         # A row of nearly one value has almost no spread: its step must still reach its values.
         largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
         columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)
-        return Stack(stored, names, weights, factor, step_codes(largest / top, ROW_OFFSET), columns, top)
+        rows = step_codes(largest / top, ROW_OFFSET)
+        return Stack(stored, names, order, weights, inputs, outputs, rows, columns, top)
 
     def _cost(self, name: str) -> tuple[Tensor, Tensor]:
-        """(Hessian [C, C], cost of each row [R]) of an error in a stored matrix."""
+        """(Hessian [C, C], Fisher information [R, R] or its diagonal [R]) of an error in a stored matrix."""
         sums, (product, block) = self.sums, hessian_key(name)
-        gram, rows = sums.gram[product, block], sums.rows[product, block]
+        gram, fisher = sums.gram[product, block], sums.fisher[product, block]
         if product == "head":  # the embedding is read at both ends: mix the costs of both uses
-            out, into = rows * gram.trace(), sums.input_rows
+            out, into = fisher * gram.trace(), sums.input_rows
             total = out.sum() + into.sum()
             mixed = gram / gram.trace().clamp_min(1e-30) * out.sum() + \
                 sums.input_gram / sums.input_gram.trace().clamp_min(1e-30) * into.sum()
             return mixed / total.clamp_min(1e-30), out + into
         part, kv = name.split(".")[-1], self.model.cfg.num_kv_heads * self.model.cfg.head_dim
         if product == "qkv":
-            return gram, rows.split([len(rows) - 2 * kv, kv, kv])["qkv".index(part)]
-        scale = {"o": self.model.attn_scale, "down": self.model.mlp_scale}.get(product)
-        return gram, rows if scale is None else rows * scale[block].detach().square()
+            begin = {"q": 0, "k": len(fisher) - 2 * kv, "v": len(fisher) - kv}[part]
+            mine = slice(begin, len(fisher) - 2 * kv if part == "q" else begin + kv)
+            return gram, fisher[mine, mine]
+        scales = {"o": self.model.attn_scale, "down": self.model.mlp_scale}.get(product)
+        if scales is None:
+            return gram, fisher
+        scale = scales[block].detach()
+        return gram, fisher * scale.unsqueeze(1) * scale
 
     def bits(self, unit: float) -> float:
-        """Bits of all codes by their entropy, matrix by matrix, if they were rounded to nearest (no GPTQ)."""
+        """Bits of all codes by their entropy, matrix by matrix, if they were rounded to nearest (no GPTQ).
+
+        Where the trellis tells the parity, only every second code has to be told.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for _, _, weights, _, rows, columns, top in self.stacks:
-            codes = weights / row_steps(rows, unit).unsqueeze(-1) / column_steps(columns).unsqueeze(1)
+        for _, _, _, weights, _, _, rows, columns, top in self.stacks:
+            steps = row_steps(rows, unit * self.trellis.density)
+            codes = weights / steps.unsqueeze(-1) / column_steps(columns).unsqueeze(1)
             for matrix in codes.round_().clamp_(-top, top).int():
                 counts = torch.bincount(matrix.flatten() + top).double()
                 total -= (counts * (counts / matrix.numel()).clamp_min(1e-30).log2()).sum()
@@ -2861,9 +2977,10 @@ class Quantizer:
     def octaves_for(self, bits: float) -> float:
         """log2 of the unit at which the codes take so many bits in all, by `bits`."""
         logs = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for _, _, weights, _, rows, columns, _ in self.stacks:
+        for _, _, _, weights, _, _, rows, columns, _ in self.stacks:
             least = 1e-3 * weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
-            logs += (weights.abs().clamp_min(least).log2() - row_steps(rows, 1.0).log2().unsqueeze(-1)
+            steps = row_steps(rows, float(self.trellis.density))
+            logs += (weights.abs().clamp_min(least).log2() - steps.log2().unsqueeze(-1)
                      - column_steps(columns).log2().unsqueeze(1)).sum(dtype=torch.float64)
         # Gaussian codes of deviation s: log2 s + 2.05 bits, and the mean of log2 |code| is log2 s - 0.92.
         guess = float(self.run.total(logs)) / self.weights + 2.97 - bits / self.weights
@@ -2877,8 +2994,9 @@ class Quantizer:
     def quantize(self, unit: float) -> dict[str, Quantized]:
         """Every tensor as it will be stored; each rank does its share of the matrices, all get all."""
         own: dict[str, Quantized] = {}
-        for stored, names, weights, factor, rows, columns, top in self.stacks:
-            codes = gptq(weights, factor, row_steps(rows, unit), column_steps(columns), top)
+        for stored, names, order, weights, inputs, outputs, rows, columns, top in self.stacks:
+            codes = gptq(weights, inputs, outputs, row_steps(rows, unit), column_steps(columns), self.trellis, top)
+            codes = codes.gather(2, order.argsort(-1).unsqueeze(1).expand_as(codes))
             own.update({name: Quantized(stored, *parts)
                         for name, *parts in zip(names, codes.cpu(), rows.cpu(), columns.cpu())})
         done = dict(self.plain)
@@ -2890,13 +3008,13 @@ class Quantizer:
 # ----------------------------------------------------------------------------------------------------
 # 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
 # ----------------------------------------------------------------------------------------------------
-# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, unit of the steps, tensors in
-# order, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before it. Codes of one
-# family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader checks digest,
-# bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
+# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, unit of the codes, states of the
+# trellis, tensors in order, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before
+# it. Codes of one family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader
+# checks digest, bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 3
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
@@ -2949,7 +3067,7 @@ def join_bytes(data: bytes) -> bytes:
 
 
 def zigzag(codes: np.ndarray) -> np.ndarray:
-    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: [n] int16 -> uint16."""
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: int16 -> uint16 of the same shape."""
     return ((codes.astype(np.int32) << 1) ^ (codes.astype(np.int32) >> 31)).astype("<u2")
 
 
@@ -2958,10 +3076,51 @@ def unzigzag(values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.int32) >> 1) ^ -(values.astype(np.int32) & 1)).astype(np.int16)
 
 
+def to_lanes(matrices: Sequence[np.ndarray], fill: int, states: int) -> np.ndarray:
+    """Matrices [R, C] as [T, lanes]: each lane is one path through the trellis, or one entry where there is none."""
+    if states == 1:
+        return np.concatenate([matrix.reshape(-1) for matrix in matrices])[None]
+    padded = [np.pad(m, ((0, 0), (0, -m.shape[1] % SEGMENT)), constant_values=fill) for m in matrices]
+    return np.ascontiguousarray(np.concatenate([m.reshape(-1, SEGMENT) for m in padded]).T)
+
+
+def from_lanes(lanes: np.ndarray, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
+    """Inverse of `to_lanes`."""
+    widths = [cols + (-cols % SEGMENT if states > 1 else 0) for _, cols in shapes]
+    ends = np.cumsum([rows * width for (rows, _), width in zip(shapes, widths)])
+    parts = np.split(lanes.T.reshape(-1), ends[:-1])
+    return [part.reshape(rows, width)[:, :cols] for part, (rows, cols), width in zip(parts, shapes, widths)]
+
+
+class Walk:
+    """Paths through the trellis, one a lane, as a decoder takes them. A code is density * symbol + the parity."""
+
+    def __init__(self, lanes: int, states: int) -> None:
+        self.following, self.state = Trellis.of(states).following.numpy().astype(np.int8), np.zeros(lanes, np.int8)
+        self.density = Trellis.of(states).density
+
+    def parity(self) -> np.ndarray:
+        """[lanes] int8 parity of the next codes; 0 without a trellis."""
+        return self.state & 1
+
+    def codes(self, symbols: np.ndarray) -> np.ndarray:
+        """[lanes] int16 codes of these symbols; takes the step."""
+        found = (self.density * symbols.astype(np.int32) + self.parity()).astype(np.int16)
+        self.state = self.following[self.state, symbols & 1]
+        return found
+
+
+def symbols_of(codes: np.ndarray, states: int) -> np.ndarray:
+    """What is left to say of codes where the parity is known."""
+    return codes >> 1 if states > 1 else codes
+
+
 ESCAPE = 127
 """Symbol of a code that has none of its own; the code follows in a side stream."""
 LEAST_IN_CLASS = 2048
-"""Codes of a class with a histogram of its own; smaller classes join the nearest."""
+"""Codes of a class with a histogram of its own (or one for each parity); smaller classes join the nearest."""
+NO_CLASS = -2 ** 15
+"""Class of what only fills a lane."""
 
 
 def magnitudes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2971,54 +3130,72 @@ def magnitudes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                  for mean in (size.mean(1), size.mean(0), size.mean()))
 
 
-def classes_of(logs: bytes, shapes: Sequence[Sequence[int]]) -> np.ndarray:
-    """[n] int16 class of every code of the matrices: the magnitude that its row and its column let expect."""
+def classes_of(logs: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """[R, C] int16 class of every code of each matrix: the magnitude that its row and its column let expect."""
     found, at = [], 0
     values = np.frombuffer(logs, dtype=np.int8).astype(np.int16)
     for rows, cols in shapes:
         r, c, (mean,) = np.split(values[at:at + rows + cols + 1], [rows, rows + cols])
-        found.append((r[:, None] + c - mean).reshape(-1))
+        found.append(r[:, None] + c - mean)
         at += rows + cols + 1
-    return np.concatenate(found)
+    return found
 
 
 def join_classes(classes: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """[n] index into the ascending `kept` classes of the nearest one, the lower of two."""
-    lowest = int(classes.min(initial=0))
-    every = np.arange(lowest, int(classes.max(initial=0)) + 1)
+    """int16 index into the ascending `kept` classes of the nearest one, the lower of two; len(kept) for NO_CLASS."""
+    every = np.arange(-2 ** 9, 2 ** 9)
     above = np.searchsorted(kept, every).clip(0, len(kept) - 1)
     below = (above - 1).clip(0)
     nearest = np.where(np.abs(kept[below] - every) <= np.abs(kept[above] - every), below, above)
-    return nearest.astype(np.int16)[classes - lowest]
+    return np.where(classes == NO_CLASS, len(kept), nearest[classes.clip(-2 ** 9) + 2 ** 9]).astype(np.int16)
 
 
-def range_pack(matrices: Sequence[np.ndarray]) -> bytes:
-    """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude.
+def contexts_of(joined: np.ndarray, walk: Walk, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order of the lanes by context, number of lanes of each context and of those that only fill)."""
+    contexts = np.minimum(joined * walk.density + walk.parity(), num_kept * walk.density)
+    return np.argsort(contexts, kind="stable"), np.bincount(contexts, minlength=num_kept * walk.density + 1)
+
+
+def range_pack(matrices: Sequence[np.ndarray], states: int) -> bytes:
+    """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude (and parity).
 
     Rows' and columns' mean magnitudes travel as side information; histograms are integers, so that both ends compute
     with the same numbers on any machine. Entropy coding as in Deflate's or zstd's static models, over better classes.
+    Along the trellis the paths go abreast: one turn codes the next symbol of every lane.
     """
     import constriction
     logs = b"".join(part.tobytes() for matrix in matrices for part in magnitudes(matrix))
-    classes = classes_of(logs, [matrix.shape for matrix in matrices])
-    flat = zigzag(np.concatenate([matrix.reshape(-1) for matrix in matrices]))
-    symbols = np.minimum(flat, ESCAPE).astype(np.int32)
-    present, counts = np.unique(classes, return_counts=True)
-    kept = present[counts >= LEAST_IN_CLASS] if (counts >= LEAST_IN_CLASS).any() else present[counts.argmax()][None]
+    classes = to_lanes(classes_of(logs, [matrix.shape for matrix in matrices]), NO_CLASS, states)
+    present, counts = np.unique(classes[classes != NO_CLASS], return_counts=True)
+    enough = counts >= LEAST_IN_CLASS
+    kept = present[enough] if enough.any() else present[counts.argmax()][None]
     joined = join_classes(classes, kept)
-    coder, tables = constriction.stream.queue.RangeEncoder(), []
-    order = np.argsort(joined, kind="stable")
-    for part in np.split(symbols[order], np.cumsum(np.bincount(joined, minlength=len(kept)))[:-1]):
-        table = np.bincount(part, minlength=ESCAPE + 1)
-        table = np.where(table, np.maximum(1, table * 65535 // max(1, int(table.max()))), 0).astype("<u2")
-        tables.append(table.tobytes())
-        if np.count_nonzero(table) > 1:
-            coder.encode(part, histogram(table))
-    escaped = flat[order][symbols[order] == ESCAPE]
-    parts = [brotli_pack(logs), brotli_pack(kept.astype("<i2").tobytes()), brotli_pack(split_bytes(b"".join(tables))),
-             brotli_pack(escaped.astype("<u2").tobytes()), coder.get_compressed().astype("<u4").tobytes()]
-    sizes = struct.pack("<7I", *(len(part) for part in parts[:4]), len(kept), len(escaped), len(parts[4]))
-    return sizes + b"".join(parts)
+    symbols = symbols_of(to_lanes(matrices, 0, states), states)
+    walk = Walk(symbols.shape[1], states)
+    turns, tables = [], np.zeros((len(kept) * walk.density, ESCAPE + 1), dtype=np.int64)
+    for some, line in zip(symbols, joined):
+        order, sizes = contexts_of(line, walk, len(kept))
+        flat = zigzag(some[order])
+        turns.append((flat, sizes))
+        owner = np.repeat(np.arange(len(tables) + 1), sizes)
+        both = owner * (ESCAPE + 1) + np.minimum(flat, ESCAPE)
+        tables += np.bincount(both, minlength=(len(tables) + 1) * (ESCAPE + 1)).reshape(-1, ESCAPE + 1)[:-1]
+        walk.codes(some)
+    top = tables.max(axis=1, keepdims=True).clip(1)
+    tables = np.where(tables, np.maximum(1, tables * 65535 // top), 0).astype("<u2")
+    models = [histogram(table) if np.count_nonzero(table) > 1 else None for table in tables]
+    coder, escaped = constriction.stream.queue.RangeEncoder(), []
+    for flat, sizes in turns:
+        for model, part in zip(models, np.split(np.minimum(flat, ESCAPE).astype(np.int32), np.cumsum(sizes)[:-1])):
+            if model is not None and len(part):
+                coder.encode(part, model)
+        used = flat[:len(flat) - sizes[-1]]
+        escaped.append(used[used >= ESCAPE])
+    escapes = np.concatenate(escaped)
+    parts = [brotli_pack(logs), brotli_pack(kept.astype("<i2").tobytes()), brotli_pack(split_bytes(tables.tobytes())),
+             brotli_pack(escapes.astype("<u2").tobytes()), coder.get_compressed().astype("<u4").tobytes()]
+    return struct.pack("<7I", *(len(part) for part in parts[:4]), len(kept), len(escapes), len(parts[4])) + \
+        b"".join(parts)
 
 
 def histogram(table: np.ndarray) -> Any:
@@ -3028,7 +3205,7 @@ def histogram(table: np.ndarray) -> Any:
     return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
 
 
-def range_unpack(data: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
     """Inverse of `range_pack`, given the matrices' shapes; `UserError` for anything it could not have written."""
     try:
         import constriction
@@ -3041,48 +3218,59 @@ def range_unpack(data: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarra
     require(head + sum(lengths) + num_words == len(data) and num_words % 4 == 0 and 0 < num_kept <= 1024
             and num_escaped <= total, "artifact: a range-coded stream does not fit its lengths")
     edges = np.cumsum([head, *lengths])
+    num_tables = num_kept * Trellis.of(states).density
     raw = [brotli_unpack(data[a:b], size) for a, b, size in zip(edges, edges[1:], (
-        sum(rows + cols + 1 for rows, cols in shapes), 2 * num_kept, 2 * num_kept * (ESCAPE + 1), 2 * num_escaped))]
-    classes, kept = classes_of(raw[0], shapes), np.frombuffer(raw[1], dtype="<i2").astype(np.int64)
+        sum(rows + cols + 1 for rows, cols in shapes), 2 * num_kept, 2 * num_tables * (ESCAPE + 1), 2 * num_escaped))]
+    kept = np.frombuffer(raw[1], dtype="<i2").astype(np.int64)
     require(bool((np.diff(kept) > 0).all()), "artifact: the classes of a range-coded stream are not ascending")
-    joined = join_classes(classes, kept)
-    tables = np.frombuffer(join_bytes(raw[2]), dtype="<u2").reshape(num_kept, ESCAPE + 1)
+    joined = join_classes(to_lanes(classes_of(raw[0], shapes), NO_CLASS, states), kept)
+    tables = np.frombuffer(join_bytes(raw[2]), dtype="<u2").reshape(num_tables, ESCAPE + 1)
+    used = [np.flatnonzero(table) for table in tables]
+    models = [histogram(table) if len(symbols) > 1 else None for table, symbols in zip(tables, used)]
+    escapes, taken = np.frombuffer(raw[3], dtype="<u2"), 0
     decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[edges[-1]:], dtype="<u4").astype(np.uint32))
-    parts = []
-    for count, table in zip(np.bincount(joined, minlength=num_kept).tolist(), tables):
-        used = np.flatnonzero(table)
-        require(len(used) > 0 or count == 0, "artifact: a class of codes has no histogram")
-        if len(used) > 1 and count:
+    lanes, walk = np.empty(joined.shape, dtype=np.int16), Walk(joined.shape[1], states)
+    for turn, line in enumerate(joined):
+        order, sizes = contexts_of(line, walk, num_kept)
+        parts = []
+        for model, symbols, count in zip(models, used, sizes[:-1].tolist()):
+            require(len(symbols) > 0 or count == 0, "artifact: a class of codes has no histogram")
+            if model is None or not count:
+                parts.append(np.full(count, symbols[0] if len(symbols) else 0, dtype=np.int32))
+                continue
             try:
-                parts.append(decoder.decode(histogram(table), count))
+                parts.append(decoder.decode(model, count))
             except (AssertionError, ValueError) as error:  # what the package raises for bytes nobody encoded
                 raise UserError("artifact: a range-coded stream is damaged") from error
-        else:
-            parts.append(np.full(count, used[0] if len(used) else 0, dtype=np.int32))
-    sorted_symbols = np.concatenate(parts)
-    escapes = sorted_symbols == ESCAPE
-    require(int(escapes.sum()) == num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
-    sorted_symbols[escapes] = np.frombuffer(raw[3], dtype="<u2")
-    flat = np.empty(total, dtype=np.uint16)
-    flat[np.argsort(joined, kind="stable")] = sorted_symbols
-    edges = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
-    return [part.reshape(shape) for part, shape in zip(np.split(unzigzag(flat), edges[1:-1]), shapes)]
+        flat = np.concatenate([*parts, np.zeros(sizes[-1], dtype=np.int32)])
+        large = flat == ESCAPE
+        taken, before = taken + int(large.sum()), taken
+        require(taken <= num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
+        flat[large] = escapes[before:taken]
+        some = np.empty(len(flat), dtype=np.int16)
+        some[order] = unzigzag(flat)
+        lanes[turn] = walk.codes(some)
+    require(taken == num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
+    return from_lanes(lanes, shapes, states)
 
 
-def brotli_codes(matrices: Sequence[np.ndarray]) -> bytes:
+def brotli_codes(matrices: Sequence[np.ndarray], states: int) -> bytes:
     """int16 matrices by Brotli: transposed (columns first), zigzag, high bytes before low bytes."""
-    flat = np.concatenate([zigzag(matrix.T.reshape(-1)) for matrix in matrices])
+    flat = np.concatenate([zigzag(symbols_of(matrix, states).T.reshape(-1)) for matrix in matrices])
     return brotli_pack(split_bytes(flat.tobytes()))
 
 
-def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
     """Inverse of `brotli_codes`."""
     sizes = [rows * cols for rows, cols in shapes]
     flat = unzigzag(np.frombuffer(join_bytes(brotli_unpack(data, 2 * sum(sizes))), dtype="<u2"))
-    return [part.reshape(cols, rows).T for part, (rows, cols) in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes)]
+    parts = np.split(flat, np.cumsum(sizes)[:-1])
+    lanes = to_lanes([part.reshape(cols, rows).T for part, (rows, cols) in zip(parts, shapes)], 0, states)
+    walk = Walk(lanes.shape[1], states)
+    return from_lanes(np.stack([walk.codes(line) for line in lanes]), shapes, states)
 
 
-CODERS: dict[str, tuple[Callable[[Sequence[np.ndarray]], bytes], Callable[..., list[np.ndarray]]]] = {
+CODERS: dict[str, tuple[Callable[[Sequence[np.ndarray], int], bytes], Callable[..., list[np.ndarray]]]] = {
     "range": (range_pack, range_unpack), "brotli": (brotli_codes, brotli_uncodes)}
 """How the codes of GPTQ's matrices are packed, and read again."""
 
@@ -3099,9 +3287,9 @@ def pick_codec(wanted: str) -> str:
     return "range"
 
 
-def pack(tensors: Mapping[str, Quantized], unit: float, codec: str, model: ModelKnobs, preset: str, illegal: str = ""
-         ) -> bytes:
-    """The artifact's bytes; `illegal` says which rule its making broke ("": none)."""
+def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str, model: ModelKnobs, preset: str,
+         illegal: str = "") -> bytes:
+    """The artifact's bytes; `states` of the trellis; `illegal` says which rule its making broke ("": none)."""
     raw: dict[str, bytearray] = collections.defaultdict(bytearray)
     matrices: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for q in tensors.values():
@@ -3116,10 +3304,10 @@ def pack(tensors: Mapping[str, Quantized], unit: float, codec: str, model: Model
             matrices[q.stored].append(q.codes.numpy())
     streams = [(name, "brotli", len(data), brotli_pack(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
                for name, data in raw.items()]
-    streams += [(name, codec, sum(2 * m.size for m in stack), CODERS[codec][0](stack))
+    streams += [(name, codec, sum(2 * m.size for m in stack), CODERS[codec][0](stack, states))
                 for name, stack in matrices.items()]
     header = json.dumps({
-        "preset": preset, "illegal": illegal, "unit": unit,
+        "preset": preset, "illegal": illegal, "unit": unit, "trellis": states,
         "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
         "tensors": [[name, q.stored, list(q.codes.shape)] for name, q in tensors.items()],
         "streams": [[name, coder, size, len(packed)] for name, coder, size, packed in streams]}, separators=(",", ":"))
@@ -3165,7 +3353,8 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
                         for name, values, parameter in GPT(model).tensors()]
         preset, illegal = str(header["preset"]), str(header["illegal"])
         listed = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
-        unit = float(header["unit"])
+        unit, states = float(header["unit"]), header["trellis"]
+        require(type(states) is int and states in (1, 4, 8), f"{source}: a trellis of {states!r} states is not known")
         require(1e-12 < unit < 1e12, f"{source}: a unit of {unit:g} for its steps is not plausible")
         require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
     except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -3178,13 +3367,15 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             and all(coder in CODERS and (coder == "brotli" or name.startswith("gptq:")) for name, coder, _, _ in listed)
             and fixed + head_bytes + sum(size for *_, size in listed) == len(body),
             f"{source}: its streams do not fit its tensors")
-    require(sum(need.values()) <= MAX_RAW_BYTES,
+    padded = sum(math.prod(shape[:-1]) * (shape[-1] + SEGMENT) for _, _, shape in expected if shape)
+    require(max(padded, sum(need.values())) <= MAX_RAW_BYTES,
             f"{source}: {sum(need.values()):,} bytes of tensors is not plausible")
     raw, matrices, at = {}, {}, fixed + head_bytes
     for name, coder, length, size in listed:
         data, at = bytes(body[at:at + size]), at + size
         if name.startswith("gptq:"):
-            matrices[name] = iter(CODERS[coder][1](data, [shape for _, stored, shape in expected if stored == name]))
+            shapes = [shape for _, stored, shape in expected if stored == name]
+            matrices[name] = iter(CODERS[coder][1](data, shapes, states))
         else:
             data = brotli_unpack(data, length)
             raw[name] = io.BytesIO(join_bytes(data) if name == "fp16" else data)
@@ -3285,7 +3476,8 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
         with run.phase("gptq", "train"):
             tensors = quantizer.quantize(2.0 ** octaves)
         with run.phase("pack"):
-            blob = b"" if not run.is_main else pack(tensors, 2.0 ** octaves, codec, cfg, cfg.preset, illegal(cfg))
+            blob = b"" if not run.is_main else pack(tensors, 2.0 ** octaves, quantizer.trellis.states, codec, cfg,
+                                                    cfg.preset, illegal(cfg))
             blob = run.share(blob)
         run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
                 bits_per_weight=8 * (len(blob) - rest) / quantizer.weights, left_bytes=cap - len(blob))

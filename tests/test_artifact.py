@@ -25,7 +25,7 @@ from torch import Tensor
 import train_gpt as tg
 
 SMALL = dict(vocab_size=512, num_layers=2, model_dim=16, num_loops=0, parallel_start_layer=1, rope_dims=4,
-             gate_window=5)
+             gate_window=5, trellis_states=8, gptq_two_sided=True)
 FIXED = tg.ARTIFACT_HEAD.size
 BOMB = brotli.compress(bytes(10**8), quality=1)
 """18 KB that expand to 100 MB."""
@@ -53,7 +53,7 @@ def quantized(cfg: tg.Config) -> dict[str, tg.Quantized]:
 def small(request: pytest.FixtureRequest) -> bytes:
     """A small artifact, by either coder."""
     cfg = tiny(**SMALL)
-    return tg.pack(quantized(cfg), UNIT, request.param, cfg, "record")
+    return tg.pack(quantized(cfg), UNIT, cfg.trellis_states, request.param, cfg, "record")
 
 
 def refused(blob: bytes) -> str:
@@ -82,7 +82,7 @@ def taken_apart(blob: bytes) -> tuple[dict, list[bytes]]:
 
 
 def put_together(header: object, streams: list[bytes], header_bytes: int | None = None,
-                 head_bytes: int | None = None, version: int = 2, packed: bytes | None = None) -> bytes:
+                 head_bytes: int | None = None, version: int = 3, packed: bytes | None = None) -> bytes:
     """An artifact of these parts with a correct digest; lengths and the packed header may be lies."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = struct.pack("<I", len(text) if header_bytes is None else header_bytes)
@@ -102,7 +102,7 @@ def test_a_packed_model_comes_back_with_the_same_bits(knobs: dict, codec: str):
     tensors = quantized(cfg)
     reference = tg.GPT(cfg)
     tg.load_tensors(reference, {name: q.dequantize(UNIT) for name, q in tensors.items()})
-    artifact = tg.unpack(tg.pack(tensors, UNIT, codec, cfg, "demo", "a mark"))
+    artifact = tg.unpack(tg.pack(tensors, UNIT, cfg.trellis_states, codec, cfg, "demo", "a mark"))
     assert (artifact.preset, artifact.illegal) == ("demo", "a mark")
     assert all(getattr(artifact.model, name) == getattr(cfg, name) for name in vars(tg.ModelKnobs()))
     assert list(artifact.tensors) == list(tensors)
@@ -158,24 +158,42 @@ AWKWARD = {
 }
 
 
+def on_a_path(matrix: np.ndarray, states: int) -> np.ndarray:
+    """The matrix with some codes changed by 1, so that each row is a path through the trellis."""
+    if states == 1:
+        return matrix
+    found, following = matrix.copy(), tg.Trellis.of(states).following.tolist()
+    for row in found:
+        state = 0
+        for j, code in enumerate(row.tolist()):
+            state = state if j % tg.SEGMENT else 0
+            row[j] = code ^ (code & 1) | (state & 1)
+            state = following[state][(code >> 1) & 1]
+    return found
+
+
 @pytest.mark.parametrize("codec", tg.CODERS)
 @pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_codes_come_back(name: str, codec: str):
+@pytest.mark.parametrize("states", [1, 4, 8])
+def test_awkward_codes_come_back(name: str, codec: str, states: int):
     encode, decode = tg.CODERS[codec]
-    data = encode(AWKWARD[name])
-    found = decode(data, [m.shape for m in AWKWARD[name]])
-    assert all(np.array_equal(a, b) and a.dtype == np.int16 for a, b in zip(found, AWKWARD[name], strict=True))
-    assert encode(AWKWARD[name]) == data
+    codes = [on_a_path(matrix, states) for matrix in AWKWARD[name]]
+    data = encode(codes, states)
+    found = decode(data, [m.shape for m in codes], states)
+    assert all(np.array_equal(a, b) and a.dtype == np.int16 for a, b in zip(found, codes, strict=True))
+    assert encode(codes, states) == data
 
 
 @pytest.mark.parametrize("codec", tg.CODERS)
 @hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4),
-                  seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 30.0, 5000.0]))
-def test_any_codes_come_back(codec: str, shapes: list[tuple[int, int]], seed: int, scale: float):
+@hypothesis.given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 140)), min_size=1, max_size=4),
+                  seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 30.0, 5000.0]),
+                  states=st.sampled_from([1, 4, 8]))
+def test_any_codes_come_back(codec: str, shapes: list[tuple[int, int]], seed: int, scale: float, states: int):
     rng = np.random.default_rng(seed)
-    matrices = [(scale * rng.standard_cauchy(shape)).clip(-32768, 32767).astype(np.int16) for shape in shapes]
-    found = tg.CODERS[codec][1](tg.CODERS[codec][0](matrices), shapes)
+    matrices = [on_a_path((scale * rng.standard_cauchy(shape)).clip(-32768, 32767).astype(np.int16), states)
+                for shape in shapes]
+    found = tg.CODERS[codec][1](tg.CODERS[codec][0](matrices, states), shapes, states)
     assert all(np.array_equal(a, b) for a, b in zip(found, matrices, strict=True))
 
 
@@ -185,21 +203,22 @@ def test_the_range_coder_comes_near_the_entropy_and_beats_brotli():
     deviation = np.exp(rng.normal(1.2, 0.4, (600, 1)) + rng.normal(0, 0.3, (1, 400)))
     codes = np.rint(deviation * rng.normal(size=(600, 400))).astype(np.int16)
     bound = np.log2(deviation * np.sqrt(2 * np.pi * np.e)).sum() / 8
-    size, other = len(tg.range_pack([codes])), len(tg.brotli_codes([codes]))
+    size, other = len(tg.range_pack([codes], 1)), len(tg.brotli_codes([codes], 1))
     assert size < 1.02 * bound and size < 0.96 * other
 
 
-def test_damaged_codes_are_a_user_error_or_other_codes():
+@pytest.mark.parametrize("states", [1, 8])
+def test_damaged_codes_are_a_user_error_or_other_codes(states: int):
     rng = np.random.default_rng(0)
-    codes = rng.normal(0, 3, (64, 64)).astype(np.int16)
-    good = tg.range_pack([codes])
+    codes = on_a_path(rng.normal(0, 3, (64, 64)).astype(np.int16), states)
+    good = tg.range_pack([codes], states)
     for number in range(300):
         data = bytearray(good)
         for _ in range(rng.integers(1, 5)):
             data[rng.integers(0, 60 if number % 3 else len(data))] = rng.integers(0, 256)
         data = bytes(data[:len(data) - int(rng.integers(0, 9)) * (number % 2)])
         try:
-            (found,) = tg.range_unpack(data, [(64, 64)])
+            (found,) = tg.range_unpack(data, [(64, 64)], states)
             assert found.shape == (64, 64)
         except tg.UserError as error:
             assert "\n" not in str(error)
@@ -207,7 +226,7 @@ def test_damaged_codes_are_a_user_error_or_other_codes():
 
 def test_packing_is_a_function_of_the_tensors():
     cfg = tiny(**SMALL)
-    first, second = (tg.pack(quantized(cfg), UNIT, "range", cfg, "demo") for _ in range(2))
+    first, second = (tg.pack(quantized(cfg), UNIT, 8, "range", cfg, "demo") for _ in range(2))
     assert first == second
 
 
@@ -233,7 +252,7 @@ def test_any_missing_or_additional_byte_is_noticed(small: bytes):
 
 
 def test_the_name_of_the_file_is_in_the_message(small: bytes):
-    for blob in (b"", b"PK\3\4" + bytes(100), small[:-1], signed(small[:5] + b"\3" + small[6:-16])):
+    for blob in (b"", b"PK\3\4" + bytes(100), small[:-1], signed(small[:5] + b"\4" + small[6:-16])):
         assert "some.bin" in refused(blob)
     assert "not an artifact" in refused(signed(b"PGOLG" + small[5:-16]))
 
@@ -243,7 +262,7 @@ def test_the_test_can_build_a_valid_artifact(small: bytes):
 
 
 @pytest.mark.parametrize("lies", [
-    dict(version=1), dict(version=3), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
+    dict(version=2), dict(version=4), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
     dict(header_bytes=2**32 - 1), dict(header_bytes=0), dict(header_bytes=7), dict(header_bytes=1 << 20),
     dict(packed=b""), dict(packed=b"\xff" * 40), dict(packed=brotli.compress(bytes(10**7), quality=1))],
     ids=lambda d: "-".join(f"{k}={str(v)[:12]}" for k, v in d.items()))
@@ -259,6 +278,35 @@ def test_lies_about_the_header_are_refused(small: bytes, lies: dict):
     ids=lambda text: text[:40].decode("latin-1"))
 def test_a_strange_header_is_refused(small: bytes, text: bytes):
     refused(put_together(text, []))
+
+
+def test_mutated_containers_are_refused_or_hold_finite_numbers(small: bytes):
+    """500 of each coder, with a digest that fits: flipped bits, cut and repeated parts, numbers set to extremes."""
+    rng, refusals = np.random.default_rng(0), 0
+    for number in range(500):
+        body = bytearray(small[:-tg.DIGEST_BYTES])
+        at, length = (int(rng.integers(0, n)) for n in (len(body) if number % 2 else 700, 40))
+        match number % 5:
+            case 0 | 1:
+                body[at % len(body)] ^= 1 << int(rng.integers(0, 8))
+            case 2:
+                del body[at:at + length]
+            case 3:
+                body[at:at] = body[at:at + length]
+            case 4:
+                body[at:at + 4] = struct.pack("<I", rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1]))
+        if number % 5 == 4:  # tracing is slow
+            tracemalloc.start()
+        try:
+            artifact = tg.unpack(signed(bytes(body)), "some.bin")
+            assert all(values.isfinite().all() for values in artifact.tensors.values())
+        except tg.UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        finally:
+            assert tracemalloc.get_traced_memory()[1] < 1 << 24
+            tracemalloc.stop()
+    assert refusals > 250
 
 
 def changed(where: str, change: Callable[[list], object]) -> Callable[[dict, list[bytes]], object]:
@@ -283,6 +331,9 @@ EDITS: dict[str, Callable[[dict, list[bytes]], object]] = {
     "a stream more": lambda header, streams: (header["streams"].append(["x", "brotli", 0, 1]), streams.append(b"\x06")),
     "a coder that is none": changed("streams", lambda s: s[-1].__setitem__(1, "lzma")),
     "a coder for other things": changed("streams", lambda s: s[0].__setitem__(1, "range")),
+    "no trellis": lambda header, streams: header.pop("trellis"),
+    "a trellis of 3 states": lambda header, streams: header.update(trellis=3),
+    "a trellis that is true": lambda header, streams: header.update(trellis=True),
     "no unit": lambda header, streams: header.pop("unit"),
     "a unit of zero": lambda header, streams: header.update(unit=0),
     "a unit that is no number": lambda header, streams: header.update(unit=float("nan")),

@@ -391,7 +391,7 @@ def test_the_command_audits_an_artifact(mode: str, dataset: dict[str, str], tmp_
                                         capsys: pytest.CaptureFixture):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
     cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, gate_window=5)
-    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), UNIT, "brotli", cfg, "record"))
+    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), UNIT, 8, "brotli", cfg, "record"))
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
     knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "THREADS=1",
               "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
