@@ -3325,8 +3325,36 @@ class Artifact(NamedTuple):
     """Which rule its making broke; empty: none."""
     tensors: dict[str, Tensor]
     """Stored name -> fp32 values."""
-    stream_bytes: dict[str, int]
-    """Packed bytes of each stream."""
+    streams: dict[str, Stream]
+
+
+def code_entropy(codes: np.ndarray, states: int) -> float:
+    """Bits of a matrix's int16 codes by their histogram; where a trellis tells the parity, it is known."""
+    bits = 0.0
+    for some in (codes[codes & 1 == 0], codes[codes & 1 == 1]) if states > 1 else (codes,):
+        counts = np.bincount(some.reshape(-1).astype(np.int64) + 2 ** 15).astype(np.float64)
+        bits -= float((counts * np.log2(counts.clip(1) / max(1, some.size))).sum())
+    return bits
+
+
+class Stream(NamedTuple):
+    """What one stream of an artifact takes."""
+    values: int
+    packed: int
+    """Bytes."""
+    entropy: float
+    """Bits of its codes by their histogram, matrix by matrix; 0 for streams that are no codes."""
+
+
+def size_table(artifact: Artifact, weight_bytes: int, code_bytes: int) -> list[str]:
+    """Lines: bytes by stream, bits a value, the codes' entropy, what header and code take."""
+    lines = [f"  {'stream':12s} {'values':>12s} {'bytes':>12s} {'bits each':>10s} {'entropy':>8s}"]
+    for name, (values, packed, entropy) in artifact.streams.items():
+        ideal = f"{entropy / values:8.3f}" if entropy else f"{'-':>8s}"
+        lines.append(f"  {name:12s} {values:12,} {packed:12,} {8 * packed / values:10.3f} {ideal}")
+    rest = {"header": weight_bytes - sum(stream.packed for stream in artifact.streams.values()), "code": code_bytes,
+            "all": weight_bytes + code_bytes}
+    return lines + [f"  {name:12s} {'':12s} {size:12,}" for name, size in rest.items()]
 
 
 def unpack(blob: bytes, source: str = "artifact") -> Artifact:
@@ -3379,7 +3407,7 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
         else:
             data = brotli_unpack(data, length)
             raw[name] = io.BytesIO(join_bytes(data) if name == "fp16" else data)
-    tensors = {}
+    tensors, entropy = {}, collections.Counter()
     for name, stored, shape in expected:
         if stored == "fp16":
             halves = np.frombuffer(raw["fp16"].read(2 * math.prod(shape)), dtype="<f2").reshape(shape)
@@ -3392,11 +3420,14 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             else:
                 codes = next(matrices[stored])
                 columns = torch.from_numpy(np.frombuffer(raw["steps"].read(shape[-1]), dtype=np.int8).copy())
+                entropy[stored] += code_entropy(codes, states)
             quantized = Quantized(stored, torch.from_numpy(codes.astype(np.int16).reshape(shape)),
                                   torch.from_numpy(rows.copy()), columns)
         tensors[name] = quantized.dequantize(unit)
         require(bool(torch.isfinite(tensors[name]).all()), f"{source}: {name} holds values that are not finite")
-    return Artifact(model, preset, illegal, tensors, {name: size for name, _, _, size in listed})
+    streams = {name: Stream(length // (2 if name == "fp16" or name.startswith("gptq:") else 1), size, entropy[name])
+               for name, _, length, size in listed}
+    return Artifact(model, preset, illegal, tensors, streams)
 
 
 @torch.no_grad()
@@ -4252,7 +4283,9 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
         load_tensors(model, artifact.tensors)
     run.log("artifact", path=str(cfg.eval_only or run.artifact_path), sha256=hashlib.sha256(blob).hexdigest(),
             weight_bytes=len(blob), code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes,
-            **{f"bytes_{name.replace(':', '_')}": size for name, size in artifact.stream_bytes.items()})
+            **{f"bytes_{name.replace(':', '_')}": stream.packed for name, stream in artifact.streams.items()})
+    for line in size_table(artifact, len(blob), code_bytes):
+        run.write(line)
     with run.phase("load_val", "eval"):
         val = ValData.load(cfg, run)
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),

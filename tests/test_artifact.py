@@ -130,7 +130,8 @@ def test_a_fresh_process_reads_the_same_model_from_the_file(small: bytes, tmp_pa
 
 def test_streams_hold_what_they_say(small: bytes):
     header, streams = taken_apart(small)
-    assert tg.unpack(small).stream_bytes == {name: size for name, *_, size in header["streams"]}
+    found = tg.unpack(small).streams
+    assert {name: stream.packed for name, stream in found.items()} == {n: size for n, *_, size in header["streams"]}
     expected = {"fp16": 0, "steps": 0}
     for _, stored, shape in header["tensors"]:
         if stored == "fp16":
@@ -141,6 +142,29 @@ def test_streams_hold_what_they_say(small: bytes):
     assert {name: raw for name, _, raw, _ in header["streams"]} == expected
     for (_, coder, raw, _), data in zip(header["streams"], streams):
         assert coder == "range" or len(brotli.decompress(data)) == raw
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_the_table_of_sizes_adds_up_and_knows_the_entropy(states: int):
+    """Codes of two matrices with known histograms; with a trellis, each parity has its own."""
+    codes = [on_a_path(np.random.default_rng(k).normal(0, 4, (40, 64)).astype(np.int16), states) for k in range(2)]
+    for matrix in codes:
+        expected = 0.0
+        for parity in (0, 1) if states > 1 else (None,):
+            some = matrix[matrix % 2 == parity] if parity is not None else matrix
+            share = np.unique(some, return_counts=True)[1] / some.size
+            expected -= some.size * float((share * np.log2(share)).sum())
+        assert tg.code_entropy(matrix, states) == pytest.approx(expected, rel=1e-9)
+    assert tg.code_entropy(np.full((3, 3), 7, dtype=np.int16), states) == 0
+    cfg = tiny(**SMALL)
+    blob = tg.pack(quantized(cfg), UNIT, 8, "range", cfg, "demo")
+    artifact = tg.unpack(blob)
+    lines = [line.split() for line in tg.size_table(artifact, len(blob), 77)[1:]]
+    sizes = {name: int(cells[len(cells) > 1].replace(",", "")) for name, *cells in lines}
+    assert sizes.pop("all") == len(blob) + 77 == sum(sizes.values()) and sizes["code"] == 77
+    assert sum(s.values for s in artifact.streams.values() if s.entropy) == sum(
+        v.numel() for v, (_, stored, _) in zip(artifact.tensors.values(), taken_apart(blob)[0]["tensors"])
+        if stored.startswith("gptq:"))
 
 
 # -- coders of codes -----------------------------------------------------------------------------------
@@ -609,7 +633,7 @@ def test_without_a_binding_cap_waterfill_takes_the_bits_it_may(roomy: tuple):
     knobs, model, blob = roomy
     if knobs["quant"] == "waterfill":
         weights = sum(v.numel() for _, v, p in model.tensors() if tg.route(p).stored.startswith("gptq:"))
-        codes = sum(size for name, size in tg.unpack(blob).stream_bytes.items() if name.startswith("gptq:"))
+        codes = sum(s.packed for name, s in tg.unpack(blob).streams.items() if name.startswith("gptq:"))
         assert 8 * codes / weights == pytest.approx(5.0, abs=0.35)  # side information of a small model included
 
 
@@ -619,7 +643,7 @@ def test_a_cap_that_binds_is_met_from_below_and_nearly_used_up(roomy: tuple, sha
     blob = fitted(roomy, cap + 5000, 5000)
     assert 0.99 * cap <= len(blob) <= cap
     found, free = tg.unpack(blob), tg.unpack(roomy[2])
-    assert found.stream_bytes["fp16"] == free.stream_bytes["fp16"]
+    assert found.streams["fp16"] == free.streams["fp16"]
     ratios = {name: float((found.tensors[name] - free.tensors[name]).std() / free.tensors[name].std())
               for name in found.tensors if name.startswith("blocks.")}
     assert 0 < min(ratios.values()) and max(ratios.values()) < 0.5
@@ -662,6 +686,6 @@ def test_predicted_bytes_foresee_a_gaussian_model(knobs: dict):
             p.normal_()
     with tg.Run(cfg, {}, log=False) as run:
         blob = tg.fit_to_cap(model, unit_sums(model), 0, cfg, run)
-    predicted, found = tg.predicted_bytes(cfg, 0), tg.unpack(blob).stream_bytes
+    predicted, found = tg.predicted_bytes(cfg, 0), {n: s.packed for n, s in tg.unpack(blob).streams.items()}
     assert predicted.keys() == found.keys()
     assert sum(predicted.values()) == pytest.approx(len(blob), rel=0.05)
