@@ -1,6 +1,6 @@
 """What adaptation costs: milliseconds a chunk step, token-forwards a target, and the schedule of 50,000 documents.
 
-    python bench/evaluation.py ARTIFACT [TARGETS]     knobs as for train_gpt.py, as environment variables
+    ./run.sh bench evaluation ARTIFACT [TARGETS]      knobs as for train_gpt.py, as environment variables
 
 Scores the first TARGETS (default 20,000) targets of the validation set in four ways, in turns within this process,
 so that a busy machine slows all of them alike: without adaptation; the straightforward way (the whole window of each
@@ -9,19 +9,17 @@ deals documents of web-like lengths to 8 ranks and predicts seconds from the ste
 """
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import train_gpt as tg
+from bench.common import Machine, Row, made_up_val, program, row, show, summary, web_lengths
 
 
 class WholeWindow(tg.Scorer):
@@ -79,14 +77,31 @@ def run_one(kind: type[tg.GPT], scorer: type[tg.Scorer], artifact: tg.Artifact, 
                 val_bpb=score.val_bpb)
 
 
-def web_lengths(count: int) -> np.ndarray:
-    """Targets of documents like FineWeb's validation set: median 570, mean 957, longest 97,000 (log-normal)."""
-    lengths = np.exp(np.random.default_rng(0).normal(math.log(570), 1.02, count))
-    return np.clip(lengths, 8, 97_000).astype(np.int64)
+def chunk_rows(artifact: tg.Artifact, cfg: tg.Config, run: tg.Run, roof: Machine, documents: int,
+               repeats: int = 3) -> list[Row]:
+    """Rows of a chunk step with recomputed and with cached context; documents are made up, of up to a window."""
+    cfg = dataclasses.replace(cfg, ttt="lora", phased_ttt_num_phases=0, ngram_tilt_enabled=False)
+    val = made_up_val(np.minimum(web_lengths(documents), cfg.eval_seq_len), artifact.model.vocab_size)
+    ways = {context: dataclasses.replace(cfg, ttt_context=context) for context in ("recompute", "cache")}
+    rounds = [{way: run_one(tg.GPT, tg.Scorer, artifact, val, c, run) for way, c in ways.items()}
+              for _ in range(repeats + 1)][1:]
+    rows = []
+    for way in ways:
+        found, steps = rounds[0][way], rounds[0][way]["steps"]
+        forwards = found["forwards_per_target"] * val.num_targets / steps
+        # With fixed weights the backward has the gradients of activations alone: as much as the forward.
+        flops = 2 * forwards * tg.estimate_flops(artifact.model, tg.layer_plan(artifact.model, True),
+                                                 cfg.eval_seq_len / 2)
+        rows.append(row(f"chunk step, {way}", summary([r[way]["seconds"] / steps for r in rounds]), roof, flops,
+                        forwards_a_target=found["forwards_per_target"],
+                        targets_s=val.num_targets / summary([r[way]["seconds"] for r in rounds]).median))
+    return rows
 
 
-def main() -> None:
+def main() -> int:
     """Four ways in turns, then the schedule."""
+    tg.require(len(sys.argv) > 1 and Path(sys.argv[1]).is_file(), f"evaluation {' '.join(sys.argv[1:2])}: expected the "
+               f"path of an artifact, such as logs/demo.bin")
     artifact = tg.unpack(Path(sys.argv[1]).read_bytes(), sys.argv[1])
     stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
     cfg = dataclasses.replace(tg.Config.from_env(os.environ, stored)[0], ngram_tilt_enabled=False)
@@ -99,12 +114,8 @@ def main() -> None:
                 "cache": (tg.GPT, tg.Scorer, dataclasses.replace(lora, ttt_context="cache"))}
         print(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
               f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads")
-        print(f"{'way':16s} {'seconds':>8s} {'steps':>6s} {'ms/step':>8s} {'forwards/target':>15s} {'val_bpb':>8s}")
-        table = {}
-        for name, way in ways.items():
-            table[name] = row = run_one(*way[:2], artifact, val, way[2], run)
-            print(f"{name:16s} {row['seconds']:8.1f} {row['steps']:6d} {row['ms_per_step']:8.1f} "
-                  f"{row['forwards_per_target']:15.2f} {row['val_bpb']:8.4f}", flush=True)
+        table = {name: run_one(*way[:2], artifact, val, way[2], run) for name, way in ways.items()}
+    show("four ways", [{"name": name, **found} for name, found in table.items()])
     lengths = web_lengths(50_000)
     plans = {}
     for chunks in ("48", "2000:48,8000:96,24000:256,1024"):
@@ -117,7 +128,8 @@ def main() -> None:
         print(f"50,000 documents, 8 ranks, chunks {chunks}: {max(steps):,} steps on the costliest rank; the mean rank "
               f"waits {100 * plans[chunks]['waits']:.2f} % of the time")
     print(json.dumps(dict(ways=table, schedule=plans)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -1,0 +1,124 @@
+"""Every kernel of section 5 beside its reference: time of forward and backward, what it achieves, its largest error.
+
+The kernels are found by the fields of `Kernels` (whose defaults are the references), by what `pick_kernels` takes on
+this machine, and by the names of `ATTENTIONS`; a field without inputs here is an error, so that a new one is added.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import train_gpt as tg
+from bench.common import Machine, Row, in_turns, made_up_ids, row, web_lengths
+
+
+class Inputs(NamedTuple):
+    """What a kernel is called with, and what a call costs at least."""
+    moving: list[Tensor]
+    """Arguments that get a gradient."""
+    fixed: tuple[Any, ...]
+    flops: float
+    """Of forward and backward, twice the forward's."""
+    grad: Tensor
+    """Gradient of the output, of its size."""
+    moved: float
+    """Bytes that forward and backward must read or write once each."""
+
+
+def batch_of(cfg: tg.Config, rows: int, device: torch.device) -> tg.Batch:
+    """Rows of training length cut from documents of web-like lengths."""
+    ids = made_up_ids(web_lengths(max(64, rows * cfg.train_seq_len // 100)), cfg.vocab_size)
+    cut = [ids[i * cfg.train_seq_len:(i + 1) * cfg.train_seq_len + 1] for i in range(rows)]
+    return tg.make_batch(cut, rows, cfg.train_seq_len).to(device)
+
+
+def attention_inputs(cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
+    """q, k, v of a batch; 4 N H FLOPs a key that a query sees."""
+    shape = batch.ids.shape
+    q, k, v = (draw(*shape, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    seen = float((batch.positions + 1.0).sum())
+    moved = q.itemsize * (5 * q.numel() + 3 * (k.numel() + v.numel()))  # q y | q y' q', y is kept or made anew; k v
+    return Inputs([q, k, v], (), 12 * q.size(2) * q.size(3) * seen, torch.randn_like(q), moved)
+
+
+def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
+    """Inputs of one field of `Kernels` at the shape that training, or scoring a chunk, calls it with."""
+    rows, seq_len = batch.ids.shape
+    if field == "rms_norm":
+        x = draw(rows * seq_len, cfg.model_dim)
+        return Inputs([x], (), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
+    if field == "leaky_relu_squared":
+        x = draw(rows * seq_len, cfg.mlp_dim)
+        return Inputs([x], (cfg.mlp_slope,), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())
+    if field == "cross_entropy":
+        x = 3 * draw(rows * seq_len, cfg.vocab_size)
+        targets = batch.targets.flatten()
+        return Inputs([x], (targets, cfg.logit_softcap), 0.0, torch.rand(len(x)).to(x), 3.0 * x.itemsize * x.numel())
+    if field == "masked":
+        chunk, past, documents = 48, cfg.eval_seq_len, max(1, rows // 2)
+        q = draw(documents, chunk, cfg.num_heads, cfg.head_dim)
+        k, v = (draw(documents, past + chunk, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
+        mask = torch.ones(chunk, past + chunk, dtype=torch.bool, device=q.device).tril(past)[None, None]
+        moved = q.itemsize * (5 * q.numel() + 3 * (k.numel() + v.numel()))
+        return Inputs([q, k, v], (mask,), 12 * q.numel() * (past + chunk / 2), torch.randn_like(q), moved)
+    raise AssertionError(f"Kernels.{field}: bench/kernels.py knows no inputs for it")
+
+
+def attend(kernel: tg.Attention, prepared: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An attention kernel as a function of its moving inputs."""
+    return kernel.run(q, k, v, prepared)
+
+
+def both_ways(kernel: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    """The output, and the gradients of the moving inputs for the output's gradient `inputs.grad`."""
+    y = kernel(*inputs.moving, *inputs.fixed)
+    return y.detach(), *torch.autograd.grad(y, inputs.moving, inputs.grad.to(y.dtype).view_as(y))
+
+
+def largest_error(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Inputs) -> float:
+    """Largest error of output or a gradient as a share of its largest value, against the reference in fp32."""
+    exact = inputs._replace(moving=[t.detach().float().requires_grad_() for t in inputs.moving])
+    pairs = zip(both_ways(kernel, inputs), both_ways(reference, exact))
+    return max(float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def kernel_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Rows by kernel; errors are taken on the first two rows of the batch."""
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
+
+    picked, found = tg.pick_kernels(cfg, run), []
+    for field, reference in tg.Kernels._field_defaults.items():
+        variants = {"reference": reference}
+        if run.compiles:
+            variants["reference, compiled"] = run.compiled(reference)
+        if getattr(picked, field) is not reference:
+            variants["picked"] = run.compiled(getattr(picked, field))
+        found.append((field, variants, lambda batch, f=field: inputs_of(f, cfg, batch, draw),
+                      lambda batch, kernel: kernel))
+    attentions = {}
+    for name in tg.ATTENTIONS:
+        try:
+            attentions[name + (" (picked)" if name == picked.attention.name else "")] = \
+                tg.pick_attention(name, run.device, run.dtype, cfg.train_seq_len)
+        except tg.UserError as error:
+            run.log("left_out", kernel=name, reason=str(error))
+    found.append(("attention", attentions, lambda batch: attention_inputs(cfg, batch, draw),
+                  lambda batch, kernel: functools.partial(attend, kernel, kernel.prepare(batch))))
+    rows = []
+    for field, variants, make, bind in found:
+        torch.manual_seed(0)
+        few, many = (batch_of(cfg, count, run.device) for count in (2, cfg.micro_batch_tokens // cfg.train_seq_len))
+        small, inputs = make(few), make(many)
+        reference = bind(few, tg.sdpa_attention()) if field == "attention" else variants["reference"]
+        errors = {name: largest_error(bind(few, kernel), reference, small) for name, kernel in variants.items()}
+        times = in_turns({name: functools.partial(both_ways, bind(many, kernel), inputs)
+                          for name, kernel in variants.items()}, run, repeats, least=0.02)
+        rows += [row(f"{field}: {name}", times[name], roof, inputs.flops, inputs.moved, error=errors[name])
+                 for name in variants]
+        del inputs
+    return rows
