@@ -121,6 +121,7 @@ TXT
   audit) setup; exec .venv/bin/python records/audit.py "$@" ;;
   bench)
     setup
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}  # as train_gpt.py sets it
     case ${1:-} in
       evaluation | ngram | scaling) exec .venv/bin/python -m "bench.$1" "${@:2}" ;;
       *) exec .venv/bin/python -m bench.all "$@" ;;

@@ -1,10 +1,6 @@
 """What the benches share: calls timed in turns, what the machine does at most, data made up, rows of tables."""
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as train_gpt.py has it when it is the program
-
 import contextlib
 import dataclasses
 import math

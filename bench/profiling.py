@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench.common import Row, in_turns
+from bench.common import Row, in_turns, timed
 from bench.step import UPDATE, TrainStep
 
 Event = Mapping[str, Any]
@@ -94,19 +94,17 @@ def analyze(events: Sequence[Event], steps: int, wall_ms: float, on_gpu: bool) -
     return rows + [row(f"  {kind}: {name[:72]}", lengths) for (kind, name), lengths in top]
 
 
-def profile_rows(step: TrainStep, repeats: int = 7, steps: int = 3) -> list[Row]:
-    """Profile a few steps; shares are of the step without the profiler."""
-    run = step.run
-    batches = step.data.steps()
-    wall = in_turns({"step": lambda: step.whole(batches)}, run, repeats, warmup=3)["step"].median
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.is_cuda else [])]
-    with profile(activities=activities) as trace:
-        for _ in range(steps):
-            step.whole(batches)
-        run.synchronize()
+def profile_rows(step: TrainStep, repeats: int = 5) -> list[Row]:
+    """Profile some steps; shares are of the profiled steps, followed by a step without the profiler."""
+    run, batches = step.run, step.data.steps()
+    plain = in_turns({"step": lambda: step.whole(batches)}, run, repeats, warmup=3)["step"]
+    times: dict[str, list[float]] = {}
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.is_cuda else [])]) as trace:
+        timed(times, "step", run, step.whole, batches, calls=repeats)
     batches.close()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    return analyze(events, steps, 1e3 * wall, run.is_cuda)
+    return [*analyze(events, repeats, 1e3 * times["step"][0], run.is_cuda),
+            {"name": "step without the profiler", "ms": 1e3 * plain.median}]

@@ -24,6 +24,10 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
             ngram_rules="2:0.5:1,4:0.5:1")
 """A model of every part in a few milliseconds a step: knobs as environment text."""
 
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                        reason="torch sees no CUDA device")])
+"""A parameter for the device of tests that run on a GPU where there is one."""
+
 
 def tiny(**knobs: object) -> tg.Config:
     """A `Config` from TINY and overrides given as field=value."""

@@ -1,10 +1,18 @@
 """The benches: FLOPs are counted right, every bench runs at tiny size, a trace is taken apart as it should be."""
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import batch_of, tiny
+from conftest import TINY, batch_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench.all as bench
 import train_gpt as tg
+from bench import scaling
+from bench.common import setting
+from bench.profiling import UPDATE, analyze
 
 # -- FLOPs -----------------------------------------------------------------------------------------------
 
@@ -32,3 +40,100 @@ def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     assert counter.get_total_flops() == 2 * expected
+
+
+# -- every section ---------------------------------------------------------------------------------------
+
+SMALL = {name.upper(): tg.show(value) for name, value in {**TINY, "ttt_lora_rank": "2"}.items()}
+
+
+def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys):
+    """What `--gpu` runs, at tiny size."""
+    out = tmp_path / "bench.json"
+    with setting({**SMALL, "DTYPE": "bfloat16"}, documents=256) as (cfg, run):
+        bench.measure(cfg, run, bench.SECTIONS, out, math.inf, repeats=1)
+    report, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["left_out"] == [] and list(tmp_path.iterdir()) == [out]
+    assert list(report["tables"]) == ["step, loop on", "profile, loop on", "step, loop off", "profile, loop off",
+                                      "kernels", "loader", "shrink and adaptation"]
+    for title, rows in report["tables"].items():
+        assert all(row.get("ms", 1) > 0 for row in rows if row["name"] != "gaps"), title
+        assert f"\n{title} (" in shown
+    for loop in ("on", "off"):
+        step = {row["name"]: row for row in report["tables"][f"step, loop {loop}"]}
+        assert {"data", "forward", "backward", "newton_schulz", "optimizer", "ema", "step"} <= set(step)
+        assert step["step"]["floor_ms"] > step["forward"]["floor_ms"] and step["step"]["tok_s"] > 0
+        profiled = {row["name"]: row for row in report["tables"][f"profile, loop {loop}"]}
+        assert {"gemm", "newton-schulz", "optimizer, ema", "gaps"} <= set(profiled)
+        assert 0 < profiled["explained"]["share"] < 1.5
+    assert scaling.main([str(out)]) == 0 and "64 GPUs" in capsys.readouterr().out
+
+
+def test_a_section_that_would_begin_too_late_is_named(tmp_path: Path, run: tg.Run):
+    report = bench.measure(run.cfg, run, ["loader", "step"], tmp_path / "r.json", 0.0)
+    assert report["tables"] == {} and report["left_out"] == ["step, loop on", "step, loop off", "loader"]
+
+
+@pytest.mark.parametrize("arguments, said", [(["--gpu"], "--gpu: torch sees no CUDA device"),
+                                             (["stpe"], "stpe: no such section; expected some of step")])
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], said: str, tmp_path: Path):
+    with pytest.raises(tg.UserError, match=said) as error:
+        bench.main([*arguments, "--out", str(tmp_path / "logs" / "x.json")], {"DEVICE": "cpu"})
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_cuda_tests_are_found_and_say_why_they_are_skipped():
+    found = bench.cuda_tests(["tests/test_cuda.py"], 120)
+    assert found["status"] == 0, found["tail"]
+    assert torch.cuda.is_available() or any("no CUDA device" in line for line in found["tail"])
+
+
+# -- the profile -----------------------------------------------------------------------------------------
+
+
+def event(cat: str, name: str, ts: float, dur: float, **more: object) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, **more}
+
+
+def test_kernels_are_grouped_by_kind_and_by_who_launched_them():
+    """Two steps of 100 us: kernels run after their launch, two of them side by side on two streams."""
+    launches = [("cuda_runtime", 1, 10), ("cuda_driver", 2, 20), ("cuda_runtime", 3, 30), ("cuda_runtime", 4, 62),
+                ("cuda_driver", 5, 64), ("cuda_runtime", 6, 40), ("cuda_runtime", 7, 45)]
+    kernels = [("nvjet_tst_128x256", 1, 50, 40), ("triton_poi_fused_add_mul_7", 2, 90, 20), ("mystery", 7, 168, 2),
+               ("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", 3, 110, 30), ("sm90_xmma_gemm", 4, 140, 10),
+               ("triton_poi_fused_lerp_2", 5, 145, 15), ("triton_red_fused_log_softmax_tanh_1", 6, 160, 8)]
+    trace = [event(cat, "launch", ts, 1, args={"correlation": i}) for cat, i, ts in launches]
+    trace += [event("kernel", name, ts, dur, args={"correlation": i}) for name, i, ts, dur in kernels]
+    trace += [event("gpu_memcpy", "Memcpy HtoD", 180, 6), event("user_annotation", UPDATE, 60, 10),
+              event("gpu_user_annotation", UPDATE, 140, 20), event("cpu_op", "aten::mm", 5, 50), {"ph": "M"}]
+    rows = {row["name"]: row for row in analyze(trace, 2, 0.1, on_gpu=True)}
+    found = {name: round(2000 * row["ms"]) for name, row in rows.items() if "ms" in row and ":" not in name}
+    assert found == {"gemm": 40, "norm, elementwise": 20, "attention": 30, "newton-schulz": 10, "optimizer, ema": 15,
+                     "cross-entropy": 8, "other": 2, "copies": 6, "gaps": 200 - 126, "step": 200}
+    assert rows["explained"]["share"] == pytest.approx(129 / 200) and rows["gemm"]["calls"] == 0.5
+
+
+def test_an_operator_on_a_cpu_is_charged_its_own_time():
+    trace = [event("cpu_op", "aten::matmul", 0, 10), event("cpu_op", "aten::mm", 1, 8),
+             event("cpu_op", "aten::softmax", 12, 5), event("cpu_op", "aten::_softmax", 12, 5)]
+    rows = {row["name"]: row["ms"] for row in analyze(trace, 1, 0.02, on_gpu=False) if "ms" in row}
+    assert rows["gemm"] == pytest.approx(0.008) and rows["attention"] == pytest.approx(0.005)
+    assert rows["gaps"] == pytest.approx(0.02 - 0.015)
+
+
+# -- scaling ---------------------------------------------------------------------------------------------
+
+
+def test_links_cost_what_a_ring_sends():
+    assert scaling.ring_ms(1e9, 1, 2, 350, 400) == 0
+    assert scaling.ring_ms(8e9, 8, 1, 350, 50) == pytest.approx(1e3 * (7 / 350 + 7 * 3.4e-6))
+    assert scaling.ring_ms(8e9, 16, 2, 350, 50) == pytest.approx(2e3 * (7.5 / 50 + 2 * 14e-6 + 13 * 3.4e-6))
+
+
+def test_more_gpus_share_the_rows_until_the_rest_is_all_there_is():
+    rows = scaling.scaling_rows(tg.Config(), 2.0, 10.0, 1e12, 350, 400)
+    assert rows[0]["compute_ms"] == 2.0 * 384 + 10 and rows[-1]["rows"] == 6 and rows[-1]["compute_ms"] == 22
+    assert rows[0]["links_ms"] == 0 and rows[0]["efficiency"] == 1
+    for less, more in zip(rows, rows[1:]):
+        assert more["links_ms"] > less["links_ms"] and more["efficiency"] < less["efficiency"]
+        assert more["newton_schulz_ms"] <= less["newton_schulz_ms"]
