@@ -1,7 +1,8 @@
 """Every kernel of section 5 beside its reference: time of forward and backward, what it achieves, its largest error.
 
 The kernels are found by the fields of `Kernels` (whose defaults are the references), by what `pick_kernels` takes on
-this machine, and by the names of `ATTENTIONS`; a field without inputs here is an error, so that a new one is added.
+this machine, and by the names of `ATTENTIONS`; a field without inputs here is an error, so that a new one is added. Two
+stretches of the model that a kernel may take as a whole, `mlp` and `head_nats`, are measured with or without a twin.
 """
 from __future__ import annotations
 
@@ -10,10 +11,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
 from bench.common import Machine, Row, in_turns, made_up_ids, row, web_lengths
+
+STRETCHES: dict[str, Callable[..., Tensor]] = {
+    "mlp": lambda x, up, down, slope: F.linear(tg.leaky_relu_squared(F.linear(x, up), slope), down),
+    "head_nats": lambda x, head, targets, cap: tg.softcapped_cross_entropy(F.linear(x, head), targets, cap)}
+"""References of kernels that fuse products with what follows them."""
 
 
 class Inputs(NamedTuple):
@@ -47,17 +54,24 @@ def attention_inputs(cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor
 
 def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
     """Inputs of one field of `Kernels` at the shape that training, or scoring a chunk, calls it with."""
-    rows, seq_len = batch.ids.shape
-    if field == "rms_norm":
-        x = draw(rows * seq_len, cfg.model_dim)
-        return Inputs([x], (), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
-    if field == "leaky_relu_squared":
-        x = draw(rows * seq_len, cfg.mlp_dim)
-        return Inputs([x], (cfg.mlp_slope,), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())
+    rows, tokens, targets = len(batch.ids), batch.ids.numel(), batch.targets.flatten()
+    if field in ("rms_norm", "leaky_relu_squared"):
+        x = draw(tokens, cfg.model_dim if field == "rms_norm" else cfg.mlp_dim)
+        fixed = () if field == "rms_norm" else (cfg.mlp_slope,)
+        return Inputs([x], fixed, 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
     if field == "cross_entropy":
-        x = 3 * draw(rows * seq_len, cfg.vocab_size)
-        targets = batch.targets.flatten()
-        return Inputs([x], (targets, cfg.logit_softcap), 0.0, torch.rand(len(x)).to(x), 3.0 * x.itemsize * x.numel())
+        x = 3 * draw(tokens, cfg.vocab_size)
+        return Inputs([x], (targets, cfg.logit_softcap), 0.0, torch.rand(tokens).to(x), 3.0 * x.itemsize * x.numel())
+    if field in STRETCHES:
+        x, width = draw(tokens, cfg.model_dim), cfg.mlp_dim if field == "mlp" else cfg.vocab_size
+        weights = [draw(width, cfg.model_dim), *([draw(cfg.model_dim, width)] if field == "mlp" else [])]
+        weights = [(w * 3 / cfg.model_dim ** 0.5).detach().requires_grad_() for w in weights]
+        flops = 6.0 * x.numel() * width * len(weights)
+        # x y | x y' x', and one activation of that width kept in between where the backward does not make it anew
+        moved = x.itemsize * (5.0 * x.numel() + 2.0 * tokens * width * (field == "mlp"))
+        grad, fixed = (torch.randn_like(x), (cfg.mlp_slope,)) if field == "mlp" else \
+            (torch.rand(tokens).to(x), (targets, cfg.logit_softcap))
+        return Inputs([x, *weights], fixed, flops, grad, moved)
     if field == "masked":
         chunk, past, documents = 48, cfg.eval_seq_len, max(1, rows // 2)
         q = draw(documents, chunk, cfg.num_heads, cfg.head_dim)
@@ -92,12 +106,15 @@ def kernel_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) ->
         return torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
 
     picked, found = tg.pick_kernels(cfg, run), []
-    for field, reference in tg.Kernels._field_defaults.items():
-        variants = {"reference": reference}
+    references = {**tg.Kernels._field_defaults, **STRETCHES}
+    for field, reference in references.items():
+        if not callable(reference):
+            continue
+        variants, twin = {"reference": reference}, getattr(picked, field, None) or reference
         if run.compiles:
             variants["reference, compiled"] = run.compiled(reference)
-        if getattr(picked, field) is not reference:
-            variants["picked"] = run.compiled(getattr(picked, field))
+        if twin is not reference:
+            variants["picked"] = run.compiled(twin)
         found.append((field, variants, lambda batch, f=field: inputs_of(f, cfg, batch, draw),
                       lambda batch, kernel: kernel))
     attentions = {}
