@@ -14,7 +14,7 @@ usage() {
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
-./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader shrink adaptation
+./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader artifact
 ./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
 ./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | scaling [JSON]
 ./run.sh test [PYTEST ARGS]     set up and run the tests

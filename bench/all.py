@@ -1,17 +1,18 @@
 """Everything that costs time, measured against its floor: tables on the screen, figures in one JSON file.
 
-    ./run.sh bench [SECTION ...]       all sections, or some of: step loader kernels shrink adaptation profile
+    ./run.sh bench [SECTION ...]       all sections, or some of: step profile kernels loader artifact
     ./run.sh bench --gpu               one GPU, under 8 minutes: the CUDA tests, then all sections at the record's shape
 
 Knobs are environment variables as for train_gpt.py; the shape is the record's on a GPU and the demo's on a CPU. Parts
-are timed in turns, medians and quartiles are given. `--out FILE` says where the JSON goes. With torchrun the section
-`step` has the collectives, too. A section that would begin after `--seconds` is left out and named.
+are timed in turns; medians and quartiles are given. Under torchrun the section `step` has the collectives, too. With
+--gpu a section that would begin too late is left out and named.
 """
 from __future__ import annotations
 
 import argparse
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,17 +21,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import train_gpt as tg
-from bench.common import Row, machine, program, setting, show
-from bench.evaluation import chunk_rows
+from bench.common import Row, machine, made_up_val, program, setting, show, web_lengths
+from bench.evaluation import way_rows
 from bench.kernels import kernel_rows
 from bench.profiling import profile_rows
 from bench.shrink import shrink_rows
 from bench.step import TrainStep, loader_rows, step_rows
 
-SECTIONS = ("step", "profile", "kernels", "loader", "shrink", "adaptation")
+SECTIONS = ("step", "profile", "kernels", "loader", "artifact")
 """In order of worth, should time run out."""
 
 
@@ -54,11 +56,11 @@ def measure(cfg: tg.Config, run: tg.Run, sections: Sequence[str], out: Path, dea
               "threads": torch.get_num_threads(), "dtype": str(run.dtype), "compiled": run.compiles,
               "tokens_a_rank": cfg.micro_batch_tokens, "knobs": vars(cfg), "tables": {}, "left_out": []}
 
-    def shrink_and_adapt() -> list[Row]:
+    def artifact() -> list[Row]:
         rows, blob = shrink_rows(cfg, run, roof, min(3, repeats))
-        if "adaptation" in sections:
-            rows += chunk_rows(tg.unpack(blob), cfg, run, roof, 64 if run.is_cuda else 16, min(3, repeats))
-        return rows
+        lengths = np.minimum(web_lengths(64 if run.is_cuda else 16), cfg.eval_seq_len)
+        val = made_up_val(lengths, cfg.vocab_size)
+        return rows + way_rows(("recompute", "cache"), tg.unpack(blob), val, cfg, run, roof, min(3, repeats))
 
     train_step = functools.lru_cache(maxsize=1)(lambda looped: TrainStep(cfg, run, looped))  # one's graphs at a time
     bodies: dict[str, Callable[[], list[Row]]] = {}
@@ -70,9 +72,7 @@ def measure(cfg: tg.Config, run: tg.Run, sections: Sequence[str], out: Path, dea
             bodies[f"profile, {loop}"] = lambda on=looped: profile_rows(train_step(on), repeats)
     bodies |= {name: body for name, body in {
         "kernels": lambda: kernel_rows(cfg, run, roof, repeats),
-        "loader": lambda: loader_rows(cfg, run, roof, repeats)}.items() if name in sections}
-    if {"shrink", "adaptation"} & set(sections):
-        bodies["shrink and adaptation"] = shrink_and_adapt
+        "loader": lambda: loader_rows(cfg, run, roof, repeats), "artifact": artifact}.items() if name in sections}
     for title, body in bodies.items():
         if not title.startswith(("step", "profile")):
             train_step.cache_clear()
@@ -101,7 +101,6 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {' '.join(SECTIONS)}; all if none")
     parser.add_argument("--gpu", action="store_true", help="the CUDA tests, then every section at the record's shape")
-    parser.add_argument("--seconds", type=float, help="no section begins later (default: 380 with --gpu, else none)")
     parser.add_argument("--out", type=Path, default=Path("logs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json")
     asked = parser.parse_args(arguments)
     unknown = sorted(set(asked.sections) - {*SECTIONS, "all"})
@@ -115,7 +114,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     for line in report.get("cuda_tests", {}).get("tail", ()):
         print(line)
     with setting(env) as (cfg, run):
-        measure(cfg, run, sections, asked.out, start + (asked.seconds or (380 if asked.gpu else 1e9)), report=report)
+        measure(cfg, run, sections, asked.out, start + (380 if asked.gpu else math.inf), report=report)
         if run.is_main:
             print(f"\n{asked.out}  ({time.perf_counter() - start:.0f} s)")
     return report.get("cuda_tests", {}).get("status", 0)

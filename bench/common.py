@@ -85,7 +85,7 @@ def machine(run: tg.Run) -> Machine:
     best = in_turns({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, run, least=0.05)
     name = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
     return Machine(name, 2 * side ** 3 / best["product"].low, 2 * size / best["copy"].low,
-                   989e12 if "H100" in name or "H200" in name else None)
+                   989e12 if name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200") else None)
 
 
 def row(name: str, sample: Sample, roof: Machine, flops: float = 0.0, moved: float = 0.0, **more: Any) -> Row:

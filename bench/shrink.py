@@ -1,4 +1,4 @@
-"""From weights to an artifact and back: calibration, factors, GPTQ, packing, unpacking (a section of bench/all.py)."""
+"""From weights to an artifact and back: calibration, factors, GPTQ, packing, unpacking (part of bench/all.py)."""
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +17,7 @@ def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) ->
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     times: dict[str, list[float]] = {}
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         sums = timed(times, "calibrate", run, tg.calibrate, model, data, 0, cfg, run)
         quantizer = timed(times, "factorize", run, tg.Quantizer, model, sums, cfg, run)
         unit = 2.0 ** quantizer.octaves_for(cfg.bits_per_weight * quantizer.weights) \
@@ -34,7 +34,7 @@ def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) ->
     each = {"calibrate": tokens, "pack": quantizer.weights, "unpack": quantizer.weights}
     rows = []
     for name, seconds in times.items():
-        sample = summary(seconds[1:])  # the first round warms up
+        sample = summary(seconds)
         rows.append(row(name, sample, roof, counted.get(name, 0.0), items_s=each.get(name, 0) / sample.median or None,
                         bytes=len(blob) if name == "pack" else None))
     return rows, blob
