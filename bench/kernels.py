@@ -43,15 +43,6 @@ def batch_of(cfg: tg.Config, rows: int, device: torch.device) -> tg.Batch:
     return tg.make_batch(cut, rows, cfg.train_seq_len).to(device)
 
 
-def attention_inputs(cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
-    """q, k, v of a batch; 4 N H FLOPs a key that a query sees."""
-    shape = batch.ids.shape
-    q, k, v = (draw(*shape, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
-    seen = float((batch.positions + 1.0).sum())
-    moved = q.itemsize * (5 * q.numel() + 3 * (k.numel() + v.numel()))  # q y | q y' q', y is kept or made anew; k v
-    return Inputs([q, k, v], (), 12 * q.size(2) * q.size(3) * seen, torch.randn_like(q), moved)
-
-
 def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
     """Inputs of one field of `Kernels` at the shape that training, or scoring a chunk, calls it with."""
     rows, tokens, targets = len(batch.ids), batch.ids.numel(), batch.targets.flatten()
@@ -72,19 +63,23 @@ def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., T
         grad, fixed = (torch.randn_like(x), (cfg.mlp_slope,)) if field == "mlp" else \
             (torch.rand(tokens).to(x), (targets, cfg.logit_softcap))
         return Inputs([x, *weights], fixed, flops, grad, moved)
-    if field == "masked":
-        chunk, past, documents = 48, cfg.eval_seq_len, max(1, rows // 2)
-        q = draw(documents, chunk, cfg.num_heads, cfg.head_dim)
-        k, v = (draw(documents, past + chunk, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
+    if field in ("attention", "masked"):  # 4 N H FLOPs a key that a query sees
+        chunk, past = (cfg.train_seq_len, 0) if field == "attention" else (48, cfg.eval_seq_len)
+        q = draw(rows, chunk, cfg.num_heads, cfg.head_dim)
+        k, v = (draw(rows, past + chunk, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
         mask = torch.ones(chunk, past + chunk, dtype=torch.bool, device=q.device).tril(past)[None, None]
-        moved = q.itemsize * (5 * q.numel() + 3 * (k.numel() + v.numel()))
-        return Inputs([q, k, v], (mask,), 12 * q.numel() * (past + chunk / 2), torch.randn_like(q), moved)
+        seen = float((batch.positions + 1.0).mean()) if field == "attention" else past + chunk / 2
+        moved = q.itemsize * (5.0 * q.numel() + 3.0 * (k.numel() + v.numel()))  # q y | q y' q'; k | k k'
+        return Inputs([q, k, v], (batch, {}) if field == "attention" else (mask,), 12 * q.numel() * seen,
+                      torch.randn_like(q), moved)
     raise AssertionError(f"Kernels.{field}: bench/kernels.py knows no inputs for it")
 
 
-def attend(kernel: tg.Attention, prepared: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An attention kernel as a function of its moving inputs."""
-    return kernel.run(q, k, v, prepared)
+def attend(kernel: tg.Attention, q: Tensor, k: Tensor, v: Tensor, batch: tg.Batch, prepared: dict[str, Any]) -> Tensor:
+    """An attention kernel as one function; what it has to know of the batch is made once."""
+    if kernel.name not in prepared:
+        prepared[kernel.name] = kernel.prepare(batch)
+    return kernel.run(q, k, v, prepared[kernel.name])
 
 
 def both_ways(kernel: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
@@ -100,42 +95,41 @@ def largest_error(kernel: Callable[..., Tensor], reference: Callable[..., Tensor
     return max(float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
+def variants_of(field: str, reference: Callable[..., Tensor], cfg: tg.Config, run: tg.Run
+                ) -> dict[str, Callable[..., Tensor]]:
+    """What there is of a field: reference, reference as compiled, the twin that this run takes; every attention."""
+    picked = tg.pick_kernels(cfg, run)
+    if field != "attention":
+        twin = getattr(picked, field, None) or reference
+        return {"reference": reference, **({"reference, compiled": run.compiled(reference)} if run.compiles else {}),
+                **({"picked": run.compiled(twin)} if twin is not reference else {})}
+    found = {}
+    for name in tg.ATTENTIONS:
+        try:
+            kernel = tg.pick_attention(name, run.device, run.dtype, cfg.train_seq_len)
+            found[name + " (picked)" * (name == picked.attention.name)] = functools.partial(attend, kernel)
+        except tg.UserError as error:
+            run.log("left_out", kernel=name, reason=str(error))
+    return found
+
+
 def kernel_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
     """Rows by kernel; errors are taken on the first two rows of the batch."""
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
 
-    picked, found = tg.pick_kernels(cfg, run), []
-    references = {**tg.Kernels._field_defaults, **STRETCHES}
-    for field, reference in references.items():
-        if not callable(reference):
-            continue
-        variants, twin = {"reference": reference}, getattr(picked, field, None) or reference
-        if run.compiles:
-            variants["reference, compiled"] = run.compiled(reference)
-        if twin is not reference:
-            variants["picked"] = run.compiled(twin)
-        found.append((field, variants, lambda batch, f=field: inputs_of(f, cfg, batch, draw),
-                      lambda batch, kernel: kernel))
-    attentions = {}
-    for name in tg.ATTENTIONS:
-        try:
-            attentions[name + (" (picked)" if name == picked.attention.name else "")] = \
-                tg.pick_attention(name, run.device, run.dtype, cfg.train_seq_len)
-        except tg.UserError as error:
-            run.log("left_out", kernel=name, reason=str(error))
-    found.append(("attention", attentions, lambda batch: attention_inputs(cfg, batch, draw),
-                  lambda batch, kernel: functools.partial(attend, kernel, kernel.prepare(batch))))
+    torch.manual_seed(0)
+    few, many = (batch_of(cfg, count, run.device) for count in (2, cfg.micro_batch_tokens // cfg.train_seq_len))
+    sdpa = functools.partial(attend, tg.sdpa_attention())
     rows = []
-    for field, variants, make, bind in found:
-        torch.manual_seed(0)
-        few, many = (batch_of(cfg, count, run.device) for count in (2, cfg.micro_batch_tokens // cfg.train_seq_len))
-        small, inputs = make(few), make(many)
-        reference = bind(few, tg.sdpa_attention()) if field == "attention" else variants["reference"]
-        errors = {name: largest_error(bind(few, kernel), reference, small) for name, kernel in variants.items()}
-        times = in_turns({name: functools.partial(both_ways, bind(many, kernel), inputs)
-                          for name, kernel in variants.items()}, run, repeats, least=0.02)
-        rows += [row(f"{field}: {name}", times[name], roof, inputs.flops, inputs.moved, error=errors[name])
-                 for name in variants]
-        del inputs
+    for field, reference in {**tg.Kernels._field_defaults, **STRETCHES, "attention": sdpa}.items():
+        if callable(reference):
+            variants = variants_of(field, reference, cfg, run)
+            small = inputs_of(field, cfg, few, draw)
+            errors = {name: largest_error(kernel, reference, small) for name, kernel in variants.items()}
+            inputs = inputs_of(field, cfg, many, draw)
+            times = in_turns({name: functools.partial(both_ways, kernel, inputs) for name, kernel in variants.items()},
+                             run, repeats, least=0.02)
+            rows += [row(f"{field}: {name}", times[name], roof, inputs.flops, inputs.moved, error=errors[name])
+                     for name in variants]
     return rows
