@@ -74,7 +74,7 @@ def test_a_section_that_would_begin_too_late_is_named(tmp_path: Path, run: tg.Ru
     assert report["tables"] == {} and report["left_out"] == ["step, loop on", "step, loop off", "loader"]
 
 
-@pytest.mark.parametrize("arguments, said", [(["--gpu"], "--gpu: torch sees no CUDA device"),
+@pytest.mark.parametrize("arguments, said", [(["--gpu", "loader"], "--gpu: torch sees no CUDA device"),
                                              (["stpe"], "stpe: no such section; expected some of step")])
 def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], said: str, tmp_path: Path):
     with pytest.raises(tg.UserError, match=said) as error:

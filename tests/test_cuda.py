@@ -27,9 +27,9 @@ QUICK = dict(ttt="none", eval_ladder="", ngram_tilt_enabled=False)
 
 
 @pytest.mark.parametrize("device, dtype, compiled, tolerance, knobs", [
-    ("cpu", "bfloat16", "off", 0.05, QUICK),
+    ("cpu", "bfloat16", "off", 0.02, QUICK),
     *(pytest.param("cuda", *rest, marks=CUDA.marks) for rest in (("float32", "off", 3e-3, {}),
-                                                                 ("bfloat16", "on", 0.05, {})))])
+                                                                 ("bfloat16", "on", 0.02, {})))])
 def test_a_run_on_a_device_is_the_run_in_fp32_on_a_cpu(device: str, dtype: str, compiled: str, tolerance: float,
                                                        knobs: dict, dataset: dict[str, str], tmp_path: Path):
     """The losses of every step and every score, loop off and on, within rounding."""
