@@ -122,10 +122,10 @@ TXT
   bench)
     setup
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}  # as train_gpt.py sets it
-    case ${1:-} in
-      evaluation | ngram | scaling) exec .venv/bin/python -m "bench.$1" "${@:2}" ;;
-      *) exec .venv/bin/python -m bench.all "$@" ;;
-    esac
+    if grep -qs '^if __name__' "bench/${1:-all}.py"; then
+      exec .venv/bin/python -m "bench.${1:-all}" "${@:2}"
+    fi
+    exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;

@@ -47,7 +47,8 @@ class TrainStep:
     def __init__(self, cfg: tg.Config, run: tg.Run, looped: bool) -> None:
         self.cfg, self.run, self.looped, self.plan = cfg, run, looped, tg.layer_plan(cfg, looped)
         self.data, self.model = tg.TrainData(cfg, run), tg.build_model(cfg, run)
-        self.loss = run.compiled(lambda batch: self.model.total_loss(batch, self.plan, run.dtype))
+        model, plan = self.model, self.plan
+        self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
         self.optimizer, self.ema = tg.ShardedOptimizer(self.model, cfg, run), tg.Ema(self.model, cfg.ema_decay)
         named = list(self.model.named_parameters())
         banks = [p.detach() for name, p in named if tg.route(name).rule == "muon"]

@@ -1,4 +1,5 @@
 """The benches: FLOPs are counted right, every bench runs at tiny size, a trace is taken apart as it should be."""
+import functools
 import json
 import math
 from pathlib import Path
@@ -47,10 +48,11 @@ def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
 SMALL = {name.upper(): tg.show(value) for name, value in {**TINY, "ttt_lora_rank": "2"}.items()}
 
 
-def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys):
-    """What `--gpu` runs, at tiny size."""
+def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """What `--gpu` runs, at tiny size: in one graph, too, but without the compiler's code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     out = tmp_path / "bench.json"
-    with setting({**SMALL, "DTYPE": "bfloat16"}, documents=256) as (cfg, run):
+    with setting({**SMALL, "DTYPE": "bfloat16", "COMPILE": "on"}, documents=256) as (cfg, run):
         bench.measure(cfg, run, bench.SECTIONS, out, math.inf, repeats=1)
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert report["left_out"] == [] and list(tmp_path.iterdir()) == [out]
@@ -66,6 +68,7 @@ def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, c
         profiled = {row["name"]: row for row in report["tables"][f"profile, loop {loop}"]}
         assert {"gemm", "newton-schulz", "optimizer, ema", "gaps"} <= set(profiled)
         assert 0 < profiled["explained"]["share"] < 1.5
+    assert "rms_norm: reference, compiled" in {row["name"] for row in report["tables"]["kernels"]}
     assert scaling.main([str(out)]) == 0 and "64 GPUs" in capsys.readouterr().out
 
 
