@@ -66,27 +66,27 @@ def measure(cfg: tg.Config, run: tg.Run, sections: Sequence[str], out: Path, dea
     bodies: dict[str, Callable[[], list[Row]]] = {}
     for looped in ([True, False] if cfg.num_loops else [False]):
         loop = f"loop {'on' if looped else 'off'}"
-        if "step" in sections:
-            bodies[f"step, {loop}"] = lambda on=looped: step_rows(train_step(on), roof, repeats)
-        if "profile" in sections:
-            bodies[f"profile, {loop}"] = lambda on=looped: profile_rows(train_step(on), repeats)
-    bodies |= {name: body for name, body in {
-        "kernels": lambda: kernel_rows(cfg, run, roof, repeats),
-        "loader": lambda: loader_rows(cfg, run, roof, repeats), "artifact": artifact}.items() if name in sections}
+        bodies[f"step, {loop}"] = lambda on=looped: step_rows(train_step(on), roof, repeats)
+        bodies[f"profile, {loop}"] = lambda on=looped: profile_rows(train_step(on), repeats)
+        bodies.setdefault("kernels", lambda: kernel_rows(cfg, run, roof, repeats))
+        bodies.setdefault("loader", lambda: loader_rows(cfg, run, roof, repeats))
+    bodies["artifact"] = artifact
     for title, body in bodies.items():
+        if title.split(",")[0] not in sections:
+            continue
         if not title.startswith(("step", "profile")):
             train_step.cache_clear()
-        if time.perf_counter() > deadline:
-            report["left_out"].append(title)
-            continue
         start = time.perf_counter()
-        try:
-            report["tables"][title] = body()
-        except torch.OutOfMemoryError:
-            report["left_out"].append(f"{title}: out of memory")
-            continue
+        if start > deadline:
+            report["left_out"].append(title)
+        else:
+            try:
+                report["tables"][title] = body()
+                if run.is_main:
+                    show(f"{title} ({time.perf_counter() - start:.0f} s)", report["tables"][title])
+            except torch.OutOfMemoryError:
+                report["left_out"].append(f"{title}: out of memory")
         if run.is_main:
-            show(f"{title} ({time.perf_counter() - start:.0f} s)", report["tables"][title])
             partial = out.with_suffix(".part")
             partial.write_text(json.dumps(report, indent=1, default=str))
             partial.replace(out)
@@ -114,9 +114,10 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     for line in report.get("cuda_tests", {}).get("tail", ()):
         print(line)
     with setting(env) as (cfg, run):
-        measure(cfg, run, sections, asked.out, start + (380 if asked.gpu else math.inf), report=report)
+        report = measure(cfg, run, sections, asked.out, start + (340 if asked.gpu else math.inf), report=report)
         if run.is_main:
-            print(f"\n{asked.out}  ({time.perf_counter() - start:.0f} s)")
+            print("".join(f"\nleft out: {title}" for title in report["left_out"]))
+            print(f"{asked.out}  ({time.perf_counter() - start:.0f} s)")
     return report.get("cuda_tests", {}).get("status", 0)
 
 
