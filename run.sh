@@ -14,7 +14,9 @@ usage() {
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
-./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS]
+./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader artifact
+./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | scaling [JSON]
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh help                   this text
@@ -118,9 +120,12 @@ TXT
   data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
   audit) setup; exec .venv/bin/python records/audit.py "$@" ;;
   bench)
-    [ -f "bench/${1:-}.py" ] || fail "bench '${1:-}': expected one of $(cd bench && ls ./*.py | sed 's|./||; s|[.]py||' | tr '\n' ' ')"
     setup
-    exec .venv/bin/python "bench/$1.py" "${@:2}"
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}  # as train_gpt.py sets it
+    if grep -qs '^if __name__' "bench/${1:-all}.py"; then
+      exec .venv/bin/python -m "bench.${1:-all}" "${@:2}"
+    fi
+    exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;

@@ -4150,7 +4150,10 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     for name, p in model.named_parameters():
         r = route(name)
         run.write(f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}")
-    run.log("model", parameters=sum(p.numel() for p in model.parameters()),
+    tflop = [3e-12 * cfg.train_batch_tokens * estimate_flops(cfg, layer_plan(cfg, looped), cfg.train_seq_len / 2)
+             for looped in (False, True)]  # with rows of one document; more and shorter ones need less
+    run.log("model", parameters=sum(p.numel() for p in model.parameters()), tflop_step=tflop[0],
+            tflop_step_looped=tflop[1],
             predicted_weight_bytes=sum(predicted_bytes(cfg, code_bytes).values()))
 
 
@@ -4158,6 +4161,22 @@ def plan_text(plan: Sequence[Visit]) -> str:
     """One line for a layer plan: block, `<visit` for a skip, a mark for its lanes."""
     mark = {"none": "", "single": "/", "two": "="}
     return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") for v in plan)
+
+
+def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> float:
+    """FLOPs of one token's forward, two a multiply-add; the backward takes twice as many, recomputation aside.
+
+    `context`: mean number of keys that a query sees; T/2 where a row is one document. Counted are the products with
+    q, k, v, o, MLP, head and the bigram's projection, and attention's two; not norms, gates (0.1 %) and optimizer.
+
+    >>> cfg = ModelKnobs()
+    >>> round(estimate_flops(cfg, layer_plan(cfg, looped=True), 670) / 1e6, 1)
+    129.8
+    """
+    dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+    visit = 2 * dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_dim) + 4 * dim * context
+    bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
+    return len(plan) * visit + 2 * dim * cfg.vocab_size + bigram
 
 
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:

@@ -1,27 +1,24 @@
 """What adaptation costs: milliseconds a chunk step, token-forwards a target, and the schedule of 50,000 documents.
 
-    python bench/evaluation.py ARTIFACT [TARGETS]     knobs as for train_gpt.py, as environment variables
+    ./run.sh bench evaluation ARTIFACT [TARGETS]      knobs as for train_gpt.py, as environment variables
 
-Scores the first TARGETS (default 20,000) targets of the validation set in four ways, in turns within this process,
-so that a busy machine slows all of them alike: without adaptation; the straightforward way (the whole window of each
-chunk is run again, with logits and losses for all of it); TTT_CONTEXT=recompute; TTT_CONTEXT=cache. The last table
-deals documents of web-like lengths to 8 ranks and predicts seconds from the step costs just measured.
+Scores the first TARGETS (default 20,000) targets of the validation set in four ways: without adaptation; the
+straightforward way (the whole window of each chunk is run again, with logits and losses for all of it);
+TTT_CONTEXT=recompute; TTT_CONTEXT=cache. Then documents of web-like lengths are dealt to 8 ranks.
 """
 import dataclasses
 import json
-import math
 import os
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import train_gpt as tg
+from bench.common import Machine, Row, machine, program, row, show, summary, timed, web_lengths
 
 
 class WholeWindow(tg.Scorer):
@@ -53,71 +50,74 @@ def first_targets(val: tg.ValData, count: int) -> tg.ValData:
     return tg.ValData(val.ids[:n], val.starts[val.starts < n - 1], val.target_bytes[:n - 1])
 
 
-def run_one(kind: type[tg.GPT], scorer: type[tg.Scorer], artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config,
-            run: tg.Run) -> dict[str, float]:
-    """Seconds, chunk steps, token-forwards a target and val_bpb of one evaluation."""
+WAYS = {"no adaptation": (tg.GPT, tg.Scorer, dict(ttt="none")),
+        "straightforward": (Straightforward, WholeWindow, dict(ttt="lora", ttt_context="recompute")),
+        "recompute": (tg.GPT, tg.Scorer, dict(ttt="lora", ttt_context="recompute")),
+        "cache": (tg.GPT, tg.Scorer, dict(ttt="lora", ttt_context="cache"))}
+"""How to score: kind of model, of scorer, knobs."""
+
+
+def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config, run: tg.Run
+               ) -> tuple[int, int, tg.Score]:
+    """Forwards (of chunks or of windows), tokens in them, and the score of one evaluation."""
+    kind, scorer, knobs = WAYS[way]
+    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=0, ngram_tilt_enabled=False, **knobs)
     model = kind(artifact.model).to(run.device)
     model.kernels = tg.pick_kernels(cfg, run)
     tg.load_tensors(model, artifact.tensors)
-    forwards = steps = 0
-    plain = model.hidden
+    tokens, plain = [], model.hidden
 
     def counted(batch: tg.Batch, plan: object, w: tg.Weights, past: tg.NoPast = tg.NO_PAST) -> Tensor:
-        """The forward, counting tokens and calls."""
-        nonlocal forwards, steps
+        """The forward, counting."""
         out = plain(batch, plan, w, past)
-        forwards, steps = forwards + out.size(0) * out.size(1), steps + 1
+        tokens.append(out.size(0) * out.size(1))
         return out
 
     model.hidden = counted
-    run.synchronize()
-    start = time.perf_counter()
     score = tg.adapted_score(model, val, cfg, run, scorer(val, cfg, run))[0]
-    run.synchronize()
-    took = time.perf_counter() - start
-    return dict(seconds=took, steps=steps, ms_per_step=1000 * took / steps, forwards_per_target=forwards / score.tokens,
-                val_bpb=score.val_bpb)
+    return len(tokens), sum(tokens), score
 
 
-def web_lengths(count: int) -> np.ndarray:
-    """Targets of documents like FineWeb's validation set: median 570, mean 957, longest 97,000 (log-normal)."""
-    lengths = np.exp(np.random.default_rng(0).normal(math.log(570), 1.02, count))
-    return np.clip(lengths, 8, 97_000).astype(np.int64)
+def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config, run: tg.Run, roof: Machine,
+             repeats: int = 1) -> list[Row]:
+    """Rows of one step (chunk or window) of each way, measured in turns."""
+    times: dict[str, list[float]] = {}
+    found = {way: timed(times, way, run, score_once, way, artifact, val, cfg, run) for _ in range(repeats)
+             for way in ways}
+    each = tg.estimate_flops(artifact.model, tg.layer_plan(artifact.model, True), cfg.eval_seq_len / 2)
+    rows = []
+    for way, (steps, tokens, score) in found.items():
+        # With fixed weights a backward has the gradients of activations alone: as much again as the forward.
+        flops = each * tokens / steps * (1 if way == "no adaptation" else 2)
+        rows.append(row(f"step, {way}", summary([t / steps for t in times[way]]), roof, flops, steps=steps,
+                        forwards_a_target=tokens / score.tokens, targets_s=score.tokens / summary(times[way]).median,
+                        val_bpb=score.val_bpb))
+    return rows
 
 
-def main() -> None:
+def main() -> int:
     """Four ways in turns, then the schedule."""
+    tg.require(len(sys.argv) > 1 and Path(sys.argv[1]).is_file(), f"evaluation {' '.join(sys.argv[1:2])}: expected the "
+               f"path of an artifact, such as logs/demo.bin")
     artifact = tg.unpack(Path(sys.argv[1]).read_bytes(), sys.argv[1])
     stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
-    cfg = dataclasses.replace(tg.Config.from_env(os.environ, stored)[0], ngram_tilt_enabled=False)
+    cfg = tg.Config.from_env(os.environ, stored)[0]
     with tg.Run(cfg, {}, log=False) as run:
         val = first_targets(tg.ValData.load(cfg, run), int(sys.argv[2]) if len(sys.argv) > 2 else 20_000)
-        lora = dataclasses.replace(cfg, ttt="lora", phased_ttt_num_phases=0)
-        ways = {"no adaptation": (tg.GPT, tg.Scorer, dataclasses.replace(cfg, ttt="none")),
-                "straightforward": (Straightforward, WholeWindow, dataclasses.replace(lora, ttt_context="recompute")),
-                "recompute": (tg.GPT, tg.Scorer, dataclasses.replace(lora, ttt_context="recompute")),
-                "cache": (tg.GPT, tg.Scorer, dataclasses.replace(lora, ttt_context="cache"))}
-        print(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
-              f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads")
-        print(f"{'way':16s} {'seconds':>8s} {'steps':>6s} {'ms/step':>8s} {'forwards/target':>15s} {'val_bpb':>8s}")
-        table = {}
-        for name, way in ways.items():
-            table[name] = row = run_one(*way[:2], artifact, val, way[2], run)
-            print(f"{name:16s} {row['seconds']:8.1f} {row['steps']:6d} {row['ms_per_step']:8.1f} "
-                  f"{row['forwards_per_target']:15.2f} {row['val_bpb']:8.4f}", flush=True)
-    lengths = web_lengths(50_000)
-    plans = {}
+        rows = way_rows(WAYS, artifact, val, cfg, run, machine(run))
+        show(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
+             f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads", rows)
+    plans = []
     for chunks in ("48", "2000:48,8000:96,24000:256,1024"):
         wide = dataclasses.replace(tg.Config(), ttt_chunk_size=chunks)
-        dealt = tg.deal(tg.plan_jobs(np.arange(50_000), lengths, wide, 8), 8)
+        dealt = tg.deal(tg.plan_jobs(np.arange(50_000), web_lengths(50_000), wide, 8), 8)
         loads = [sum(job.cost for job in jobs) for jobs in dealt]
-        steps = [sum(len(job.edges) - 1 for job in jobs) for jobs in dealt]
-        plans[chunks] = dict(steps_of_a_rank=max(steps), waits=1 - sum(loads) / 8 / max(loads),
-                             tokens_of_a_rank=max(loads))
-        print(f"50,000 documents, 8 ranks, chunks {chunks}: {max(steps):,} steps on the costliest rank; the mean rank "
-              f"waits {100 * plans[chunks]['waits']:.2f} % of the time")
-    print(json.dumps(dict(ways=table, schedule=plans)))
+        plans.append({"name": chunks, "steps_of_a_rank": max(sum(len(job.edges) - 1 for job in jobs) for jobs in dealt),
+                      "waits": 1 - sum(loads) / 8 / max(loads), "tokens_of_a_rank": max(loads)})
+    show("50,000 documents, 8 ranks, by chunks: the costliest rank, and the share of time the mean one waits", plans)
+    print(json.dumps(dict(ways=rows, schedule=plans)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

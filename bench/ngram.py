@@ -1,6 +1,6 @@
 """Seconds and memory of the n-gram hints for a stream of a given length.
 
-    python bench/ngram.py [MILLIONS OF IDS]        (default 5); NGRAM_RULES, VOCAB_SIZE and DEVICE as for train_gpt.py
+    ./run.sh bench ngram [MILLIONS OF IDS]        (default 5); NGRAM_RULES, VOCAB_SIZE and DEVICE as for train_gpt.py
 
 The stream is synthetic: ids by a Zipf law, with stretches of 20 to 400 ids copied from earlier places until they make
 up a fifth, so that long contexts repeat as boiler-plate does in web text.
@@ -10,9 +10,6 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -25,6 +25,10 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
 """A model of every part in a few milliseconds a step: knobs as environment text. Two-sided GPTQ and the trellis take
 seconds at any size: tests that are about them ask for them."""
 
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                        reason="torch sees no CUDA device")])
+"""A parameter for the device of tests that run on a GPU where there is one."""
+
 
 def tiny(**knobs: object) -> tg.Config:
     """A `Config` from TINY and overrides given as field=value."""

@@ -15,7 +15,7 @@ from test_evaluation import starts_of
 from test_model import BY_HAND, EVERYTHING, document, noisy
 
 import train_gpt as tg
-from bench.evaluation import web_lengths
+from bench.common import web_lengths
 
 
 def tiny(**knobs: object) -> tg.Config:

@@ -1,0 +1,165 @@
+"""The training step part by part against its floor, and the data loader by itself (sections of bench/all.py).
+
+One micro-batch a rank. Parts are timed with the device waited for, `step` runs as training does. Floors: products and
+attention by `estimate_flops`; bytes as if every group of neighbouring passes over activations were one kernel.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+import train_gpt as tg
+from bench.common import Machine, Row, in_turns, peak_mib, row, summary
+
+UPDATE = "update"
+"""Annotation, for a profiler, around the optimizer and the average of the weights."""
+
+
+def activation_bytes(cfg: tg.Config, plan: tuple[tg.Visit, ...], tokens: int, size: int) -> float:
+    """Bytes a forward moves, activations of `size` bytes each; the backward moves twice as many.
+
+    A visit, in passes over [M, D], [M, kv] and [M, F]: mix and norm 4 D; qkv 2 D + 2 kv; q and k normed and turned
+    2 D + 2 kv; attention 2 D + 2 kv; XSA and gate 2 D + kv; o 2 D; residual and norm 4 D; up D + 2 F; down D + F. The
+    head: hidden states, logits written once and read once by the loss.
+    """
+    kv_dim = cfg.num_kv_heads * cfg.head_dim
+    visit = 20 * cfg.model_dim + 7 * kv_dim + 3 * cfg.mlp_dim
+    return size * tokens * (len(plan) * visit + cfg.model_dim + 2 * cfg.vocab_size)
+
+
+def newton_schulz_flops(banks: list[Tensor], steps: int) -> float:
+    """steps * (4 m^2 n + 2 m^3) for each matrix, m <= n its sides."""
+    sides = [(len(bank), min(bank.shape[1:]), max(bank.shape[1:])) for bank in banks]
+    return sum(count * steps * (4 * m * m * n + 2 * m ** 3) for count, m, n in sides)
+
+
+class TrainStep:
+    """A training step whose parts can be called one after the other."""
+
+    def __init__(self, cfg: tg.Config, run: tg.Run, looped: bool) -> None:
+        self.cfg, self.run, self.looped, self.plan = cfg, run, looped, tg.layer_plan(cfg, looped)
+        self.data, self.model = tg.TrainData(cfg, run), tg.build_model(cfg, run)
+        model, plan = self.model, self.plan
+        self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
+        self.optimizer, self.ema = tg.ShardedOptimizer(self.model, cfg, run), tg.Ema(self.model, cfg.ema_decay)
+        named = list(self.model.named_parameters())
+        banks = [p.detach() for name, p in named if tg.route(name).rule == "muon"]
+        self.own = [torch.randn_like(bank[:-(-len(bank) // run.world)]) for bank in banks]
+        """As many slices of each bank as one rank orthogonalises."""
+        self.small = torch.zeros(sum(p.numel() for n, p in named if tg.route(n).rule == "adam"), device=run.device)
+        self.weights = sum(p.numel() for _, p in named)
+        self.waits: list[float] = []
+        self.batch, self.value, self.number = self.data.step(0)[0].to(run.device), torch.zeros(()), 0
+
+    def forward(self) -> None:
+        self.value = self.loss(self.batch) / self.cfg.train_batch_tokens
+
+    def backward(self) -> None:
+        self.value.backward()
+
+    def read(self) -> None:
+        """Build the next batches, in this thread."""
+        self.number += 1
+        self.data.step(self.number)
+
+    def collectives(self) -> None:
+        """What crosses between ranks in one step: gradients summed, updates gathered."""
+        for own in self.own:
+            self.run.reduce_scatter(own.new_zeros(self.run.world * len(own), *own.shape[1:]))
+            self.run.all_gather(own.to(self.run.dtype))
+        self.run.total(self.small)
+
+    def newton_schulz(self) -> None:
+        for own in self.own:
+            tg.orthogonalize(own, tg.coefficients(self.cfg), self.run.dtype)
+
+    def update(self) -> None:
+        """Collectives, clipping, Muon with its Newton-Schulz, AdamW; at a rate that leaves the weights nearly alone."""
+        self.optimizer.step(1e-6, self.cfg.muon_momentum)
+
+    def whole(self, batches: Iterator[list[tg.Batch]]) -> None:
+        """As `train` does it, with the next batches read by a thread; notes how long it waited for them."""
+        start = time.perf_counter()
+        ready = next(batches)
+        self.waits.append(time.perf_counter() - start)
+        for batch in ready:
+            self.batch = batch.to(self.run.device)
+            self.forward()
+            self.backward()
+        with record_function(UPDATE):
+            self.update()
+            self.ema.update()
+
+
+def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Rows of the parts and of the whole step; the whole's has tokens/s, share of the nominal FLOP/s, peak memory."""
+    cfg, run = step.cfg, step.run
+    batches = step.data.steps(1)
+    parts: dict[str, Callable[[], object]] = {
+        "data": step.read, "forward": step.forward, "backward": step.backward, "newton_schulz": step.newton_schulz,
+        "optimizer": step.update, "ema": step.ema.update, "step": lambda: step.whole(batches)}
+    if not step.looped:  # what of a step does not shrink with its rows: bench/scaling.py draws the line through both
+        few = tg.random_batch(-(-step.data.micro_rows // 8), cfg).to(run.device)
+        parts["forward and backward, few rows"] = lambda: step.loss(few).backward()
+    if run.world > 1:
+        parts["collectives"] = step.collectives
+    times = in_turns(parts, run, repeats)
+    batches.close()
+    tokens, size = step.batch.ids.numel(), run.dtype.itemsize
+    flops = tokens * tg.estimate_flops(cfg, step.plan, float((step.batch.positions + 1.0).mean()))
+    moved = activation_bytes(cfg, step.plan, tokens, size)
+    banks, steps = sum(own.numel() for own in step.own), len(tg.coefficients(cfg))
+    orthogonal = newton_schulz_flops(step.own, steps)
+    # fp32: Muon reads gradient, momentum and weight and writes two of them; AdamW has one moment more.
+    updated = 20.0 * banks + 28.0 * step.small.numel()
+    counted = {"data": (0.0, 22.0 * tokens), "forward": (flops, moved), "backward": (2 * flops, 2 * moved),
+               "newton_schulz": (orthogonal, 0.0), "optimizer": (orthogonal, updated),
+               "ema": (0.0, 12.0 * step.weights)}
+    if not step.looped:
+        share = few.ids.numel() / tokens
+        counted["forward and backward, few rows"] = 3 * flops * share, 3 * moved * share
+    rows = [row(name, times[name], roof, *counted.get(name, ())) for name in parts if name != "step"]
+    floors = {r["name"]: r["floor_ms"] for r in rows}
+    rate = 3 * flops / times["step"].median
+    whole = row("step", times["step"], roof, 3 * flops, 0.0, tok_s=tokens * run.world / times["step"].median,
+                wait_ms=1e3 * summary(step.waits[-repeats:]).median,
+                share_of_nominal=roof.nominal and rate / roof.nominal, peak_mib=peak_mib(run))
+    whole["floor_ms"] = sum(floors[name] for name in ("forward", "backward", "optimizer", "ema"))
+    whole["x_floor"] = whole["ms"] / whole["floor_ms"]
+    return [*rows, whole]
+
+
+def micro_rows(data: tg.TrainData, numbers: Iterator[int]) -> list[np.ndarray]:
+    """The ids of the next micro-batch, row by row."""
+    first = next(numbers) * data.micro_rows
+    return [data.row(first + i) for i in range(data.micro_rows)]
+
+
+def loader_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Batches built from the page cache by one thread: this shape and the record's, by windows and by documents.
+
+    `rows` reads the ids of a micro-batch, `batch` makes tensors of them, `step` is both.
+    """
+    rows = []
+    for seq_len, tokens in dict.fromkeys([(cfg.train_seq_len, cfg.micro_batch_tokens), (2048, 98_304)]):
+        for shuffle in ("window", "document"):
+            shape = dataclasses.replace(cfg, train_seq_len=seq_len, micro_batch_tokens=tokens, shuffle=shuffle,
+                                        train_batch_tokens=tokens // seq_len * seq_len * run.world)
+            data, numbers = tg.TrainData(shape, run), itertools.count()
+            ready, count = micro_rows(data, numbers), data.micro_rows * seq_len
+            parts = {"rows": functools.partial(micro_rows, data, numbers),
+                     "batch": functools.partial(tg.make_batch, ready, len(ready), seq_len),
+                     "step": lambda data=data, numbers=numbers: data.step(next(numbers))}
+            for name, sample in in_turns(parts, run, repeats, least=0.02).items():
+                moved = {"rows": 4.0, "batch": 22.0, "step": 24.0}[name] * count  # bytes a token, read or written once
+                rows.append(row(f"{count:,} by {shuffle}: {name}", sample, roof, 0.0, moved,
+                                tok_s=count / sample.median))
+    return rows

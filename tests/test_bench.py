@@ -1,0 +1,135 @@
+"""The benches: FLOPs are counted right, every bench runs at tiny size, a trace is taken apart as it should be."""
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, batch_of, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench.all as bench
+import train_gpt as tg
+from bench import scaling
+from bench.common import setting
+from bench.profiling import UPDATE, analyze, gpu_work
+
+# -- FLOPs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looped, context, expected", [
+    (False, 1024, 94.9), (True, 1024, 142.1), (False, 670, 86.9), (True, 670, 129.8)])
+def test_flops_of_the_record_are_those_of_its_roofline(looped: bool, context: float, expected: float):
+    """MFLOP a token, forward: 11 or 17 visits of 5.767 for matrices and 4 * 512 * context for attention, 8.389 head."""
+    cfg = tg.Config()
+    found = tg.estimate_flops(cfg, tg.layer_plan(cfg, looped), context) / 1e6
+    assert found == pytest.approx((17 if looped else 11) * (5.767 + 4 * 512 * context / 1e6) + 8.389, abs=0.01)
+    assert found == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3)])
+def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
+    """Forward and backward of a model without gates; attention by plain products computes all T keys of a row."""
+    cfg = tiny(attn_gate="none", smear_gate_enabled=False, **knobs)
+    model, batch, plan = tg.GPT(cfg), batch_of(torch.randint(2, 512, (3, 33)).numpy()), tg.layer_plan(cfg, True)
+    model.kernels = tg.Kernels(tg.dense_attention())
+    expected = 3 * 32 * tg.estimate_flops(cfg, plan, 32)
+    with FlopCounterMode(display=False) as counter:
+        loss = model.total_loss(batch, plan, torch.float32)
+    assert counter.get_total_flops() == expected
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 2 * expected
+
+
+# -- every section ---------------------------------------------------------------------------------------
+
+SMALL = {name.upper(): tg.show(value) for name, value in {**TINY, "ttt_lora_rank": "2"}.items()}
+
+
+def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """What `--gpu` runs, at tiny size: in one graph, too, but without the compiler's code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    out = tmp_path / "bench.json"
+    with setting({**SMALL, "DTYPE": "bfloat16", "COMPILE": "on"}, documents=256) as (cfg, run):
+        bench.measure(cfg, run, bench.SECTIONS, out, math.inf, repeats=1)
+    report, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["left_out"] == [] and list(tmp_path.iterdir()) == [out]
+    assert list(report["tables"]) == ["step, loop on", "profile, loop on", "kernels", "loader", "step, loop off",
+                                      "profile, loop off", "artifact"]
+    for title, rows in report["tables"].items():
+        assert all(row.get("ms", 1) > 0 for row in rows if row["name"] != "gaps"), title
+        assert f"\n{title} (" in shown
+    for loop in ("on", "off"):
+        step = {row["name"]: row for row in report["tables"][f"step, loop {loop}"]}
+        assert {"data", "forward", "backward", "newton_schulz", "optimizer", "ema", "step"} <= set(step)
+        assert step["step"]["floor_ms"] > step["forward"]["floor_ms"] and step["step"]["tok_s"] > 0
+        profiled = {row["name"]: row for row in report["tables"][f"profile, loop {loop}"]}
+        assert {"gemm", "newton-schulz", "optimizer, ema", "gaps"} <= set(profiled)
+        assert 0 < profiled["explained"]["share"] < 1.5
+    assert "rms_norm: reference, compiled" in {row["name"] for row in report["tables"]["kernels"]}
+    assert scaling.main([str(out)]) == 0 and "64 GPUs" in capsys.readouterr().out
+
+
+def test_a_section_that_would_begin_too_late_is_named(tmp_path: Path, run: tg.Run):
+    report = bench.measure(run.cfg, run, ["loader", "step"], tmp_path / "r.json", 0.0)
+    assert json.loads((tmp_path / "r.json").read_text())["left_out"] == report["left_out"]
+    assert report["tables"] == {} and report["left_out"] == ["step, loop on", "loader", "step, loop off"]
+
+
+@pytest.mark.parametrize("arguments, said", [(["--gpu", "loader"], "--gpu: torch sees no CUDA device"),
+                                             (["stpe"], "stpe: no such section; expected some of step")])
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], said: str, tmp_path: Path):
+    with pytest.raises(tg.UserError, match=said) as error:
+        bench.main([*arguments, "--out", str(tmp_path / "logs" / "x.json")], {"DEVICE": "cpu"})
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_cuda_tests_are_found_and_say_why_they_are_skipped():
+    found = bench.cuda_tests(["tests/test_cuda.py"], 120)
+    assert found["status"] == 0, found["tail"]
+    assert torch.cuda.is_available() or any("no CUDA device" in line for line in found["tail"])
+
+
+# -- the profile -----------------------------------------------------------------------------------------
+
+
+def event(cat: str, name: str, ts: float, dur: float, **more: object) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, **more}
+
+
+def test_kernels_are_grouped_by_kind_and_by_who_launched_them():
+    """Two steps of 100 us; kernels run after their launch, so that the update's run when it is over."""
+    launches = [("cuda_runtime", 1, 10), ("cuda_driver", 2, 20), ("cuda_runtime", 3, 30), ("cuda_runtime", 4, 62),
+                ("cuda_driver", 5, 64), ("cuda_runtime", 6, 40), ("cuda_runtime", 7, 45)]
+    kernels = [("nvjet_tst_128x256", 1, 50, 40), ("triton_poi_fused_add_mul_7", 2, 90, 20), ("mystery", 7, 168, 2),
+               ("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", 3, 110, 30), ("sm90_xmma_gemm", 4, 140, 10),
+               ("triton_poi_fused_lerp_2", 5, 145, 15), ("triton_red_fused_log_softmax_tanh_1", 6, 160, 8)]
+    trace = [event(cat, "launch", ts, 1, args={"correlation": i}) for cat, i, ts in launches]
+    trace += [event("kernel", name, ts, dur, args={"correlation": i}) for name, i, ts, dur in kernels]
+    trace += [event("gpu_memcpy", "Memcpy HtoD", 180, 6), event("user_annotation", UPDATE, 60, 10),
+              event("gpu_user_annotation", UPDATE, 140, 20), event("cpu_op", "aten::mm", 5, 50), {"ph": "M"}]
+    rows = {row["name"]: row for row in analyze(*gpu_work(trace), 2, 0.1)}
+    found = {name: round(2000 * row["ms"]) for name, row in rows.items() if "ms" in row and ":" not in name}
+    assert found == {"gemm": 40, "norm, elementwise": 20, "attention": 30, "newton-schulz": 10, "optimizer, ema": 15,
+                     "cross-entropy": 8, "other": 2, "copies": 6, "gaps": 200 - 131, "step": 200}
+    assert rows["explained"]["share"] == pytest.approx(129 / 200) and rows["gemm"]["calls"] == 0.5
+
+
+# -- scaling ---------------------------------------------------------------------------------------------
+
+
+def test_links_cost_what_a_ring_sends():
+    assert scaling.ring_ms(1e9, 1, 2, 350, 400) == 0
+    assert scaling.ring_ms(8e9, 8, 1, 350, 50) == pytest.approx(1e3 * (7 / 350 + 7 * 3.4e-6))
+    assert scaling.ring_ms(8e9, 16, 2, 350, 50) == pytest.approx(2e3 * (7.5 / 50 + 2 * 14e-6 + 13 * 3.4e-6))
+
+
+def test_more_gpus_share_the_rows_until_the_rest_is_all_there_is():
+    rows = scaling.scaling_rows(tg.Config(), 2.0, 10.0, 1e12, 350, 400)
+    assert rows[0]["compute_ms"] == 2.0 * 384 + 10 and rows[-1]["rows"] == 6 and rows[-1]["compute_ms"] == 22
+    assert rows[0]["links_ms"] == 0 and rows[0]["efficiency"] == 1
+    for less, more in zip(rows, rows[1:]):
+        assert more["links_ms"] > less["links_ms"] and more["efficiency"] < less["efficiency"]
+        assert more["newton_schulz_ms"] <= less["newton_schulz_ms"]
