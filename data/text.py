@@ -63,6 +63,7 @@ from documents import (
     input_files,
     one_line,
     scan_batch,
+    worker_tokenizer,
 )
 from tqdm import tqdm
 from verify import FORMAT, file_sha256, load_manifest, load_tokenizer, shown, verify
@@ -587,6 +588,7 @@ def encode(source: Source, found: Scan, model: Path, options: Options, work: Wor
         Spool(work.folder, side, max(1, min(MAX_BUCKETS, -(-found.raw_bytes[i] // BUCKET_BYTES))), kinds, saved)
         for i, (side, saved) in enumerate(zip(SIDES, state["spools"]))
     ]
+    worker_tokenizer.cache_clear()  # a run before in this process may have had another model at this path
     digest_sum, saved_at, batches = state["digest_sum"], time.monotonic(), state["batches"]
     step = 2**64 // max(1, len(found.kept))  # places in the order of the input
 

@@ -159,6 +159,7 @@ def verify(directory: Path, model: Path | None = None) -> list[Check]:
     Args:  model  its tokenizer; None: the manifest's, or the one that the folder's name tells.
     UserError if there is nothing to look at, or the manifest is damaged.
     """
+    require(directory.is_dir(), f"{directory}: no such folder")
     manifest = read_manifest(directory)
     try:
         return checks(directory, manifest, model or default_tokenizer(directory, manifest))
