@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import (
     BOS_ID,
     MAX_SHARED,
+    SHARD_HEADER_BYTES,
     VAL_DOCUMENTS,
     TokenBytes,
     TokenStream,
@@ -126,6 +127,8 @@ def examine(path: Path, entry: Mapping[str, Any] | None, vocab_size: int, tables
         return Shard(problem=f"{len(ids):,} tokens, the manifest says {entry['tokens']:,}")
     if not len(ids):
         return Shard(problem="no tokens")
+    if np.fromfile(path, "<i4", SHARD_HEADER_BYTES // 4)[3:].any():
+        return Shard(problem="the header's unused words are not zero: damaged")
     documents = special = text_bytes = 0
     before = BOS_ID
     for start in range(0, len(ids), PIECE):
@@ -188,7 +191,8 @@ def checks(directory: Path, manifest: Mapping[str, Any], model: Path) -> list[Ch
         own, totals[split] = look(directory, split, manifest, size if split != "val_bytes" else 1 << 16,
                                   tables if plain else None)
         rows += own
-    if any(row.problem for row in rows):
+    # What is wrong with a file ends it here; a wrong count does not.
+    if not totals["val"].tokens or any(row.problem for row in rows[1:] if row.what not in totals):
         return rows
     return rows + together(directory, manifest, totals, tokenizer, transform)
 
@@ -207,7 +211,7 @@ def look(
     rows = [Check(name, "", shard.problem) for name, shard in zip(names, shards) if shard.problem]
     total = Shard(*(sum(shard[i] for shard in shards) for i in range(4)), shards[0].first, shards[-1].last)
     if split == "val_bytes":
-        return [*rows, Check(split, f"{total.tokens:,} entries in {len(names)} files")], total
+        return [*rows, Check(split, f"{total.tokens:,} entries in {len(names)} file(s)")], total
     problems = [f"{name} is not in the manifest" for name in sorted(there - set(listed))] if listed else []
     if total.first != BOS_ID:
         problems.append(f"{names[0]} starts with id {total.first}, not with BOS {BOS_ID}")
@@ -220,7 +224,7 @@ def look(
     said = manifest.get(split) or ({"documents": VAL_DOCUMENTS} if split == "val" else {})
     problems += [f"{'the manifest says' if split in manifest else 'the official split has'} {said[key]:,} {key}"
                  for key, count in claims.items() if said.get(key, count) != count]
-    found = ", ".join(f"{count:,} {key}" for key, count in claims.items()) + f" in {len(names)} files"
+    found = ", ".join(f"{count:,} {key}" for key, count in claims.items()) + f" in {len(names)} file(s)"
     return [*rows, Check(split, found, "; ".join(problems))], total
 
 
@@ -277,6 +281,8 @@ def together(
             wrong = f"the records have {known}"
         ratio = counted / len(val)
     rows.append(Check("bytes per token", f"{ratio:.4f}", wrong))
+    if not totals["train"].tokens:
+        return rows
     keys, lengths = val.document_keys()
     shared = np.isin(keys, TokenStream(directory, "fineweb_train").document_keys()[0])
     share = lengths[shared].sum() / max(1, lengths.sum())
