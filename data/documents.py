@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import sysconfig
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -380,6 +381,13 @@ def caseops(transform: str) -> Any:
     return importlib.import_module("caseops").VERSIONS[transform.removeprefix("caseops_")]
 
 
+@functools.lru_cache(maxsize=1)
+def invisible() -> str:
+    """What the normaliser drops at the ends of a text; its bytes would belong to no token of the side file."""
+    unseen = [c for c in map(chr, range(0x10000)) if unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp")]
+    return "".join(unseen) + "\u2581\ufffd"
+
+
 def encode_batch(rows: Sequence[Row], text_field: str, kept: bytes, model: str, transform: str, seed: int) -> Encoded:
     """Encodes rows whose byte in `kept` is not 0 (1: train, 2: val). A document is BOS + ids."""
     tokenizer, operators = worker_tokenizer(model), caseops(transform)
@@ -397,7 +405,7 @@ def encode_batch(rows: Sequence[Row], text_field: str, kept: bytes, model: str, 
             num_bytes = len(tokenizer.decode(tokens).encode())
         else:
             try:
-                found, counts = operators.tokenize(tokenizer, text)
+                found, counts = operators.tokenize(tokenizer, text.strip(invisible()))
             except ValueError as error:
                 refuse(f"{row.place}: {one_line(error)}")
             tokens, num_bytes = found.tolist(), int(counts.sum(dtype=np.int64))

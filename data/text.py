@@ -941,5 +941,6 @@ def summary(result: Result) -> str:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     lines.append(f"{'seconds':<12}{seconds}")
     variables = f"DATA_PATH={shown(result.directory)} VOCAB_SIZE={manifest['vocab_size']}"
+    variables += " CASEOPS_ENABLED=1" * ("transform" in manifest)
     lines.append(f"{'next':<12}./run.sh train {variables}")
     return "\n".join(lines)

@@ -233,38 +233,32 @@ def together(
 ) -> list[Check]:
     """Rows that need the whole validation split: round trip, bytes, overlap with training."""
     val = TokenStream(directory, "fineweb_val")
-    decoded_bytes, number, odd, side_odd = 0, 0, [], []
+    decoded_bytes, number, odd = 0, 0, []
     operators = caseops(transform)
     side = TokenStream(directory, "fineweb_val_bytes") if operators else None
-    if side and len(side) != len(val):
+    if side and [len(shard) for shard in side.shards] != [len(shard) for shard in val.shards]:
         return [Check("side file", f"{len(side):,} entries", f"validation has {len(val):,} tokens")]
-    end = 0
     for batch in documents_of(val):
         ids = [document.tolist() for document in batch]
         texts = tokenizer.decode(ids, num_threads=-1)
         again = tokenizer.encode(texts, num_threads=-1)
         for document, text, second in zip(ids, texts, again):
-            original = text
             if operators:
                 try:
-                    original = operators.decode(text)
+                    text = operators.decode(text)
                 except ValueError:
                     second = None  # not a transformed text
-                if operators.encode(original) != text:
-                    second = None
-            own = len(original.encode())
             if second != document:
                 odd.append(number)
-            if side:
-                counts = side.read(end, end + len(document) + 1)
-                if int(counts.sum(dtype=np.int64)) != own or counts[0]:
-                    side_odd.append(number)
-            decoded_bytes, number, end = decoded_bytes + own, number + 1, end + len(document) + 1
+            decoded_bytes, number = decoded_bytes + len(text.encode()), number + 1
     rows = [Check("round trip", f"{number - len(odd):,} of {number:,} validation documents",
                   f"document {odd[0]} decodes to a text that encodes to other ids" if odd else "")]
     if operators:
-        counted = int(sum(int(shard.sum(dtype=np.int64)) for shard in side.shards))
-        wrong = f"document {side_odd[0]} has other bytes" if side_odd else ""
+        counted = sum(int(shard.sum(dtype=np.int64)) for shard in side.shards)
+        on_bos = sum(int(np.count_nonzero(b[a == BOS_ID])) for a, b in zip(val.shards, side.shards))
+        # Bytes before normalisation, which takes a little; the known mistakes add a sixth.
+        wrong = f"{on_bos:,} BOS have bytes" if on_bos else \
+            "they differ by more than 1%" if abs(counted / decoded_bytes - 1) > 0.01 else ""
         if not wrong and manifest.get("val", {}).get("bytes", counted) != counted:
             wrong = f"the manifest says {manifest['val']['bytes']:,}"
         rows.append(Check("bytes", f"{counted:,} in the side file, {decoded_bytes:,} decoded", wrong))

@@ -262,7 +262,12 @@ def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(made,
     assert len(side) == len(val) and side.read(0, len(side)).sum() == manifest["val"]["bytes"]
     data = tg.ValData.load(tiny(data_path=str(folder), vocab_size=VOCAB, caseops_enabled=1), process())
     assert data.target_bytes.sum() == manifest["val"]["bytes"]
+    good = side.read(0, len(side))
     edit(folder / "fineweb_val_bytes_000000.bin", lambda ids: np.where(np.arange(len(ids)) == 5, ids + 1, ids))
     assert "val_bytes_000000.bin" in failures(folder)[0].what
     edit_manifest(folder, lambda m: m["val_bytes"]["files"][0].pop("sha256"))
-    assert "document 0 has other bytes" in failures(folder)[0].problem
+    assert "the manifest says" in failures(folder)[0].problem
+    for change, words in ((lambda ids: np.where(np.arange(len(ids)) == 0, 1, ids), "1 BOS have bytes"),
+                          (lambda ids: ids * 2, "differ by more than 1%"), (lambda ids: ids[:-1], "tokens")):
+        edit(folder / "fineweb_val_bytes_000000.bin", lambda _, c=change: c(good))
+        assert words in failures(folder)[0].problem, words
