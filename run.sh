@@ -9,7 +9,7 @@ usage() {
 ./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
-./run.sh data VERB ...          data/prepare.py: demo | text FILES... --name NAME | check DIR
+./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can

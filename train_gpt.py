@@ -1126,8 +1126,8 @@ class TokenStream:
     """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        require(folder.is_dir(), f"{folder}: no such dataset folder; make the demo's with `python data/prepare.py "
-                f"demo`, or set DATA_PATH")
+        require(folder.is_dir(), f"{folder}: no such dataset folder; make one with `python data/prepare.py` (download, "
+                f"demo, text), or set DATA_PATH")
         self.paths = sorted(p for p in folder.glob(f"{prefix}_*.bin") if p.is_file() and
                             (prefix.endswith("bytes") or "_bytes_" not in p.name))
         require(bool(self.paths), f"{folder}: no {prefix}_*.bin in it; prepare or download the dataset, or set "
