@@ -179,6 +179,7 @@ def test_a_second_call_fetches_nothing_and_more_shards_are_added(hub, tmp_path):
     hub.asked.clear()
     get(hub, tmp_path, 1)  # a smaller number takes nothing away
     assert set(hub.asked) == {"datasets/manifest.json"}
+    assert not [row for row in verify.verify(tmp_path / "datasets" / NAME) if row.problem]
     get(hub, tmp_path, 4)
     assert set(hub.asked) - {"datasets/manifest.json"} == {f"datasets/datasets/{NAME}/fineweb_train_000003.bin"}
     assert not [row for row in verify.verify(tmp_path / "datasets" / NAME) if row.problem]
