@@ -239,7 +239,7 @@ def in_order(
 # ----------------------------------------------------------------------------------------------------
 # 2 Scan
 #
-# The first pass. Hashes are dealt to files by their first byte, so that equal ones meet in one of them, and each file
+# The first pass. Hashes are dealt to files by their first bits, so that equal ones meet in one of them, and each file
 # is looked through by itself.
 # ----------------------------------------------------------------------------------------------------
 
@@ -302,7 +302,7 @@ def scan(source: Source, options: Options, folder: Path) -> Scan:
     empty = repaired = 0
     # With a given tokenizer the sample only tells how much room the ids will take.
     sample = Sample(BATCH_BYTES if options.tokenizer else options.sample_bytes)
-    paths = [folder / f"{first:02x}.records" for first in range(256)]
+    paths = [folder / f"{first:02x}.records" for first in range(64)]
     share = options.val_share or 0.0
     tasks = ((rows[-1].position, (rows, source.text_field, side, share, options.seed, sample.bound))
              for rows, side in source.batches())
@@ -317,7 +317,7 @@ def scan(source: Source, options: Options, folder: Path) -> Scan:
                 sample.add(*entry)
             records = scanned.records
             records["number"] += len(kept)
-            first = records["high"] >> np.uint64(56)
+            first = records["high"] >> np.uint64(58)
             for value in np.unique(first).tolist():
                 files[value].write(records[first == value].tobytes())
             kept += bytes(scanned.rows)

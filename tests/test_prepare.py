@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import shutil
@@ -323,6 +324,15 @@ def test_tokenizer_sample_is_bounded_and_drawn_by_hash(texts, tmp_path, monkeypa
     assert 15_000 < sum(len(text.encode()) for text in samples[0]) <= 20_000
 
 
+def test_what_was_too_much_for_the_sample_stays_out_whatever_comes_later():
+    entries = [(1, b"a", "x" * 6), (3, b"b", "y" * 6), (5, b"c", "zz"), (1, b"a", "x" * 6)]
+    for order in itertools.permutations(entries):
+        sample = tx.Sample(10)
+        for entry in order:
+            sample.add(*entry)
+        assert sample.texts() == ["x" * 6], order
+
+
 def test_vocab_file_is_the_one_that_sentencepiece_writes(texts, model, tmp_path):
     path = tmp_path / "reference"
     sentences = (text.replace("\u2585", " ") for text in texts)
@@ -626,6 +636,8 @@ def test_accidents_change_nothing_and_the_same_command_goes_on(
         calls.append(place)
         if len(calls) < 5 and place in ("encode_batch", "save"):
             return original(*arguments, **named)
+        if place == "save":  # what the spools hold is on disk, but not noted
+            assert all(spool.checkpoint() for spool in arguments[1])
         raise accident
 
     command_line = ["text", corpus, "--name", "t", "--vocab-size", VOCAB, "--val-share", 0.1, "--workers", 1, "--out"]
@@ -656,15 +668,16 @@ def test_two_runs_do_not_build_one_dataset_at_a_time(corpus, model, tmp_path, mo
         made(tmp_path, [corpus], tokenizer=model)
 
 
-def test_an_interrupted_run_of_other_options_is_not_taken_up(corpus, model, tmp_path, monkeypatch):
+def test_an_interrupted_run_of_other_options_is_not_taken_up(corpus, tmp_path, monkeypatch):
+    """Neither its ids nor its tokenizer, which was trained on other documents."""
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tx, "write_split", fail)
-        made(tmp_path / "out", [corpus], tokenizer=model, seed=1)
-    made(tmp_path / "out", [corpus], tokenizer=model, seed=2)
-    made(tmp_path / "fresh", [corpus], tokenizer=model, seed=2)
+        made(tmp_path / "out", [corpus], seed=1)
+    made(tmp_path / "out", [corpus], seed=2)
+    made(tmp_path / "fresh", [corpus], seed=2)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
