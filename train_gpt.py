@@ -1373,29 +1373,34 @@ VAL_DOCUMENTS = 50_000
 
 
 def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
-    """What of `data/prepare.py verify` is cheap, before training: the files are those of the manifest, and validation
+    """What of `data/prepare.py verify` is cheap, before training: the shards are those of the manifest, and validation
     is not trained on. `UserError` with the remedy; else the counts, for the log.
 
-    Every rank compares all validation documents with those of its share of the training shards. Of the validation
-    ids only these keys are used, and only to refuse.
+    Validation stays closed until the artifact is written: of its documents only the keys are known, which `prepare.py`
+    left in val_documents.npy ([documents, 2] uint64: key, length). Each rank looks through its training shards.
     """
     folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
     streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
-    run.agree(streams["val"].check(cfg.vocab_size) if run.is_main else "")
-    keys, lengths = streams["val"].document_keys()
     if "val" in said:
         try:
             listed = {(f["name"], f["tokens"]) for split in streams for f in said[split]["files"]}
-            documents = int(said["val"]["documents"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError):
             raise UserError(f"{folder}/manifest.json: damaged; fetch or prepare the data again") from None
         found = {(p.name, len(ids)) for s in streams.values() for p, ids in zip(s.paths, s.shards)}
         for name, tokens in sorted(listed ^ found):
             where = "on disk" if (name, tokens) in found else "in manifest.json"
             raise UserError(f"{folder}/{name}: of {tokens:,} tokens only {where}; fetch or prepare the data again")
-        require(len(keys) == documents, f"{folder}: {len(keys):,} validation documents, but manifest.json says "
-                f"{documents:,}; fetch or prepare the data again")
-    elif len(keys) != VAL_DOCUMENTS:
+    path, verify = folder / "val_documents.npy", f"`python data/prepare.py verify {folder}`"
+    if not path.is_file():
+        run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
+        return {}
+    try:
+        keys, lengths = np.load(path, allow_pickle=False).T
+    except (EOFError, ValueError):
+        raise UserError(f"{path}: damaged; delete it and run {verify}") from None
+    require(lengths.sum() == len(streams["val"]), f"{path}: of {int(lengths.sum()):,} tokens, validation has "
+            f"{len(streams['val']):,}; delete it and run {verify}")
+    if len(keys) != VAL_DOCUMENTS and "val" not in said:
         run.log("warning", text=f"validation has {len(keys):,} documents, not the official {VAL_DOCUMENTS:,}: "
                 f"the score cannot be compared with the leaderboard's")
     shared = np.any(run.gather(np.isin(keys, train.document_keys(run.rank, run.world)[0])), axis=0)
@@ -4012,7 +4017,7 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
-    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only
+    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
     if cfg.caseops_enabled:
         TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
     require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "

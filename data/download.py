@@ -24,7 +24,7 @@ import httpx2
 import huggingface_hub
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
-from verify import FORMAT, UserError, examine, file_sha256, load_tokenizer, open_shard, require, shown
+from verify import FORMAT, UserError, examine, file_sha256, load_tokenizer, open_shard, require, save_keys, shown
 
 
 class Variant(NamedTuple):
@@ -256,5 +256,6 @@ def install(manifest: dict[str, Any], moves: dict[Path, Path], target: Path) -> 
     folder = target if target.exists() else next(iter(shards)).parent
     (folder / "manifest.new").write_text(text)
     os.replace(folder / "manifest.new", folder / "manifest.json")
+    save_keys(folder)
     if folder != target:
         os.rename(folder, target)

@@ -7,6 +7,7 @@ a time; memory does not depend on their number.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -275,14 +276,25 @@ def together(
             wrong = f"the records have {known}"
         ratio = counted / len(val)
     rows.append(Check("bytes per token", f"{ratio:.4f}", wrong))
+    keys, lengths = save_keys(directory)
     if not totals["train"].tokens:
         return rows
-    keys, lengths = val.document_keys()
     shared = np.isin(keys, TokenStream(directory, "fineweb_train").document_keys()[0])
     share = lengths[shared].sum() / max(1, lengths.sum())
     rows.append(Check("validation in training", f"{int(shared.sum()):,} documents, {share:.2%} of the tokens",
                       f"at most {MAX_SHARED:.0%} may be" if share > MAX_SHARED else ""))
     return rows
+
+
+def save_keys(directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(key, length) of each validation document, which it leaves in val_documents.npy: by them training sees whether it
+    has a validation document without opening validation."""
+    keys, lengths = TokenStream(directory, "fineweb_val").document_keys()
+    new = directory / "val_documents.new.npy"
+    with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
+        np.save(new, np.stack([keys, lengths.astype(np.uint64)], axis=1))
+        os.replace(new, directory / "val_documents.npy")
+    return keys, lengths
 
 
 def report(directory: Path, rows: Sequence[Check]) -> int:

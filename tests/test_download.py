@@ -156,7 +156,8 @@ def visible(out: Path) -> list[str]:
 
 
 EXPECTED = [f"datasets/{NAME}/fineweb_train_{i:06d}.bin" for i in range(3)] + [
-    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", "tokenizers/fineweb_1024_bpe.model"]
+    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", f"datasets/{NAME}/val_documents.npy",
+    "tokenizers/fineweb_1024_bpe.model"]
 
 
 def test_a_download_is_a_verified_dataset_with_its_tokenizer(hub, tmp_path):
