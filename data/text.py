@@ -540,8 +540,8 @@ class Spool:
 
 
 class Work:
-    """A hidden folder beside the dataset, for all that is not finished; kept when a run is interrupted after a
-    checkpoint, and used again by a run with the same `key`."""
+    """A hidden folder beside the dataset, for all that is not finished; kept when a run is interrupted after it has
+    noted something, and used again by a run with the same `key`."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.path = folder, folder / "state.json"
@@ -575,7 +575,7 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, UserError) or "encoded" not in self.state:
+        if kind is None or issubclass(kind, UserError) or len(self.state) == 1:
             shutil.rmtree(self.folder)
         self.lock.close()
 
@@ -820,6 +820,7 @@ def prepare(source: Source, options: Options) -> Result:
     with Work(datasets / f".{target.name}.work", key) as work:
         model, vocab = work.folder / "tokenizer.model", work.folder / "tokenizer.vocab"
         build_tokenizer(found, options, model, seconds)
+        work.save(tokenizer=file_sha256(model))
         require(options.force or not model_target.exists() or file_sha256(model_target) == file_sha256(model),
                 f"{shown(model_target)} exists and is another tokenizer; use --force to replace it, or another --name")
         refuse_full_disk(datasets, found, model)
