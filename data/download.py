@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,14 +210,8 @@ def fetch_all(hub: Hub, files: Sequence[RepoFile], work: Path, workers: int) -> 
             total.update(n)
 
     def get(file: RepoFile) -> Path:
-        if stopped.is_set():
-            raise UserError("not begun, because another file failed")
         with one_line_errors(f"{hub.repo}: {file.path}"):
-            try:
-                path = hub.fetch(file.path, work, Part)
-            except BaseException:
-                stopped.set()
-                raise
+            path = hub.fetch(file.path, work, Part)
         wrong = "" if path.stat().st_size == file.size else f"{path.stat().st_size:,} bytes, the hub says {file.size:,}"
         if not wrong and file.lfs and file_sha256(path) != file.lfs.sha256:
             wrong = "its SHA-256 is not the hub's"
@@ -227,22 +221,30 @@ def fetch_all(hub: Hub, files: Sequence[RepoFile], work: Path, workers: int) -> 
             except UserError as error:
                 wrong = str(error).removeprefix(f"{path}: ")
         if wrong:
-            stopped.set()
             path.unlink()
             raise UserError(f"{hub.repo}: {file.path}: {wrong}; the same command fetches it anew")
         return path
 
-    with total, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(get, file) for file in files]
+    first: list[BaseException] = []
+
+    def get_or_stop(file: RepoFile) -> Path | None:
         try:
-            failures = [e for f in as_completed(futures) if (e := f.exception())]  # in the order of time
+            return None if stopped.is_set() else get(file)
+        except BaseException as error:
+            if not stopped.is_set():  # else it only fell with the first
+                first.append(error)
+            stopped.set()
+            return None
+
+    with total, ThreadPoolExecutor(workers) as pool:
+        try:
+            found = list(pool.map(get_or_stop, files))
         except KeyboardInterrupt:
             stopped.set()
-            pool.shutdown(cancel_futures=True)
             raise
-        if failures:
-            raise failures[0]
-        return {file.path: future.result() for file, future in zip(files, futures)}
+    if first:
+        raise first[0]
+    return {file.path: path for file, path in zip(files, found)}
 
 
 def install(manifest: dict[str, Any], moves: dict[Path, Path], target: Path) -> None:
