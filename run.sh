@@ -9,14 +9,14 @@ usage() {
 ./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
-./run.sh data VERB ...          data/prepare.py: demo | text FILES... --name NAME | check DIR
+./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
 ./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader artifact
 ./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
-./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | scaling [JSON]
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | encoding MODEL CORPUS | scaling [JSON]
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh help                   this text

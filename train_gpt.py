@@ -1131,8 +1131,8 @@ class TokenStream:
     """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        require(folder.is_dir(), f"{folder}: no such dataset folder; make the demo's with `python data/prepare.py "
-                f"demo`, or set DATA_PATH")
+        require(folder.is_dir(), f"{folder}: no such dataset folder; make one with `python data/prepare.py` (download, "
+                f"demo, text), or set DATA_PATH")
         self.paths = sorted(p for p in folder.glob(f"{prefix}_*.bin") if p.is_file() and
                             (prefix.endswith("bytes") or "_bytes_" not in p.name))
         require(bool(self.paths), f"{folder}: no {prefix}_*.bin in it; prepare or download the dataset, or set "
@@ -1170,6 +1170,22 @@ class TokenStream:
             found = list(pool.map(lambda s: np.flatnonzero(s == BOS_ID), self.shards))
         starts = np.concatenate([f + int(end) - len(s) for f, s, end in zip(found, self.shards, self.ends)])
         return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+
+    def document_keys(self, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(key [documents] uint64, length [documents] int64) of the documents that start in shards part, part+parts...
+
+        A key is the sum of one random number per id: equal documents have equal keys wherever they stand, others
+        practically never do. A document that runs on into the next shard has the key of its first part.
+        """
+        mix = np.random.default_rng(0).integers(0, 2**64 - 1, 1 << 16, dtype=np.uint64)
+        keys, lengths = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
+        for shard in self.shards[part::parts]:
+            starts = np.append(np.flatnonzero(shard == BOS_ID), len(shard))
+            for first in range(0, len(starts) - 1, 1024):  # in pieces: a key takes four times the memory of an id
+                some = starts[first:first + 1025]
+                keys.append(np.add.reduceat(mix[shard[some[0]:some[-1]]], some[:-1] - some[0]))
+                lengths.append(np.diff(some))
+        return np.concatenate(keys), np.concatenate(lengths)
 
 
 def row_offsets(num_tokens: int, seq_len: int, seed: int, epoch: int, shuffled: bool) -> np.ndarray:
@@ -1354,6 +1370,52 @@ def manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
+MAX_SHARED = 0.01
+"""Largest share of validation tokens in documents that training has, too. Web text repeats itself a little by nature;
+the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)."""
+VAL_DOCUMENTS = 50_000
+"""Of the official validation split."""
+
+
+def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
+    """What of `data/prepare.py verify` is cheap, before training: the shards are those of the manifest, and validation
+    is not trained on. `UserError` with the remedy; else the counts, for the log.
+
+    Validation stays closed until the artifact is written: of its documents only the keys are known, which `prepare.py`
+    left in val_documents.npy ([documents, 2] uint64: key, length). Each rank looks through its training shards.
+    """
+    folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
+    streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
+    if "val" in said:
+        try:
+            listed = {(f["name"], f["tokens"]) for split in streams for f in said[split]["files"]}
+        except (KeyError, TypeError):
+            raise UserError(f"{folder}/manifest.json: damaged; fetch or prepare the data again") from None
+        found = {(p.name, len(ids)) for s in streams.values() for p, ids in zip(s.paths, s.shards)}
+        for name, tokens in sorted(listed ^ found):
+            where = "on disk" if (name, tokens) in found else "in manifest.json"
+            raise UserError(f"{folder}/{name}: of {tokens:,} tokens only {where}; fetch or prepare the data again")
+    path, verify = folder / "val_documents.npy", f"`python data/prepare.py verify {folder}`"
+    if not path.is_file():
+        run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
+        return {}
+    try:
+        keys, lengths = np.load(path, allow_pickle=False).T
+    except (EOFError, ValueError):
+        raise UserError(f"{path}: damaged; delete it and run {verify}") from None
+    require(lengths.sum() == len(streams["val"]), f"{path}: of {int(lengths.sum()):,} tokens, validation has "
+            f"{len(streams['val']):,}; delete it and run {verify}")
+    if len(keys) != VAL_DOCUMENTS and "val" not in said:
+        run.log("warning", text=f"validation has {len(keys):,} documents, not the official {VAL_DOCUMENTS:,}: "
+                f"the score cannot be compared with the leaderboard's")
+    shared = np.any(run.gather(np.isin(keys, train.document_keys(run.rank, run.world)[0])), axis=0)
+    share = lengths[shared].sum() / lengths.sum()
+    require(share <= MAX_SHARED, f"{folder}: {int(shared.sum()):,} of {len(keys):,} validation documents "
+            f"({share:.1%} of the tokens) are in the training shards, too: a score on them is void; fetch or prepare "
+            f"the data again (data/README.md)")
+    return {"val_documents": len(keys), "shared_documents": int(shared.sum())}
+
+
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
     tied = manifest(cfg.dataset_dir).get("tokenizer") or {}
@@ -1381,6 +1443,17 @@ def tokenizer_path(cfg: Config) -> Path:
 # Safe to change: nothing without a referee.
 
 
+def load_sentencepiece(path: Path) -> Any:
+    """The SentencePiece processor of a model file whose BOS is ours; `UserError` otherwise."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+    require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
+    return sp
+
+
 class TokenBytes(NamedTuple):
     """How many UTF-8 bytes of text each id stands for (three tables over ids, spec of the challenge)."""
     base: np.ndarray
@@ -1393,14 +1466,9 @@ class TokenBytes(NamedTuple):
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> TokenBytes:
         """From a SentencePiece model, whose size must be `vocab_size`."""
-        from sentencepiece import SentencePieceProcessor
-        try:
-            sp = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        sp = load_sentencepiece(path)
         require(sp.vocab_size() == vocab_size,
                 f"{path}: the tokenizer has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must agree")
-        require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
         return cls.build(sp)
 
     @classmethod
@@ -4280,7 +4348,7 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
     with run.phase("load_train"):
         data = TrainData(cfg, run)
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
-                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro)
+                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run))
     figures = train(model, data, cfg, run)
     if cfg.prequant_ttt:
         with run.phase("prequant_ttt", "train"):

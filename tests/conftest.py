@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
+from bench.common import write_shard  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
@@ -73,10 +74,3 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                        ("val_000000", documents[:8])):
         write_shard(folder / f"fineweb_{name}.bin", np.array([i for d in some for i in d], dtype=np.uint16))
     return {"data_path": str(folder), "tokenizer_path": str(model)}
-
-
-def write_shard(path: Path, ids: np.ndarray) -> None:
-    """One shard in the challenge's format."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(ids)
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import shutil
@@ -25,8 +26,14 @@ import sentencepiece
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+import documents
 import prepare
-from prepare import Options, PrepareError
+import text as tx
+import verify
+from text import Options
+
+import train_gpt as tg
+from train_gpt import UserError
 
 VOCAB = 512
 MULTI_BYTE = [
@@ -60,7 +67,7 @@ def texts() -> list[str]:
 def model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer, trained once for all tests."""
     path = tmp_path_factory.mktemp("model") / "small.model"
-    path.write_bytes(prepare.train_tokenizer(texts, VOCAB))
+    path.write_bytes(tx.train_tokenizer(texts, VOCAB))
     return path
 
 
@@ -76,11 +83,11 @@ def write_jsonl(path: Path, texts: list[str], text_field: str = "text") -> Path:
     return path
 
 
-def made(out: Path, inputs: list[Path], val_inputs: Sequence[Path] = (), **changes: object) -> prepare.Result:
+def made(out: Path, inputs: list[Path], val_inputs: Sequence[Path] = (), **changes: object) -> tx.Result:
     """Runs `prepare` on files with options that suit small texts."""
     share = None if val_inputs else 0.1
     options = {"name": "t", "out": out, "vocab_size": VOCAB, "val_share": share, "workers": 1, **changes}
-    return prepare.prepare(prepare.file_source(inputs, val_inputs, "text"), Options(**options))
+    return tx.prepare(tx.file_source(inputs, val_inputs, "text"), Options(**options))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -89,11 +96,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def shards(result: prepare.Result) -> dict[str, bytes]:
+def shards(result: tx.Result) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in result.directory.glob("*.bin")}
 
 
-def stored_documents(result: prepare.Result, side: str) -> list[list[int]]:
+def stored_documents(result: tx.Result, side: str) -> list[list[int]]:
     """The ids of each document of one side without its BOS, read without prepare's own reader."""
     paths = [result.directory / entry["name"] for entry in result.manifest[side]["files"]]
     raw = b"".join(path.read_bytes()[1024:] for path in paths)
@@ -113,7 +120,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 4000)  # dozens of batches, so that results can overtake
+    monkeypatch.setattr(tx, "BATCH_BYTES", 4000)  # dozens of batches, so that results can overtake
     trees = []
     for workers in (1, 2):
         made(tmp_path / f"out{workers}", [corpus], workers=workers, shard_tokens=3000)
@@ -134,16 +141,16 @@ def test_bytes_do_not_depend_on_the_order_of_the_input(texts, corpus, tmp_path):
 def test_the_order_of_the_input_counts_where_it_was_asked_for(texts, corpus, model, tmp_path):
     made(tmp_path / "a", [corpus], tokenizer=model, order="input")
     write_jsonl(corpus, texts[::-1])
-    with pytest.raises(PrepareError, match="documents_sha256 differs"):
+    with pytest.raises(UserError, match="documents_sha256 differs"):
         made(tmp_path / "a", [corpus], tokenizer=model, order="input")
 
 
 def test_documents_are_shuffled_unless_the_order_of_the_input_is_asked_for(texts, corpus, model, tmp_path):
-    tokenizer = prepare.load_tokenizer(model)
+    tokenizer = verify.load_tokenizer(model)
     for order in ("hash", "input"):
         result = made(tmp_path / order, [corpus], tokenizer=model, order=order)
-        stored = [ids for side in prepare.SIDES for ids in stored_documents(result, side)]
-        by_side = sorted(texts, key=lambda text: prepare.split_side(text, 0, 0.1))  # stable: train, then val
+        stored = [ids for side in documents.SIDES for ids in stored_documents(result, side)]
+        by_side = sorted(texts, key=lambda text: documents.split_side(text, 0, 0.1))  # stable: train, then val
         in_order = [tokenizer.encode(text) for text in by_side]
         assert sorted(stored) == sorted(in_order)
         assert (stored == in_order) == (order == "input")
@@ -177,22 +184,24 @@ def test_every_format_gives_the_same_documents(kind, texts, tmp_path):
         (path / "notes.md").write_text("another kind of file")
         (path / "deep" / ".hidden" / "x.txt").write_text("hidden")
     inputs = sorted(path.rglob("????.txt")) if kind == "txt" else [path]
-    found = list(prepare.documents(prepare.input_files(inputs)))
-    assert [document.text for document in found] == texts
-    assert not any(document.repaired for document in found)
+    rows = list(documents.file_rows(documents.input_files(inputs), "text"))
+    assert [documents.document(row, "text") for row in rows] == [(text, False) for text in texts]
+    positions = [row.position for row in rows]
+    size = sum(file.stat().st_size for file in documents.input_files(inputs))
+    assert positions == sorted(positions) and 0.99 * size < positions[-1] <= size
 
 
 # -- no text is on two sides ------------------------------------------------------------------------
 
 
 def test_the_side_is_a_function_of_the_text(texts):
-    before = {text: prepare.split_side(text, 0, 0.3) for text in texts}
+    before = {text: documents.split_side(text, 0, 0.3) for text in texts}
     assert set(before.values()) == {"train", "val"}
     for text in reversed(texts):
-        assert prepare.split_side(f"\n  {text}\t", 0, 0.3) == before[text]
-    many = [prepare.split_side(f"document {i}", 0, 0.1) for i in range(4000)]
+        assert documents.split_side(f"\n  {text}\t", 0, 0.3) == before[text]
+    many = [documents.split_side(f"document {i}", 0, 0.1) for i in range(4000)]
     assert 340 < many.count("val") < 460  # 400 +- 3 standard deviations
-    more = [prepare.split_side(f"document {i}", 0, 0.2) for i in range(4000)]
+    more = [documents.split_side(f"document {i}", 0, 0.2) for i in range(4000)]
     assert all(b == "val" for a, b in zip(many, more) if a == "val")
 
 
@@ -201,7 +210,7 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(texts, tmp_path)
     result = made(tmp_path / "out", [write_jsonl(tmp_path / "c.jsonl", padded)])
     dropped = {"duplicate": 7, "empty": 2, "empty_after_normalisation": 1}
     assert result.manifest["source"]["dropped"] == dropped
-    assert sum(result.manifest[side]["documents"] for side in prepare.SIDES) == len(texts)
+    assert sum(result.manifest[side]["documents"] for side in documents.SIDES) == len(texts)
     plain = made(tmp_path / "plain", [write_jsonl(tmp_path / "c.jsonl", texts)])
     assert shards(result) == shards(plain)
     assert result.model.read_bytes() == plain.model.read_bytes()
@@ -213,7 +222,7 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(texts, tmp_path)
 def test_validation_files_are_kept_apart(texts, model, tmp_path):
     train, val = write_jsonl(tmp_path / "a.jsonl", texts[20:]), write_jsonl(tmp_path / "b.jsonl", texts[:20])
     result = made(tmp_path / "out", [train], [val], tokenizer=model)
-    tokenizer = prepare.load_tokenizer(model)
+    tokenizer = verify.load_tokenizer(model)
     assert sorted(stored_documents(result, "val")) == sorted(tokenizer.encode(text) for text in texts[:20])
     assert sorted(stored_documents(result, "train")) == sorted(tokenizer.encode(text) for text in texts[20:])
     assert result.manifest["split"]["method"] == "files"
@@ -232,41 +241,19 @@ def test_text_on_both_sides_is_refused(texts, tmp_path, capsys):
 # -- shards -----------------------------------------------------------------------------------------
 
 
-def test_shard_round_trip_and_header(tmp_path):
-    ids = np.array([1, 0, 65535, 256, 7], np.uint16)
-    digest = prepare.write_shard(tmp_path / "a.bin", ids)
-    raw = (tmp_path / "a.bin").read_bytes()
-    assert raw[:1024] == struct.pack("<256i", 20240520, 1, 5, *[0] * 253)
-    assert raw[1024:] == struct.pack("<5H", 1, 0, 65535, 256, 7)
-    assert digest == hashlib.sha256(raw).hexdigest()
-    assert prepare.read_shard(tmp_path / "a.bin").tolist() == ids.tolist()
-    with pytest.raises(ValueError, match="uint16"):
-        prepare.write_shard(tmp_path / "b.bin", ids.astype(np.int64))
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda raw: raw[:-1], "1033 bytes, but 5 tokens take 1034"),
-        (lambda raw: raw + b"\0\0", "1036 bytes"),
-        (lambda raw: raw[:100], "header of 1024"),
-        (lambda raw: b"\1" + raw[1:], "expected 20240520 version 1"),
-        (lambda raw: raw[:4] + b"\2" + raw[5:], "version 2"),
-    ],
-)
-def test_damaged_shards_are_named(change, words, tmp_path):
-    path = tmp_path / "a.bin"
-    prepare.write_shard(path, np.arange(1, 6, dtype=np.uint16))
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(PrepareError, match=words) as caught:
-        prepare.read_shard(path)
-    assert str(path) in str(caught.value)
+def test_shards_have_the_published_header(tmp_path):
+    parts = [np.array(ids, np.uint16) for ids in ([1, 0], [65535, 256, 7])]
+    files = tx.write_split(tmp_path, "train", parts, num_tokens=5, shard_tokens=3)
+    raw = [(tmp_path / entry["name"]).read_bytes() for entry in files]
+    assert [data[:1024] for data in raw] == [struct.pack("<256i", 20240520, 1, n, *[0] * 253) for n in (3, 2)]
+    assert [data[1024:] for data in raw] == [struct.pack("<3H", 1, 0, 65535), struct.pack("<2H", 256, 7)]
+    assert [entry["sha256"] for entry in files] == [hashlib.sha256(data).hexdigest() for data in raw]
 
 
 def test_documents_cross_from_shard_to_shard(corpus, model, tmp_path):
     whole = made(tmp_path / "a", [corpus], tokenizer=model)
     cut = made(tmp_path / "b", [corpus], tokenizer=model, shard_tokens=777)
-    for side in prepare.SIDES:
+    for side in documents.SIDES:
         sizes = [entry["tokens"] for entry in cut.manifest[side]["files"]]
         assert sizes[:-1] == [777] * (len(sizes) - 1) and 0 < sizes[-1] <= 777
         assert stored_documents(cut, side) == stored_documents(whole, side)
@@ -286,67 +273,64 @@ def test_tokenizer_has_the_challenges_settings(texts, model):
     assert all(sum(c.isdigit() for c in tokenizer.id_to_piece(i)) <= 1 for i in range(260, VOCAB))
     assert all(map(tokenizer.is_byte, tokenizer.encode("\u8a00")))  # rare: beyond the coverage of 0.999
     normaliser = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", remove_extra_whitespaces=True)
-    tables = prepare.byte_tables(tokenizer)
+    tables = tg.TokenBytes.build(tokenizer)
     for text in texts:
-        ids = tokenizer.encode(prepare.clean(text))
-        normalised = normaliser.normalize(prepare.clean(text)).replace("\u2581", " ").strip()
+        ids = tokenizer.encode(documents.clean(text))
+        normalised = normaliser.normalize(documents.clean(text)).replace("\u2581", " ").strip()
         assert tokenizer.decode(ids) == normalised
         assert 3 not in ids
         # The score's table counts the same bytes without decoding.
-        assert prepare.count_bytes(np.array(ids, np.uint16), prepare.BOS, tables) == len(normalised.encode())
+        assert tables.of_targets(np.array([documents.BOS, *ids])).sum() == len(normalised.encode())
 
 
-def test_a_leading_space_is_free_after_a_control_token(model):
-    tokenizer = prepare.load_tokenizer(model)
-    tables = prepare.byte_tables(tokenizer)
-    word = tokenizer.encode("a the", out_type=str).index("\u2581the")
-    the = tokenizer.encode("a the")[word]
-    for before, expected in [(prepare.BOS, 3 + 4), (tokenizer.piece_to_id("a"), 4 + 4)]:
-        assert prepare.count_bytes(np.array([the, the], np.uint16), before, tables) == expected
+def test_a_table_that_disagrees_with_decoding_is_refused(corpus, model, tmp_path, monkeypatch):
+    """The mistake of a dozen submissions: the leading space counted with the piece and again by its flag."""
+    class CountedTwice(tg.TokenBytes):
+        @classmethod
+        def build(cls, sp: object) -> tg.TokenBytes:
+            right = tg.TokenBytes.build(sp)
+            return tg.TokenBytes(right.base + right.leading_space, right.leading_space, right.boundary)
 
-
-def test_a_tokenizer_whose_bytes_the_score_would_count_wrongly_is_refused(texts, corpus, tmp_path):
-    """With pieces of several spaces the table takes one mark for a space, the others for 3 bytes each."""
-    path = tmp_path / "spaces.model"
-    changes = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=file,
-            vocab_size=VOCAB,
-            minloglevel=2,
-            **prepare.TRAINING,
-            **changes,
-        )
-    with pytest.raises(PrepareError, match=r"the manifest says [\d,]+ bytes"):
-        made(tmp_path / "out", [corpus], tokenizer=path)
+    monkeypatch.setattr(verify, "TokenBytes", CountedTwice)
+    with pytest.raises(UserError, match=r"the manifest says [\d,]+ bytes"):
+        made(tmp_path / "out", [corpus], tokenizer=model)
     assert tree(tmp_path / "out") == {}
 
 
 def test_tokenizer_sees_every_document(texts):
     """SentencePiece drops sentences that hold its own mark U+2585, or that are too long, without a word."""
-    marked = prepare.train_tokenizer([f"\u2585{text}\u2585" for text in texts], VOCAB)
-    assert marked == prepare.train_tokenizer([f" {text} ".replace("\u2585", " ") for text in texts], VOCAB)
+    marked = tx.train_tokenizer([f"\u2585{text}\u2585" for text in texts], VOCAB)
+    assert marked == tx.train_tokenizer([f" {text} ".replace("\u2585", " ") for text in texts], VOCAB)
     long = " ".join(texts)
     assert len(long) > 50_000  # SentencePiece's own limit is 4,192
-    prepare.train_tokenizer([long], VOCAB)
+    tx.train_tokenizer([long], VOCAB)
 
 
 def test_tokenizer_is_trained_on_training_documents_only(texts, corpus, tmp_path):
     result = made(tmp_path / "out", [corpus])
-    train = [text for text in texts if prepare.split_side(text, 0, 0.1) == "train"]
-    train.sort(key=lambda text: prepare.draw(prepare.content_hash(prepare.clean(text)), 0)[1])
-    assert result.model.read_bytes() == prepare.train_tokenizer(train, VOCAB)
+    train = [text for text in texts if documents.split_side(text, 0, 0.1) == "train"]
+    train.sort(key=lambda text: documents.draw(documents.content_hash(documents.clean(text)), 0)[1])
+    assert result.model.read_bytes() == tx.train_tokenizer(train, VOCAB)
 
 
 def test_tokenizer_sample_is_bounded_and_drawn_by_hash(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "TOKENIZER_SAMPLE_BYTES", 20_000)
+    monkeypatch.setattr(tx, "BATCH_BYTES", 4000)
     samples = []
-    for order in (texts, texts[::-1]):
-        source = prepare.file_source([write_jsonl(tmp_path / "c.jsonl", order)], [], "text")
-        samples.append(prepare.scan(source, Options(name="t", val_share=0.1)).sample)
-    assert samples[0] == samples[1]
+    for order in (texts, texts[::-1], sorted(texts, key=len), [*texts, *texts]):
+        source = tx.file_source([write_jsonl(tmp_path / "c.jsonl", order)], [], "text")
+        options = Options(name="t", val_share=0.1, sample_bytes=20_000, workers=1)
+        samples.append(tx.scan(source, options, tmp_path).sample)
+    assert samples[0] == samples[1] == samples[2] == samples[3]
     assert 15_000 < sum(len(text.encode()) for text in samples[0]) <= 20_000
+
+
+def test_what_was_too_much_for_the_sample_stays_out_whatever_comes_later():
+    entries = [(1, b"a", "x" * 6), (3, b"b", "y" * 6), (5, b"c", "zz"), (1, b"a", "x" * 6)]
+    for order in itertools.permutations(entries):
+        sample = tx.Sample(10)
+        for entry in order:
+            sample.add(*entry)
+        assert sample.texts() == ["x" * 6], order
 
 
 def test_vocab_file_is_the_one_that_sentencepiece_writes(texts, model, tmp_path):
@@ -357,9 +341,9 @@ def test_vocab_file_is_the_one_that_sentencepiece_writes(texts, model, tmp_path)
         model_prefix=str(path),
         vocab_size=VOCAB,
         minloglevel=2,
-        **prepare.TRAINING,
+        **tx.TRAINING,
     )
-    listing = prepare.vocab_listing(prepare.load_tokenizer(model))
+    listing = tx.vocab_listing(verify.load_tokenizer(model))
     assert listing == path.with_suffix(".vocab").read_text("utf-8")
 
 
@@ -387,7 +371,7 @@ def test_manifest_says_what_is_there(texts, corpus, tmp_path):
     assert hashlib.sha256(model.read_bytes()).hexdigest() == manifest["tokenizer"]["sha256"]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     listed = set()
-    for side in prepare.SIDES:
+    for side in documents.SIDES:
         for entry in manifest[side]["files"]:
             raw = (result.directory / entry["name"]).read_bytes()
             assert hashlib.sha256(raw).hexdigest() == entry["sha256"]
@@ -398,7 +382,7 @@ def test_manifest_says_what_is_there(texts, corpus, tmp_path):
         assert manifest[side]["documents"] == len(stored)
         assert manifest[side]["tokens"] == sum(len(ids) + 1 for ids in stored)
         assert manifest[side]["bytes"] == sum(len(text.encode()) for text in decoded)
-        raw_bytes = sum(len(text.encode()) for text in texts if prepare.split_side(text, 0, 0.1) == side)
+        raw_bytes = sum(len(text.encode()) for text in texts if documents.split_side(text, 0, 0.1) == side)
         assert manifest["source"]["raw_bytes"][side] == raw_bytes
     assert listed == {path.name for path in result.directory.glob("*.bin")}
     val = "\n".join(decoded).encode()
@@ -412,17 +396,17 @@ def test_manifest_says_what_is_there(texts, corpus, tmp_path):
 
 
 def test_compressors_are_left_out_for_long_validation_text(corpus, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_COMPRESSED_TEXT_BYTES", 1000)
+    monkeypatch.setattr(tx, "MAX_COMPRESSED_TEXT_BYTES", 1000)
     assert made(tmp_path / "out", [corpus], tokenizer=model).manifest["compressors"] is None
 
 
-def change_id(result: prepare.Result) -> None:
+def change_id(result: tx.Result) -> None:
     with (result.directory / "fineweb_val_000000.bin").open("r+b") as file:
         file.seek(1024 + 20)
         file.write(struct.pack("<H", VOCAB))
 
 
-def change_manifest(result: prepare.Result) -> None:
+def change_manifest(result: tx.Result) -> None:
     path = result.directory / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["val"]["bytes"] += 1
@@ -440,25 +424,25 @@ def change_manifest(result: prepare.Result) -> None:
         (lambda r: r.model.unlink(), "missing"),
     ],
 )
-def test_check_finds_damage(damage, words, corpus, model, tmp_path, capsys):
+def test_verify_finds_damage(damage, words, corpus, model, tmp_path, capsys):
     result = made(tmp_path / "out", [corpus], tokenizer=model)
-    assert prepare.main(["check", str(result.directory)]) == 0
+    assert prepare.main(["verify", str(result.directory)]) == 0
     assert "FAIL" not in capsys.readouterr().out
     damage(result)
-    assert prepare.main(["check", str(result.directory)]) == 1
+    assert prepare.main(["verify", str(result.directory)]) == 1
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert any(words in line for line in failures), failures
-    with pytest.raises(PrepareError, match="--force"):  # a damaged dataset is not used again
+    with pytest.raises(UserError, match="--force"):  # a damaged dataset is not used again
         made(tmp_path / "out", [corpus], tokenizer=model)
 
 
-def test_check_finds_a_changed_file_of_the_right_size(corpus, model, tmp_path):
+def test_verify_finds_a_changed_file_of_the_right_size(corpus, model, tmp_path):
     result = made(tmp_path / "out", [corpus], tokenizer=model)
     path = result.directory / "fineweb_train_000000.bin"
     raw = bytearray(path.read_bytes())
     raw[1024 + 20 : 1024 + 24] = raw[1024 + 22 : 1024 + 24] + raw[1024 + 20 : 1024 + 22]
     path.write_bytes(raw)
-    assert [row.what for row in prepare.verify_dataset(result.directory) if row.problem] == [path.name]
+    assert [row.what for row in verify.verify(result.directory) if row.problem] == [path.name]
 
 
 # -- what is there is used again, and never replaced unasked ----------------------------------------
@@ -468,12 +452,12 @@ def test_second_call_uses_what_is_there(corpus, tmp_path, monkeypatch, capsys):
     first = made(tmp_path / "out", [corpus])
     before = tree(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "train_tokenizer", lambda *_: pytest.fail("trained again"))
-        patch.setattr(prepare, "encode", lambda *_: pytest.fail("encoded again"))
+        patch.setattr(tx, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+        patch.setattr(tx, "encode", lambda *_: pytest.fail("encoded again"))
         second = made(tmp_path / "out", [corpus])
     assert second.reused and not first.reused
     assert second[:3] == first[:3]
-    assert "used again" in prepare.summary(second)
+    assert "used again" in tx.summary(second)
     assert tree(tmp_path / "out") == before
 
 
@@ -484,7 +468,7 @@ def test_a_dataset_of_other_options_is_not_replaced(changes, corpus, model, tmp_
     made(tmp_path / "out", [corpus], tokenizer=model)
     before = tree(tmp_path / "out")
     ((option, value),) = changes.items()
-    with pytest.raises(PrepareError, match=f"exists and is not .*{option} is .*, not {value!r}.*--force"):
+    with pytest.raises(UserError, match=f"exists and is not .*{option} is .*, not {value!r}.*--force"):
         made(tmp_path / "out", [corpus], tokenizer=model, **changes)
     assert tree(tmp_path / "out") == before
     replaced = made(tmp_path / "out", [corpus], tokenizer=model, force=True, **changes)
@@ -496,10 +480,10 @@ def test_a_dataset_of_other_options_is_not_replaced(changes, corpus, model, tmp_
 def test_a_dataset_of_another_text_or_tokenizer_is_not_replaced(texts, corpus, model, tmp_path):
     made(tmp_path / "out", [corpus], tokenizer=model)
     write_jsonl(corpus, [*texts[:-1], texts[-1] + "."])
-    with pytest.raises(PrepareError, match="documents_sha256 differs"):
+    with pytest.raises(UserError, match="documents_sha256 differs"):
         made(tmp_path / "out", [corpus], tokenizer=model)
     write_jsonl(corpus, texts)
-    with pytest.raises(PrepareError, match="tokenizer.training differs"):
+    with pytest.raises(UserError, match="tokenizer.training differs"):
         made(tmp_path / "out", [corpus])
 
 
@@ -507,11 +491,11 @@ def test_foreign_folders_and_tokenizers_are_never_replaced(corpus, model, tmp_pa
     folder = tmp_path / "out" / "datasets" / f"t_sp{VOCAB}"
     folder.mkdir(parents=True)
     (folder / "fineweb_train_000000.bin").write_bytes(b"downloaded")
-    with pytest.raises(PrepareError, match="was not made by prepare"):
+    with pytest.raises(UserError, match="was not made by prepare"):
         made(tmp_path / "out", [corpus], tokenizer=model, force=True)
     (tmp_path / "out" / "tokenizers").mkdir()
     (tmp_path / "out" / "tokenizers" / f"u_{VOCAB}_bpe.model").write_bytes(b"of another dataset")
-    with pytest.raises(PrepareError, match="is another tokenizer"):
+    with pytest.raises(UserError, match="is another tokenizer"):
         made(tmp_path / "out", [corpus], name="u", tokenizer=model)
     assert set(tree(tmp_path / "out").values()) == {b"downloaded", b"of another dataset"}
 
@@ -583,13 +567,14 @@ def test_mistakes_are_one_line(arguments, words, texts, corpus, tmp_path, monkey
     assert tree(tmp_path / "out") == {}
 
 
-def test_mistakes_outside_text_are_one_line(tmp_path, capsys):
+def test_mistakes_outside_text_are_one_line(model, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     for arguments, words in [
         ([], "VERB"),
         (["frobnicate"], "invalid choice"),
-        (["check", tmp_path / "nowhere"], "manifest.json: no such file"),
-        (["check", tmp_path], "damaged (KeyError"),
+        (["verify", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["verify", tmp_path], "its name does not tell the tokenizer; give it with --tokenizer"),
+        (["verify", tmp_path, "--tokenizer", model], "manifest.json: damaged (KeyError: 'tokenizer')"),
     ]:
         status, error = command(capsys, *arguments)
         assert status == 2 and words in error and error.count("\n") == 1, error
@@ -605,11 +590,11 @@ def test_missing_packages_are_named(package, name, tmp_path, monkeypatch, capsys
 
 
 def test_documents_that_are_too_long_are_named(corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "MAX_DOCUMENT_BYTES", 1500)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1500)
     (tmp_path / "long.txt").write_text("long " * 400)
     long = "long.txt: a document of 2,000 bytes"
     for path, place in [(corpus, "corpus.jsonl:"), (tmp_path / "long.txt", long)]:
-        status, error = command(capsys, "text", path, "--name", "t", "--out", tmp_path / "out")
+        status, error = command(capsys, "text", path, "--name", "t", "--workers", 1, "--out", tmp_path / "out")
         assert status == 2 and place in error and "1,500" in error
 
 
@@ -619,35 +604,81 @@ def test_what_is_not_unicode_is_replaced_and_counted(texts, model, tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "half a pair \\ud83d, then a whole one \\ud83d\\ude80"}\n')
     write_jsonl(tmp_path / "rest.jsonl", texts)
     names = ["latin.txt", "marked.txt", "half.jsonl"]
-    found = {Path(d.name).name: d for d in prepare.documents([tmp_path / name for name in names])}
-    assert found["latin.txt"].text == "caf\ufffd au lait, written in Latin-1"
-    assert found["marked.txt"].text == "a byte order mark is no text"
-    assert found["half.jsonl:1"].text == "half a pair \ufffd, then a whole one \U0001f680"
+    rows = documents.file_rows([tmp_path / name for name in names], "text")
+    found = {Path(row.place).name: documents.document(row, "text")[0] for row in rows}
+    assert found["latin.txt"] == "caf\ufffd au lait, written in Latin-1"
+    assert found["marked.txt"] == "a byte order mark is no text"
+    assert found["half.jsonl:1"] == "half a pair \ufffd, then a whole one \U0001f680"
     result = made(tmp_path / "out", [tmp_path / name for name in [*names, "rest.jsonl"]], tokenizer=model)
     assert result.manifest["source"]["repaired"] == 2
 
 
 def test_full_disk_is_seen_before_the_work(corpus, model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(prepare, "encode", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(PrepareError, match="1 MB free"):
+    monkeypatch.setattr(tx.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(tx, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match="1 MB free"):
         made(tmp_path / "out", [corpus], tokenizer=model)
     assert tree(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize("accident, status", [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])
-@pytest.mark.parametrize("place", ["train_tokenizer", "write_split", "compressors", "install"])
-def test_accidents_leave_nothing(accident, status, place, corpus, tmp_path, monkeypatch, capsys):
-    def fail(*_: object) -> None:
+@pytest.mark.parametrize("place", ["train_tokenizer", "encode_batch", "save", "write_split", "compressors", "install"])
+def test_accidents_change_nothing_and_the_same_command_goes_on(
+    accident, status, place, corpus, tmp_path, monkeypatch, capsys
+):
+    """Interrupted at the fifth batch, after the encoding, or before; the spools then hold more than was noted."""
+    monkeypatch.setattr(tx, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(tx, "CHECKPOINT_SECONDS", 0)
+    calls, original = [], getattr(tx, place)
+
+    def fail(*arguments: object, **named: object) -> object:
+        calls.append(place)
+        if len(calls) < 5 and place in ("encode_batch", "save"):
+            return original(*arguments, **named)
+        if place == "save":  # what the spools hold is on disk, but not noted
+            assert all(spool.checkpoint() for spool in arguments[1])
         raise accident
 
-    monkeypatch.setattr(prepare, place, fail)
-    arguments = ["text", corpus, "--name", "t", "--vocab-size", VOCAB, "--val-share", 0.1, "--workers", 1]
-    found, error = command(capsys, *arguments, "--out", tmp_path / "out")
+    command_line = ["text", corpus, "--name", "t", "--vocab-size", VOCAB, "--val-share", 0.1, "--workers", 1, "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tx, place, fail)
+        found, error = command(capsys, *command_line, tmp_path / "out")
     assert found == status and error.count("\n") == 1
-    assert tree(tmp_path / "out") == {}
-    assert [*(tmp_path / "out" / "datasets").iterdir()] == []
+    assert not [name for name in tree(tmp_path / "out") if not name.startswith("datasets/.t_sp512.work/")]
+    encoded = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tx, "encode_batch", lambda *a: (encoded.append(a), documents.encode_batch(*a))[1])
+        assert command(capsys, *command_line, tmp_path / "out")[0] == 0
+    assert command(capsys, *command_line, tmp_path / "fresh")[0] == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    batches = len(list(tx.file_source([corpus], [], "text").batches()))
+    left = {"train_tokenizer": batches, "encode_batch": batches - 4, "save": batches - 4}
+    assert len(encoded) == left.get(place, 0)
+
+
+def test_two_runs_do_not_build_one_dataset_at_a_time(corpus, model, tmp_path, monkeypatch):
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(UserError, match="another run is making this dataset"):
+            made(tmp_path, [corpus], tokenizer=model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tx, "compressors", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, [corpus], tokenizer=model)
+
+
+def test_an_interrupted_run_of_other_options_is_not_taken_up(corpus, tmp_path, monkeypatch):
+    """Neither its ids nor its tokenizer, which was trained on other documents."""
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tx, "write_split", fail)
+        made(tmp_path / "out", [corpus], seed=1)
+    made(tmp_path / "out", [corpus], seed=2)
+    made(tmp_path / "fresh", [corpus], seed=2)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
 def test_failed_replacement_restores_what_was_there(corpus, tmp_path, monkeypatch):
@@ -660,28 +691,29 @@ def test_failed_replacement_restores_what_was_there(corpus, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         move(source, target)
 
-    monkeypatch.setattr(prepare.shutil, "move", fail_at_last)
+    monkeypatch.setattr(tx.shutil, "move", fail_at_last)
     with pytest.raises(OSError):
         made(tmp_path / "out", [corpus], seed=1, force=True)
-    assert tree(tmp_path / "out") == before
+    now = {name: data for name, data in tree(tmp_path / "out").items() if "/." not in name}
+    assert now == before
 
 
 def test_input_that_changes_between_the_passes_is_refused(texts, corpus, model, tmp_path, monkeypatch):
-    def scan_then_change(source: prepare.Source, options: Options) -> prepare.Scan:
-        found = scan(source, options)
+    def scan_then_change(*arguments: object) -> tx.Scan:
+        found = scan(*arguments)
         write_jsonl(corpus, [*texts[:100], "changed", *texts[101:]])
         return found
 
-    scan = prepare.scan
-    monkeypatch.setattr(prepare, "scan", scan_then_change)
-    with pytest.raises(PrepareError, match="changed while it was being read"):
+    scan = tx.scan
+    monkeypatch.setattr(tx, "scan", scan_then_change)
+    with pytest.raises(UserError, match="changed while it was being read"):
         made(tmp_path / "out", [corpus], tokenizer=model)
     assert tree(tmp_path / "out") == {}
 
 
 def test_a_tokenizer_that_cannot_write_shards_is_refused(texts, tmp_path):
     for name, changes, words in [
-        ("bos", {"bos_id": 0, "pad_id": 1}, "BOS id 0"),
+        ("bos", {"bos_id": 0, "pad_id": 1}, "BOS has id 0"),
         ("bytes", {"byte_fallback": False}, "no byte pieces"),
     ]:
         sentencepiece.SentencePieceTrainer.train(
@@ -689,35 +721,35 @@ def test_a_tokenizer_that_cannot_write_shards_is_refused(texts, tmp_path):
             model_prefix=str(tmp_path / name),
             vocab_size=VOCAB,
             minloglevel=2,
-            **{**prepare.TRAINING, **changes},
+            **{**tx.TRAINING, **changes},
         )
-        with pytest.raises(PrepareError, match=words):
-            prepare.load_tokenizer(tmp_path / f"{name}.model")
+        with pytest.raises(UserError, match=words):
+            verify.load_tokenizer(tmp_path / f"{name}.model")
 
 
 # -- demo -------------------------------------------------------------------------------------------
 
 
 def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
-    sources = prepare.stdlib_sources()
+    sources = documents.stdlib_sources()
     root = Path(json.__file__).parents[1]
     names = {path.relative_to(root).as_posix() for path in sources}
     assert {"json/decoder.py", "argparse.py"} <= names
     assert not any("site-packages" in name or "/test/" in f"/{name}" or "/tests/" in name for name in names)
     assert "pydoc_data/topics.py" not in names  # it would repeat every topic on the training side
     few = [path for path in sources if path.parent.name == "json"]
-    monkeypatch.setattr(prepare, "stdlib_sources", lambda: few)
+    monkeypatch.setattr(documents, "stdlib_sources", lambda: few)
     arguments = ["demo", "--out", str(tmp_path), "--workers", "1", "--val-share", "0.1"]
     assert prepare.main(arguments) == 0
     out = capsys.readouterr().out
     assert "./run.sh train DATA_PATH=" in out and "VOCAB_SIZE=1024" in out
     directory = tmp_path / "datasets" / "demo_sp1024"
     manifest = json.loads((directory / "manifest.json").read_text())
-    topics = len(list(prepare.demo_documents())) - len(prepare.stdlib_sources())
+    topics = len(list(documents.demo_rows())) - len(documents.stdlib_sources())
     assert topics > 50
     dropped = sum(manifest["source"]["dropped"].values())
     total = manifest["train"]["documents"] + manifest["val"]["documents"] + dropped
-    assert total == topics + len(prepare.stdlib_sources())
+    assert total == topics + len(documents.stdlib_sources())
     assert (tmp_path / "tokenizers" / "demo_1024_bpe.model").is_file()
     assert (tmp_path / "tokenizers" / "demo_1024_bpe.vocab").is_file()
     before = tree(tmp_path)
@@ -727,9 +759,29 @@ def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
     assert tree(tmp_path) == before
 
 
+def test_demo_of_another_python_is_replaced_unasked_and_nothing_else_is(corpus, model, tmp_path, monkeypatch, capsys):
+    few = [path for path in documents.stdlib_sources() if path.parent.name == "json"]
+    monkeypatch.setattr(documents, "stdlib_sources", lambda: few)
+    arguments = ["demo", "--out", str(tmp_path), "--workers", "1", "--val-share", "0.1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tx.platform, "python_version", lambda: "3.9.1")
+        assert prepare.main(arguments) == 0
+    capsys.readouterr()
+    assert prepare.main(arguments) == 0
+    assert "manifest.source.python is '3.9.1', not" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "datasets" / "demo_sp1024" / "manifest.json").read_text())
+    assert manifest["source"]["python"] == tx.platform.python_version()
+    own = tmp_path / "own" / "datasets" / "demo_sp1024"
+    shutil.copytree(tmp_path / "datasets" / "demo_sp1024", own)
+    manifest["source"]["kind"] = "files"  # somebody's text that is called demo
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare.main([*arguments[:2], str(tmp_path / "own"), *arguments[3:]]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
 def test_help_of_every_verb(capsys):
-    for arguments in ([], ["demo"], ["text"], ["check"]):
+    for arguments in ([], ["demo"], ["text"], ["download"], ["verify"]):
         with pytest.raises(SystemExit) as caught:
             prepare.main([*arguments, "--help"])
         assert caught.value.code == 0
-    assert "check" in capsys.readouterr().out
+    assert "verify" in capsys.readouterr().out
