@@ -119,6 +119,8 @@ class RunKnobs:
     """torch.compile: auto | on | off. Auto is on for CUDA, off for CPU (there it pays only past minutes)."""
     attention: str = "auto"
     """Attention: auto | sdpa | dense | varlen | fa2 | fa3. Auto: the fastest that this machine has (section 5)."""
+    kernels: str = "auto"
+    """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
     dist_timeout_seconds: float = 900.0
     """A collective that waits longer than this ends the run."""
 
@@ -448,6 +450,7 @@ class EvalKnobs:
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
 CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
            "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3"),
+           "kernels": ("auto", "triton", "plain"),
            "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
@@ -1783,6 +1786,160 @@ class EagerCrossEntropy(torch.autograd.Function):
         return torch.mul(saved, grad.unsqueeze(1), out=torch.empty_like(saved)), None, None  # product in fp32
 
 
+# The two functions below are Triton's language, not Python: `triton_kernels` compiles them, and gives this module its
+# name `tl`. A `constexpr` is a constant of the compiled kernel.
+tl: Any = None
+
+
+def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
+               BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    """One [ROWS, COLS] tile of a product, with the MLP's activation in its epilogue.
+
+    Forward: pre = a [M,K] times b [N,K] transposed, post = max(pre, SLOPE*pre)^2. Backward: grad = a times b [K,N]
+    times the activation's derivative at pre, and post once more, so that it need not be kept.
+    """
+    tiles = tl.cdiv(N, COLS)
+    rows = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+    depth = tl.arange(0, DEPTH)
+    a_at = a_ptr + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
+    b_at = b_ptr + cols[None, :] * (1 if BACKWARD else K) + depth[:, None] * (N if BACKWARD else 1)
+    product = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, K, DEPTH):
+        if K % DEPTH == 0 and N % COLS == 0:
+            a, b = tl.load(a_at), tl.load(b_at)
+        else:
+            real = start + depth < K
+            a = tl.load(a_at, mask=real[None, :], other=0.0)
+            b = tl.load(b_at, mask=real[:, None] & (cols < N)[None, :], other=0.0)
+        product = tl.dot(a, b, product, input_precision="ieee")
+        a_at += DEPTH
+        b_at += DEPTH * (N if BACKWARD else 1)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    if BACKWARD:
+        x = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + at, 2 * product * tl.maximum(x, SLOPE * SLOPE * x), mask=inside)
+    else:
+        pre = product.to(pre_ptr.dtype.element_ty)
+        tl.store(pre_ptr + at, pre, mask=inside)
+        x = pre.to(tl.float32)  # rounded: what the backward will find
+    x = tl.maximum(x, SLOPE * x)
+    tl.store(post_ptr + at, x * x, mask=inside)
+
+
+def nats_kernel(logits_ptr, targets_ptr, nats_ptr, grad_ptr, V: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
+                GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits [V]: nats of its target under softmax(CAP*tanh(z/CAP)) and, if GRAD, their gradient by z.
+
+    The softmax is summed online in fp32; the walk for the gradient finds the row in the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    scored = (target != IGNORED).to(tl.float32)
+    highest, total, chosen = -CAP, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+        z = tl.where(cols < V, CAP * (2 * tl.sigmoid(z * (2 / CAP)) - 1), float("-inf"))  # CAP * tanh(z / CAP)
+        higher = tl.maximum(highest, tl.max(z, 0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
+        chosen += tl.sum(tl.where(cols == target, z, 0.0), 0)
+        highest = higher
+    log_total = highest + tl.log(total)
+    tl.store(nats_ptr + row, (log_total - chosen) * scored)
+    if GRAD:
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+            tanh = 2 * tl.sigmoid(z * (2 / CAP)) - 1
+            error = tl.exp(CAP * tanh - log_total) - tl.where(cols == target, 1.0, 0.0)
+            tl.store(grad_ptr + row * V + cols, error * (1 - tanh * tanh) * scored, mask=cols < V)
+
+
+@functools.cache
+def triton_kernels() -> dict[str, Any]:
+    """The fields of `Kernels` that Triton has a twin for; `ImportError` where there is no Triton.
+
+    Each is an operator of its own (`golf::...`): a compiler puts it into its one graph and does not look inside.
+    """
+    global tl
+    import triton
+    import triton.language as tl
+    tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 32, 4, 2)]
+    configs = [triton.Config(dict(ROWS=rows, COLS=cols, DEPTH=depth), num_warps=warps, num_stages=stages)
+               for rows, cols, depth, warps, stages in tiles]
+    # The fastest tile of a shape is found when the graphs are primed; the interpreter on a CPU takes the smallest.
+    product = triton.autotune(configs if torch.cuda.is_available() else configs[-1:], key=["N", "K", "BACKWARD"])(
+        triton.jit(mlp_kernel))
+    row_kernel = triton.jit(nats_kernel)
+
+    def activated(a: Tensor, b: Tensor, pre: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+        """(pre, post), or in the backward, which has pre, (grad of pre, post); all [M, N]."""
+        (rows, depth), width = a.shape, b.numel() // a.size(1)
+        out, post = a.new_empty(rows, width), a.new_empty(rows, width)
+        product[lambda tile: (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
+            a.contiguous(), b.contiguous(), out if pre is None else pre, out, post, rows, width, depth, slope,
+            pre is not None)
+        return out, post
+
+    def nats(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        """(nats [M] in fp32, their gradient by the logits [M, V]); an empty gradient where none is wanted."""
+        (rows, vocab), block = logits.shape, min(4096, triton.next_power_of_2(logits.size(1)))
+        found, grad = nats_like(logits, targets, cap, wanted)
+        row_kernel[(rows,)](logits.contiguous(), targets, found, grad, vocab, cap, IGNORE, wanted, block, num_warps=8)
+        return found, grad
+
+    def nats_like(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        found = logits.new_empty(logits.size(0), dtype=torch.float32)
+        return found, logits.new_empty(logits.shape if wanted else (0,))
+
+    def mlp_forward(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+        pre, post = activated(x, up, None, slope)
+        return post @ down.T, pre
+
+    def mlp_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, pre = ctx.saved_tensors
+        grad_pre, post = mlp_inner(grad, down, pre, ctx.slope)
+        return grad_pre @ up, grad_pre.T @ x, grad.T @ post, None
+
+    def mlp_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], output[1])
+        ctx.slope = inputs[3]
+
+    def head_forward(x: Tensor, head: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        return nats(x @ head.T, targets, cap, wanted)
+
+    def head_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, head, each = ctx.saved_tensors  # a row's factor commutes with both products: no walk over all logits
+        scale = grad.unsqueeze(1)
+        return ((each @ head) * scale).to(x.dtype), each.T @ (x * scale).to(x.dtype), None, None, None
+
+    def operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        made = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
+        made.register_fake(fake)
+        return made
+
+    pair = " -> (Tensor, Tensor)"
+    mlp_inner = operator("mlp_inner", f"(Tensor grad, Tensor down, Tensor pre, float slope){pair}", activated,
+                         lambda grad, down, pre, slope: (torch.empty_like(pre), torch.empty_like(pre)))
+    mlp = operator("mlp", f"(Tensor x, Tensor up, Tensor down, float slope){pair}", mlp_forward,
+                   lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
+    mlp.register_autograd(mlp_backward, setup_context=mlp_keep)
+    row_nats = operator("nats", f"(Tensor logits, Tensor targets, float cap, bool wanted){pair}", nats, nats_like)
+    row_nats.register_autograd(
+        lambda ctx, grad, each: ((ctx.saved_tensors[0] * grad.unsqueeze(1)).to(each.dtype), None, None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+    head_nats = operator("head_nats", f"(Tensor x, Tensor head, Tensor targets, float cap, bool wanted){pair}",
+                         head_forward, lambda x, head, *rest: nats_like(x.new_empty(x.size(0), head.size(0)), *rest))
+    head_nats.register_autograd(
+        head_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]))
+    return dict(
+        mlp=lambda x, *rest: mlp(x.flatten(0, -2), *rest)[0].view_as(x),
+        cross_entropy=lambda *inputs: row_nats(*inputs, torch.is_grad_enabled())[0],
+        head_nats=lambda *inputs: head_nats(*inputs, torch.is_grad_enabled())[0])
+
+
 class Kernels(NamedTuple):
     """The functions that the model calls; each twin has the reference's signature."""
     attention: Attention
@@ -1791,6 +1948,12 @@ class Kernels(NamedTuple):
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = softcapped_cross_entropy
     masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
     """Attention of a chunk to a document's past (`KeyValueCache`)."""
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    """x [..., D], up [F, D], down [D, F], slope -> [..., D] in one operator that keeps one activation of width F."""
+    head_nats: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    """Hidden [M, D], head [V, D], targets [M], softcap -> nats [M] in one operator that keeps no logits."""
+    fused: str = "compiled"
+    """Who fuses what is not attention: `compiled` (a compiler, the references), `by hand` (eager twins) or `triton`."""
 
 
 def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -1799,12 +1962,25 @@ def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
-    """The kernels of this run. A compiler fuses the references by itself; eager runs take the hand-fused twins."""
+    """The kernels of this run: Triton's on a GPU; else a compiler fuses the references, and eager runs take the twins.
+
+    Raises `UserError` where KERNELS=triton cannot be had.
+    """
     attention = pick_attention(cfg.attention, run.device, run.dtype, cfg.train_seq_len)
-    if run.compiles or cfg.logit_softcap > 40:  # beyond 40 the one-pass cross-entropy could lose its smallest terms
-        return Kernels(attention)
     masked = dense_masked_attention if attention.name == "dense" else masked_attention
-    return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked)
+    kernels = Kernels(attention)
+    if not run.compiles and cfg.logit_softcap <= 40:  # beyond, the one-pass cross-entropy could lose its smallest terms
+        kernels = Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked,
+                          fused="by hand")
+    able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
+    require(able or cfg.kernels != "triton",
+            "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
+    if able and cfg.kernels != "plain":
+        try:
+            return kernels._replace(fused="triton", **triton_kernels())
+        except ImportError as error:
+            require(cfg.kernels == "auto", f"KERNELS=triton: cannot be imported here ({error}); use auto")
+    return kernels
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1878,6 +2054,9 @@ class Weights:
             self.matrices["up", i] = up[i]
             self.matrices["down", i] = down[i] * model.mlp_scale[i].to(dtype).unsqueeze(1)
 
+    plain = True
+    """Whether its products may be fused with what surrounds them: nobody listens to `linear` or adds to it."""
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
         return F.embedding(ids, self.table).to(self.dtype)
@@ -1896,6 +2075,7 @@ class RecordingWeights(Weights):
     Of every input x: x x^T (GPTQ's Hessians). Of every gradient g at a product's output, once a backward runs: g^2 by
     row; of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
     """
+    plain = False
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
@@ -1969,6 +2149,7 @@ class Adapters:
 
 class AdaptedWeights(Weights):
     """Plain weights plus each row's own adapters: y + (x A^T) B^T * alpha / r, before the channel scales."""
+    plain = False
 
     def __init__(self, base: Weights, model: GPT, adapters: Adapters) -> None:
         self.dtype, self.table, self.matrices, self.adapters = base.dtype, base.table, base.matrices, adapters
@@ -2234,8 +2415,10 @@ class GPT(nn.Module):
 
     def mlp(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
         """MLP of one visit on its normed input."""
-        hidden = self.kernels.leaky_relu_squared(step.w.linear("up", visit, n), self.cfg.mlp_slope)
-        return step.w.linear("down", visit, hidden, side=n)
+        slope, w = self.cfg.mlp_slope, step.w
+        if self.kernels.mlp is not None and w.plain:
+            return self.kernels.mlp(n, w.matrices["up", visit.block], w.matrices["down", visit.block], slope)
+        return w.linear("down", visit, self.kernels.leaky_relu_squared(w.linear("up", visit, n), slope), side=n)
 
     def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights, past: NoPast = NO_PAST) -> Tensor:
         """[R, T - past.lead, D]: the normed input of the output matrix. The only forward there is."""
@@ -2276,6 +2459,8 @@ class GPT(nn.Module):
 
     def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
         """Nats of each target [M] given the final hidden states, fp32."""
+        if self.kernels.head_nats is not None and w.plain:
+            return self.kernels.head_nats(hidden_MD, w.matrices["head", 0], targets_M, self.cfg.logit_softcap)
         return self.kernels.cross_entropy(w.linear("head", None, hidden_MD), targets_M, self.cfg.logit_softcap)
 
     def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
@@ -3910,7 +4095,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name,
-            fused="compiled" if run.compiles else "by hand",
+            fused=model.kernels.fused,
             code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)

@@ -110,7 +110,8 @@ def test_a_cpu_takes_a_kernel_that_it_has(wanted: str, dtype: torch.dtype, seq_l
 
 
 def test_eager_runs_take_the_twins_and_compiled_ones_the_references():
-    eager, compiled = (SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compiles=compiles)
+    eager, compiled = (SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compiles=compiles,
+                                        is_cuda=False)
                        for compiles in (False, True))
     kernels = tg.pick_kernels(tiny(), eager)
     assert [getattr(kernels, name) for name in TWINS] == [pair[1] for pair in TWINS.values()]
