@@ -317,6 +317,10 @@ class ScheduleKnobs:
     """Floor of the learning rates as a fraction of their peak."""
     enable_looping_at: float = 0.35
     """Fraction of the budget at which the depth recurrence starts (#1420)."""
+    train_seq_schedule: str = ""
+    """Shorter rows at first: length@end,... with ends as fractions of the budget (1024@0.1,2048@0.7,3072@1, #2014)."""
+    seq_change_warmup_steps: int = 0
+    """Steps over which the learning rates rise again after the row length has changed (#2014: 32)."""
     warmup_steps: int = 20
     """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
     train_log_every: int = 500
@@ -487,12 +491,13 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "prequant_ttt_batch_seqs"):
             require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
-                     "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm", "matrix_lr", "scalar_lr",
-                     "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops", "xsa_last_n", "seed", "adam_eps",
-                     "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay", "phased_ttt_num_phases",
-                     "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr",
-                     "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma",
-                     "prequant_ttt_lr", "prequant_ttt_epochs", "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
+                     "seq_change_warmup_steps", "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
+                     "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
+                     "xsa_last_n", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay",
+                     "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs",
+                     "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks",
+                     "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr", "prequant_ttt_epochs",
+                     "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
             require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
         for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
                      "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
@@ -515,6 +520,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             parts = [part for part in getattr(self, name).split(",") if part]
             require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
                     f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
+        for length, _ in seq_schedule(self):
+            require(length <= self.train_seq_len, f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rows of {length} "
+                    f"tokens are longer than the rows that are read, TRAIN_SEQ_LEN={self.train_seq_len}; raise that")
         chunk_edges(1, self.ttt_chunk_size)
         largest = max(int(part.split(":")[-1]) for part in self.ttt_chunk_size.split(","))
         require(self.ttt != "lora" or largest <= self.eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: expected "
@@ -678,6 +686,8 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
      "the gates read the block's normed input, and start at zero"),
     ("RECUR_START_STEP RECUR_WARMUP_STEPS", "the loop starts at the fraction ENABLE_LOOPING_AT of the budget"),
     ("PARALLEL_START_LAYER_IS_PHYSICAL", "it always is"),
+    ("TRAIN_SEQ_SCHEDULE_MODE COMPILE_SHAPE_WARMUP*",
+     "row lengths follow the used fraction of the budget, and every graph is primed before the clock starts"),
     ("TRAIN_FILES VAL_FILES SAVE_QUANT_STATE PREQUANT_ONLY SKIP_POST_TRAIN_EVAL EVAL_INCLUDE_TAIL",
      "every shard of DATA_PATH is used, and every target is scored"),
     ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
@@ -1083,7 +1093,17 @@ class Run:
 
     def compiled(self, function: Callable) -> Callable:
         """`function` as one compiled graph where this run compiles, else itself."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+        if not self.compiles:
+            return function
+        torch._dynamo.config.recompile_limit = 64  # a graph for every plan and row length
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    def graphs(self) -> dict[str, int]:
+        """Graphs that this process has compiled so far, and the breaks in them."""
+        if not self.compiles:
+            return {"graphs": 0, "graph_breaks": 0}
+        from torch._dynamo.utils import counters
+        return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
 
 
 def cpu_has_bf16_units() -> bool:
@@ -1205,6 +1225,16 @@ class Batch(NamedTuple):
 
     def pin(self) -> Batch:
         return Batch(*(t.pin_memory() for t in self))
+
+    def in_rows(self, seq_len: int) -> Batch:
+        """The same tokens in rows of seq_len (which divides R*T), each of which starts a piece; needs no host."""
+        if seq_len == self.ids.size(1):
+            return self
+        cuts = torch.arange(0, self.ids.numel(), seq_len, dtype=torch.int32, device=self.ids.device)
+        column = torch.arange(seq_len, dtype=torch.int32, device=self.ids.device)
+        return Batch(self.ids.view(-1, seq_len), self.targets.view(-1, seq_len),
+                     torch.minimum(self.positions.view(-1, seq_len), column),
+                     torch.cat([self.cu_seqlens, cuts]).sort().values)  # a start named twice is an empty piece
 
 
 def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
@@ -2691,6 +2721,43 @@ def lr_scale(cfg: ScheduleKnobs, frac: float) -> float:
     return 1.0 if cfg.warmdown_frac == 0 else max(1.0 - ramp(frac, 1 - cfg.warmdown_frac, 1.0), cfg.min_lr)
 
 
+def seq_schedule(cfg: Config) -> list[tuple[int, float]]:
+    """TRAIN_SEQ_SCHEDULE as (row length in tokens, fraction of the budget at which it ends); the last has no end.
+
+    >>> seq_schedule(Config(train_seq_schedule="1024@0.1,2048@1")), seq_schedule(Config())
+    ([(1024, 0.1), (2048, inf)], [(2048, inf)])
+    """
+    if not cfg.train_seq_schedule:
+        return [(cfg.train_seq_len, math.inf)]
+    try:
+        pairs = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        lengths, ends = zip(*((int(length), float(end)) for length, end in pairs))
+    except ValueError:
+        lengths, ends = (0,), (0.0,)
+    require(min(lengths) >= 1 and list(ends) == sorted(set(ends)) and ends[0] > 0 and ends[-1] == 1,
+            f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: expected length@end pairs with rising ends up to 1, such as "
+            f"1024@0.1,2048@0.7,3072@1")
+    return list(zip(lengths, (*ends[:-1], math.inf)))
+
+
+class Stage(NamedTuple):
+    """What one stretch of training runs: each is a graph of its own."""
+    looped: bool
+    seq_len: int
+
+
+def stage(cfg: Config, frac: float) -> Stage:
+    """The stage at a used fraction of the budget."""
+    return Stage(cfg.num_loops > 0 and frac >= cfg.enable_looping_at,
+                 next(length for length, end in seq_schedule(cfg) if frac < end))
+
+
+def stages(cfg: Config) -> list[Stage]:
+    """Every stage of a run, in order."""
+    starts = sorted({0.0, cfg.enable_looping_at, *(end for _, end in seq_schedule(cfg))})
+    return list(dict.fromkeys(stage(cfg, start) for start in starts if start < 1))
+
+
 def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
     """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
     share = ramp(step, 0, cfg.muon_momentum_warmup_steps)
@@ -4147,16 +4214,16 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     run.agree(problem)
 
 
-def prime(losses: Mapping[bool, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
+def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
           run: Run) -> None:
     """Run every graph on random tokens and the optimizer at learning rate 0, then forget its momentum.
 
     Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
     """
     batch = random_batch(data.micro_rows, cfg).to(run.device)
-    for loss in losses.values():
+    for at, loss in losses.items():
         for _ in range(cfg.warmup_steps):
-            (loss(batch) / cfg.train_batch_tokens).backward()
+            (loss(batch.in_rows(at.seq_len)) / cfg.train_batch_tokens).backward()
             optimizer.step(0.0, 0.0)
     optimizer.reset()
 
@@ -4166,28 +4233,34 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     def loss_of(plan: Sequence[Visit]) -> Callable[[Batch], Tensor]:
         return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
 
-    plans = {looped: layer_plan(cfg, looped) for looped in (False, True)}
-    losses = {looped: loss_of(plan) for looped, plan in plans.items()}
+    for length, _ in seq_schedule(cfg):
+        require(data.micro_rows * cfg.train_seq_len % length == 0, f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: a "
+                f"forward has {data.micro_rows * cfg.train_seq_len} tokens here, which rows of {length} do not divide; "
+                f"change MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} or the schedule")
+    losses = {at: loss_of(layer_plan(cfg, at.looped)) for at in stages(cfg)}
     optimizer = ShardedOptimizer(model, cfg, run)
     with run.phase("prime"):
         prime(losses, optimizer, data, cfg, run)
+    primed = run.graphs()["graphs"]
     ema, val = Ema(model, cfg.ema_decay), None
     with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
         clock = TrainClock(cfg, run)
-        step, frac, looped, last = 0, 0.0, False, math.nan
+        step, changed, last, now = 0, -cfg.seq_change_warmup_steps, math.nan, stage(cfg, 0.0)
         marked = (0, 0.0)  # step and seconds at the last log line
         batches = data.steps()
         while (frac := clock.frac(step)) < 1:
             bar.update(100 * frac - bar.n)
-            if frac >= cfg.enable_looping_at and cfg.num_loops and not looped:
-                looped = True
-                run.log("loop_on", step=step, frac=frac, visits=len(plans[True]))
+            if (new := stage(cfg, frac)) != now:
+                changed = step if new.seq_len != now.seq_len else changed
+                now = new
+                run.log("stage", step=step, frac=frac, visits=len(layer_plan(cfg, now.looped)), seq_len=now.seq_len)
             loss = torch.zeros((), device=run.device)
             for batch in next(batches):
-                part = losses[looped](batch.to(run.device)) / cfg.train_batch_tokens
+                part = losses[now](batch.to(run.device).in_rows(now.seq_len)) / cfg.train_batch_tokens
                 part.backward()
                 loss += part.detach()
-            norm = optimizer.step(lr_scale(cfg, frac), muon_momentum(cfg, step))
+            scale = lr_scale(cfg, frac) * ramp(step + 1, changed, changed + cfg.seq_change_warmup_steps)
+            norm = optimizer.step(scale, muon_momentum(cfg, step))
             ema.update()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0 or (not run.is_cuda and not math.isfinite(norm.item())):
@@ -4197,13 +4270,15 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                                         f"{last:.4f} nats; lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR")
                 each = (seconds - marked[1]) / (step - marked[0])
                 run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
-                        lr_scale=lr_scale(cfg, frac), ms_per_step=1000 * each,
+                        lr_scale=scale, ms_per_step=1000 * each,
                         tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds)
                 last, marked = total, (step, seconds)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                before = run.graphs()["graphs"]
                 with clock.pause(), run.phase("val_probe"):
                     val = val or ValData.load(cfg, run)
                     score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
+                primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
         batches.close()
@@ -4211,7 +4286,9 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not math.isfinite(last):
         raise DivergedError(f"the loss is not finite at step {step}, the last one")
-    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds,
+    compiled = run.graphs()
+    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds, graph_breaks=compiled["graph_breaks"],
+            recompiles=compiled["graphs"] - primed,
             tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
             **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
     ema.load_into_model()
