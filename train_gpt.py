@@ -118,7 +118,7 @@ class RunKnobs:
     compile: str = "auto"
     """torch.compile: auto | on | off. Auto is on for CUDA, off for CPU (there it pays only past minutes)."""
     attention: str = "auto"
-    """Attention: auto | sdpa | dense | varlen | fa2 | fa3. Auto: the fastest that this machine has (section 5)."""
+    """Attention: auto | sdpa | dense | varlen | fa2 | fa3 | fa4. Auto: the fastest that is here (section 5)."""
     kernels: str = "auto"
     """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
     dist_timeout_seconds: float = 900.0
@@ -167,6 +167,8 @@ class ModelKnobs:
     """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
     ln_scale: bool = True
     """1: the inputs of block i are scaled by 1/sqrt(i+1) (#315)."""
+    attn_windows: str = "0"
+    """Tokens that attention sees, its own included, in blocks 0, 1, ..., over and over (512,512,0). 0: all."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_dims: int = 16
@@ -247,6 +249,8 @@ class ModelKnobs:
                 f"BIGRAM_BUCKETS={self.bigram_buckets}: expected 0 (none) or at least 2")
         require(self.bigram_buckets == 0 or self.bigram_dim >= 1, f"BIGRAM_BUCKETS={self.bigram_buckets} with "
                 f"BIGRAM_DIM={self.bigram_dim}: expected at least 1")
+        require(re.fullmatch(r"\d{1,6}(,\d{1,6})*", self.attn_windows) is not None,
+                f"ATTN_WINDOWS={self.attn_windows}: expected numbers of tokens such as 512,512,0")
         require(self.rope_base > 0 and self.rope_train_seq_len >= 1,
                 f"ROPE_BASE={self.rope_base} ROPE_TRAIN_SEQ_LEN={self.rope_train_seq_len}: expected positive numbers")
 
@@ -453,7 +457,7 @@ class EvalKnobs:
 
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
 CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
-           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3"),
+           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3", "fa4"),
            "kernels": ("auto", "triton", "plain"),
            "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
@@ -1583,8 +1587,9 @@ class Attention(NamedTuple):
     name: str
     prepare: Callable[[Batch], Any]
     """Batch -> whatever `run` needs to know about the pieces."""
-    run: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """q [R,T,N,H], k and v [R,T,K,H], prepared -> [R,T,N,H]. Scale 1/sqrt(H)."""
+    run: Callable[[Tensor, Tensor, Tensor, Any, int], Tensor]
+    """q [R,T,N,H], k and v [R,T,K,H], prepared, window -> [R,T,N,H]. Scale 1/sqrt(H). A window of w lets a token see
+    itself and the w - 1 before it, 0 all of its piece."""
 
 
 def sdpa_attention() -> Attention:
@@ -1595,7 +1600,18 @@ def sdpa_attention() -> Attention:
         back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
         return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
 
-    return Attention("sdpa", prepare, masked_attention)
+    return Attention("sdpa", prepare, windowed(masked_attention))
+
+
+def windowed(masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention by a mask [R,1,T,S], which a window narrows further; queries are the last T of the S keys."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int = 0) -> Tensor:
+        if window:
+            mask = mask & mask.new_ones(mask.shape[-2:]).triu(mask.size(-1) - mask.size(-2) + 1 - window)
+        return masked(q, k, v, mask)
+
+    return run
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -1658,29 +1674,40 @@ def dense_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
 
 def dense_attention() -> Attention:
     """Dense attention on rows of pieces."""
-    return Attention("dense", sdpa_attention().prepare, dense_masked_attention)
+    return Attention("dense", sdpa_attention().prepare, windowed(dense_masked_attention))
 
 
 def flat_attention(name: str, varlen: Callable[..., Tensor]) -> Attention:
-    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest)` on [M, heads, H]."""
+    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest, before)` on [M, heads, H].
+
+    `before`: how many tokens before itself a token sees, -1 for all of its piece.
+    """
 
     def prepare(batch: Batch) -> tuple[Tensor, int]:
         return batch.cu_seqlens, batch.ids.size(1)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int]) -> Tensor:
-        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces).view_as(q)
+    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int], window: int = 0) -> Tensor:
+        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces, window - 1).view_as(q)
 
     return Attention(name, prepare, run)
+
+
+def operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A torch operator golf::<name>, which a compiler puts into its graph without looking inside; fake: its shapes."""
+    made = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
 
 
 def varlen_attention() -> Attention:
     """PyTorch's own variable-length attention (CUDA; torch 2.10 and later)."""
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     gqa = {"enable_gqa": True} if "enable_gqa" in known else {}
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
+        require(before < 0 or "window_size" in known, "ATTN_WINDOWS: this torch's varlen_attn has none; upgrade it")
+        causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
         if not gqa and q.size(1) != k.size(1):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **gqa)
@@ -1688,26 +1715,65 @@ def varlen_attention() -> Attention:
     return flat_attention("varlen", varlen)
 
 
+def flash_attention(name: str, function: Callable[..., Any]) -> Attention:
+    """FlashAttention's variable-length function, 2 or 3: the same arguments."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
+        y = function(q, k, v, cu, cu, longest, longest, causal=True, window_size=(before, 0 if before >= 0 else -1))
+        return y[0] if isinstance(y, tuple) else y  # older builds of 3 also return the log-sum-exp
+
+    return flat_attention(name, varlen)
+
+
 def fa2_attention() -> Attention:
     """FlashAttention 2 (package flash-attn)."""
     from flash_attn import flash_attn_varlen_func
-    return flat_attention("fa2", lambda q, k, v, cu, longest: flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, causal=True))
+    return flash_attention("fa2", flash_attn_varlen_func)
 
 
 def fa3_attention() -> Attention:
     """FlashAttention 3 (package flash_attn_interface, Hopper)."""
     from flash_attn_interface import flash_attn_varlen_func
-
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-        y = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-        return y[0] if isinstance(y, tuple) else y  # older builds also return the log-sum-exp
-
-    return flat_attention("fa3", varlen)
+    return flash_attention("fa3", flash_attn_varlen_func)
 
 
-ATTENTIONS = {"fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention, "dense": dense_attention,
-              "sdpa": sdpa_attention}
+@functools.cache
+def fa4_attention() -> Attention:
+    """FlashAttention 4 (package flash-attn-4, Hopper and Blackwell), as an operator: no compiler can look into it."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    def call(function: Callable[..., Any], tensors: Sequence[Tensor], cu: Tensor, longest: int, before: int, **more: Any
+             ) -> tuple[Tensor, ...]:
+        wanted = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
+                      window_size_left=before if before >= 0 else None)
+        known = inspect.signature(function).parameters  # max_seqlen came late to some of them
+        return function(*(t.contiguous() for t in tensors), **{k: v for k, v in wanted.items() if k in known}, **more)
+
+    arguments = "Tensor cu, int longest, int before"
+    forward = operator(
+        "fa4", f"(Tensor q, Tensor k, Tensor v, {arguments}) -> (Tensor, Tensor)",
+        lambda q, k, v, *rest: call(_flash_attn_fwd, (q, k, v), *rest, return_lse=True)[:2],
+        lambda q, k, v, *rest: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    inner = operator(
+        "fa4_grad", f"(Tensor q, Tensor k, Tensor v, Tensor y, Tensor grad, Tensor lse, {arguments}) -> "
+        "(Tensor, Tensor, Tensor)",
+        lambda *inputs: call(_flash_attn_bwd, inputs[:6], *inputs[6:])[:3],
+        lambda q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+        ctx.rest = inputs[4:]
+
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, lse, cu = ctx.saved_tensors
+        return *inner(q, k, v, y, grad, lse, cu, *ctx.rest), None, None, None
+
+    forward.register_autograd(backward, setup_context=keep)
+    return flat_attention("fa4", lambda *inputs: forward(*inputs)[0])
+
+
+ATTENTIONS = {"fa4": fa4_attention, "fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention,
+              "dense": dense_attention, "sdpa": sdpa_attention}
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Attention:
@@ -1715,15 +1781,16 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, seq_le
     anywhere, fast = ("sdpa", "dense"), device.type == "cuda" and dtype == torch.bfloat16
     require(wanted in ("auto", *anywhere) or fast, f"ATTENTION={wanted}: needs CUDA and DTYPE=bfloat16; use auto")
     short = device.type == "cpu" and dtype == torch.bfloat16 and seq_len <= 512
-    best = ["fa3", "fa2", "varlen", "sdpa"] if fast else ["dense" if short else "sdpa"]
+    best = ["fa3", "fa4", "fa2", "varlen", "sdpa"] if fast else ["dense" if short else "sdpa"]
     for name in ([wanted] if wanted != "auto" else best):
-        if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+        generations = {"fa3": (9,), "fa4": (9, 10, 11, 12)}
+        if name in generations and torch.cuda.get_device_capability(device)[0] not in generations[name]:
             continue
         try:
             return ATTENTIONS[name]()
         except ImportError as error:
             require(wanted == "auto", f"ATTENTION={wanted}: cannot be imported here ({error}); use ATTENTION=auto")
-    raise UserError(f"ATTENTION={wanted}: needs a Hopper GPU; use ATTENTION=auto")
+    raise UserError(f"ATTENTION={wanted}: needs a newer GPU (fa3: Hopper alone; fa4: Hopper or later); use auto")
 
 
 RMS_EPS = 2.0 ** -23
@@ -1891,7 +1958,7 @@ def nats_kernel(logits_ptr, targets_ptr, nats_ptr, grad_ptr, V: tl.constexpr, CA
 def triton_kernels() -> dict[str, Any]:
     """The fields of `Kernels` that Triton has a twin for; `ImportError` where there is no Triton.
 
-    Each is an operator of its own (`golf::...`): a compiler puts it into its one graph and does not look inside.
+    Each is an `operator`, with a gradient in operators and plain products.
     """
     global tl
     import triton
@@ -1944,11 +2011,6 @@ def triton_kernels() -> dict[str, Any]:
         x, head, each = ctx.saved_tensors  # a row's factor commutes with both products: no walk over all logits
         scale = grad.unsqueeze(1)
         return ((each @ head) * scale).to(x.dtype), each.T @ (x * scale).to(x.dtype), None, None, None
-
-    def operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-        made = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
-        made.register_fake(fake)
-        return made
 
     pair = " -> (Tensor, Tensor)"
     mlp_inner = operator("mlp_inner", f"(Tensor grad, Tensor down, Tensor pre, float slope){pair}", activated,
@@ -2035,6 +2097,8 @@ class Visit(NamedTuple):
     """Row of the skip weights: the position in the decoder half."""
     lanes: str
     """`none`: attention, then MLP; `single`: both read one lane; `two`: two lanes."""
+    window: int
+    """Tokens that attention sees, the own one included; 0: the whole document."""
 
 
 def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
@@ -2052,11 +2116,13 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
     if looped and cfg.num_loops:
         order = [*range(first), *list(range(first, last + 1)) * (cfg.num_loops + 1), *range(last + 1, cfg.num_layers)]
     encoder = len(order) // 2
+    windows = [int(window) for window in cfg.attn_windows.split(",")]
     visits = []
     for i, block in enumerate(order):
         slot = i - encoder if 0 <= i - encoder < encoder else None
         lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
-        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes))
+        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes,
+                            windows[block % len(windows)]))
     return tuple(visits)
 
 
@@ -2210,7 +2276,7 @@ class NoPast:
         return kernels.attention.prepare(batch)
 
     def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Any) -> Tensor:
-        return kernels.attention.run(q, k, v, pieces)
+        return kernels.attention.run(q, k, v, pieces, visit.window)
 
 
 NO_PAST = NoPast()
@@ -2239,7 +2305,7 @@ class KeyValueCache(NoPast):
         if visit.number in self.held:
             k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.held[visit.number], (k, v)))
         self.new[visit.number] = (k[:, -self.reach:].detach(), v[:, -self.reach:].detach())
-        return kernels.masked(q, k, v, pieces)
+        return windowed(kernels.masked)(q, k, v, pieces, visit.window)
 
     def advance(self, size: int, new: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """`new` (of the scoring forward over `size` tokens) becomes the past of the next chunk."""
@@ -4173,7 +4239,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
         value = getattr(cfg, name)
         run.write(f"  {'*' if value != fields[name] else ' '} {name.upper()}={show(value)}")
     for looped in ([False, True] if cfg.num_loops else [False]):
-        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip, / single lane, = two lanes)")
+        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip@window, / single lane, = two lanes)")
         run.write("  " + plan_text(layer_plan(cfg, looped)))
     run.write("routes: parameter, shape, update, learning rate, decay, stored as")
     for name, p in model.named_parameters():
@@ -4184,9 +4250,10 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
 
 
 def plan_text(plan: Sequence[Visit]) -> str:
-    """One line for a layer plan: block, `<visit` for a skip, a mark for its lanes."""
+    """One line for a layer plan: block, a mark for its lanes, `<visit` for a skip, `@tokens` for a window."""
     mark = {"none": "", "single": "/", "two": "="}
-    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") for v in plan)
+    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") +
+                    (f"@{v.window}" if v.window else "") for v in plan)
 
 
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:

@@ -5,8 +5,9 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import batch_of, tiny
 from test_main import environment, events
+from test_model import noisy
 
 import train_gpt as tg
 
@@ -84,3 +85,28 @@ def test_learning_rates_rise_again_after_a_change_of_rows(dataset, tmp_path, mon
                       iterations=5, warmdown_frac=0)
     assert tg.main([], env) == 2
     assert [e["lr_scale"] for e in events(tmp_path, "train")] == [1, 1, 0.5, 1, 1]
+
+
+def test_windows_are_of_blocks_and_repeat_to_the_last_one():
+    cfg = tiny(attn_windows="5,0,7")
+    assert [(v.block, v.window) for v in tg.layer_plan(cfg, True)] == [(0, 5), (1, 0), (2, 7), (1, 0), (2, 7), (3, 5)]
+    assert {v.window for v in tg.layer_plan(tiny(), True)} == {0}
+    assert "0@5 1 2@7 1<2 2<1@7" in tg.plan_text(tg.layer_plan(cfg, True))
+    for wrong in ("", "5,", "-1", "a", "1234567"):
+        with pytest.raises(tg.UserError, match="ATTN_WINDOWS"):
+            tiny(attn_windows=wrong)
+
+
+def test_a_window_hides_what_lies_before_it_and_nothing_else():
+    """A token is seen by the block behind it up to two tokens later, through two blocks up to four."""
+    cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, attn_windows="3", smear_gate_enabled=False)
+    model, plan = noisy(cfg), tg.layer_plan(cfg, False)
+    ids = np.array([[tg.BOS_ID, *range(5, 21)]])
+    with torch.no_grad():
+        w = tg.Weights(model, torch.float32)
+        hidden = model.hidden(batch_of(ids), plan, w)
+        for changed in range(1, 16):
+            other = ids.copy()
+            other[0, changed] += 100
+            moved = (model.hidden(batch_of(other), plan, w) - hidden).abs().amax(-1)[0] > 0
+            assert moved.nonzero().flatten().tolist() == list(range(changed, min(changed + 5, 16)))
