@@ -992,27 +992,28 @@ class Run:
             dist.broadcast(t, src=0)
         return t
 
-    def reduce_scatter(self, full: Tensor) -> Tensor:
-        """Sum over ranks of `full` [W*k, ...]; each rank gets its k rows."""
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        """Start to sum `full` [W*k, ...] over ranks; the function returned waits for this rank's k rows."""
         if self.world == 1:
-            return full
+            return lambda: full
         rows = full.size(0) // self.world
         if not self.is_cuda:  # gloo of older torch has no reduce-scatter; the values are the same
-            return self.total(full)[self.rank * rows:(self.rank + 1) * rows]
+            work = dist.all_reduce(full, async_op=True)
+            return lambda: (work.wait(), full[self.rank * rows:(self.rank + 1) * rows])[1]
         own = torch.empty_like(full[:rows])
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full)
-        return own
+        work = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full, async_op=True)
+        return lambda: (work.wait(), own)[1]
 
-    def all_gather(self, own: Tensor) -> Tensor:
-        """[k, ...] of each rank, concatenated to [W*k, ...] everywhere."""
+    def all_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Start to gather [k, ...] of each rank; the function returned waits for all [W*k, ...]."""
         if self.world == 1:
-            return own
-        full = own.new_empty(self.world * own.size(0), *own.shape[1:])
+            return lambda: own
+        full, own = own.new_empty(self.world * own.size(0), *own.shape[1:]), own.contiguous()
         if self.is_cuda:
-            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own.contiguous())
+            work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own, async_op=True)
         else:
-            dist.all_gather(list(full.chunk(self.world)), own.contiguous())
-        return full
+            work = dist.all_gather(list(full.chunk(self.world)), own, async_op=True)
+        return lambda: (work.wait(), full)[1]
 
     def share(self, value: Any) -> Any:
         """Rank 0's Python object on every rank (small things: names, messages, a file's bytes)."""
@@ -2723,8 +2724,9 @@ class ShardedOptimizer:
         cfg, run = self.cfg, self.run
         idle = [name for name, p in self.named.items() if p.grad is None]
         ensure(not idle, f"no gradient reached {', '.join(idle)}")
-        grads = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
+        coming = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
         flat = run.total(torch.cat([p.grad.flatten() for p in self.small]))
+        grads = [wait() for wait in coming]
         own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
         norm = (run.total(own.clone()) + flat.square().sum()).sqrt()
         shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
@@ -2734,12 +2736,14 @@ class ShardedOptimizer:
             p.grad = g.view_as(p)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_scale
+        # A bank's update travels while the next bank's is orthogonalised, and the last one's during AdamW.
+        updates = [run.all_gather(muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
+                                              coefficients(cfg), run.dtype))
+                   for grad, (buffer, second) in zip(grads, self.state)]
         self.adam.step()
-        for (bank, row), grad, (buffer, second) in zip(self.banks, grads, self.state):
-            update = muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
-                                 coefficients(cfg), run.dtype)
-            update = run.all_gather(update)[:bank.size(0)]
-            decay_and_apply(bank, update, getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd), cfg.cautious_wd)
+        for (bank, row), wait in zip(self.banks, updates):
+            decay_and_apply(bank, wait()[:bank.size(0)], getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd),
+                            cfg.cautious_wd)
         for parameter in [*self.small, *(bank for bank, _ in self.banks)]:
             parameter.grad = None
         return norm

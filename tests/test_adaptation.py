@@ -193,8 +193,8 @@ def test_chunks_with_a_cache_equal_one_banded_forward(reach: int, size: int, ker
 
 @pytest.mark.parametrize("windows", ["0", "7,0"])
 def test_within_a_window_the_cache_scores_as_the_plain_model(windows: str, run: tg.Run):
-    cfg = tiny(ttt_context="cache", attn_windows=windows, ttt_lora_lr=0.0, phased_ttt_num_phases=0, eval_seq_len=96, eval_stride=0,
-               ngram_tilt_enabled=False)
+    cfg = tiny(ttt_context="cache", attn_windows=windows, ttt_lora_lr=0.0, phased_ttt_num_phases=0, eval_seq_len=96,
+               eval_stride=0, ngram_tilt_enabled=False)
     val, model = stream(FIVE), noisy(cfg)
     plain = adapted(val, dataclasses.replace(cfg, ttt="none"), run, model)[0]
     torch.testing.assert_close(adapted(val, cfg, run, model)[0], plain, rtol=1e-5, atol=1e-4)
