@@ -191,7 +191,7 @@ def text_batches(cfg: tg.Config) -> Iterator[tg.Batch]:
 
 
 def contest(cfg: tg.Config, run: tg.Run, steps: int) -> dict[str, list[float]]:
-    """Both train `steps` steps in turns: losses of ours and of the plain one, and CPU-seconds of each turn of either."""
+    """Both train `steps` steps in turns: losses of ours and of the plain one, and CPU-seconds of their turns."""
     model = tg.build_model(cfg, run)
     plan, plain = tg.layer_plan(cfg, cfg.num_loops > 0), Plain(model).to(run.device)
     ours, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
@@ -235,8 +235,8 @@ def main() -> None:
         for step in sorted({0, *range(TURN - 1, steps, 2 * TURN), steps - 1}):
             print(f"{step:4d} {found['ours'][step]:8.4f} {found['plain'][step]:8.4f}")
         print(f"largest difference of {steps} losses {apart:.2g} nats in {str(run.dtype).removeprefix('torch.')}; "
-              f"tokens per CPU-second against plain {statistics.median(turns):.2f} (n={len(turns)} turns, {min(turns):.2f} to "
-              f"{max(turns):.2f}; the first turn is warm-up)")
+              f"tokens per CPU-second against plain {statistics.median(turns):.2f} (n={len(turns)} turns, "
+              f"{min(turns):.2f} to {max(turns):.2f}; the first turn is warm-up)")
         print(json.dumps({"ratio": statistics.median(turns), "turns": turns, "largest_difference": apart, **found}))
 
 

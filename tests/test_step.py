@@ -1,15 +1,19 @@
 """The training step as a whole: one graph a stage, all made before the clock starts, and rows of changing length."""
 import doctest
 import functools
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, tiny
+from conftest import ROOT, batch_of, tiny
 from test_main import environment, events
 from test_model import noisy
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "bench"))
+from plain_step import contest  # noqa: E402
 
 SMALL = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, eval_ladder="", ttt="none",
              ngram_tilt_enabled=False)
@@ -110,3 +114,13 @@ def test_a_window_hides_what_lies_before_it_and_nothing_else():
             other[0, changed] += 100
             moved = (model.hidden(batch_of(other), plan, w) - hidden).abs().amax(-1)[0] > 0
             assert moved.nonzero().flatten().tolist() == list(range(changed, min(changed + 5, 16)))
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(parallel_residual="single", bigram_buckets=64, bigram_dim=8)],
+                         ids=["record's parts", "demo's parts"])
+def test_our_step_is_the_straightforward_one(knobs: dict, run: tg.Run):
+    """Joined products, scales in the weights, banks, hand-written gradients and foreach updates change no loss."""
+    cfg = tiny(gate_window=6, muon_momentum_warmup_steps=3, **knobs)
+    found = contest(cfg, run, 12)
+    assert found["ours"][-1] < found["ours"][0] - 0.5
+    np.testing.assert_allclose(found["ours"], found["plain"], rtol=0, atol=2e-3)
