@@ -2080,8 +2080,9 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
 # 6 Model: layer plan, weights seam, one forward
 # ----------------------------------------------------------------------------------------------------
 # Which block runs when is data (`layer_plan`): loop off and loop on are two tuples. A block reads its matrices only
-# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm. Matrices
-# of one kind lie in one bank [count, O, I] for the optimizer; a parameter is fp32 and is cast where it is used.
+# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm; where `w`
+# is plain, a kernel may take the MLP's or the head's matrices whole. Matrices of one kind lie in one bank [count, O, I]
+# for the optimizer; a parameter is fp32 and is cast where it is used.
 # Positions restart at every document piece; nothing else has to be told where documents end.
 # Safe to change: a gate is one class and one entry of GATES. A new parameter needs a row in ROUTES (section 7).
 
