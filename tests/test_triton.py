@@ -89,7 +89,7 @@ def test_nats_and_their_gradient_equal_the_formula(rows: int, vocab: int, ignore
     with torch.no_grad():
         logits *= 20
         logits[1:2] *= 100
-        logits[0, -1] = 90  # the largest comes last
+        logits[:rows - 1, -1] = 90  # the largest comes last
     exact = logits.detach().double().requires_grad_()
     found = tg.triton_kernels()["cross_entropy"](logits, targets, cap)
     assert found.dtype == torch.float32 and not found[targets == tg.IGNORE].any()
@@ -196,3 +196,25 @@ def test_triton_where_it_cannot_run_is_one_clear_line():
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compiles=False, is_cuda=False)
     with pytest.raises(tg.UserError, match="KERNELS=triton: needs .*; use auto"):
         tg.pick_kernels(tiny(kernels="triton"), run)
+
+
+@pytest.mark.parametrize("generation, knob, installed, expected", [
+    (9, "auto", True, "triton"), (8, "triton", True, "triton"), (9, "plain", True, "compiled"),
+    (7, "auto", True, "compiled"), (9, "auto", False, "compiled"),
+    (9, "triton", False, "KERNELS=triton: cannot be imported")])
+def test_a_gpu_takes_the_kernels_that_it_can_run(generation, knob, installed, expected, monkeypatch):
+    def missing() -> dict:
+        raise ImportError("no triton")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    monkeypatch.setattr(tg, "pick_attention", lambda *args: tg.sdpa_attention())
+    if not installed:
+        monkeypatch.setattr(tg, "triton_kernels", missing)
+    run = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, compiles=True, is_cuda=True)
+    try:
+        kernels = tg.pick_kernels(tiny(kernels=knob), run)
+        found, fused = kernels.fused, kernels.mlp is not None and kernels.head_nats is not None
+        assert fused == (found == "triton") and (kernels.cross_entropy is tg.softcapped_cross_entropy) == (not fused)
+    except tg.UserError as error:
+        found = str(error)
+    assert found.startswith(expected)
