@@ -54,7 +54,7 @@ setup() {
     fail "'$python -m venv' does not work: install it (Debian, Ubuntu: apt-get install python3-venv)"
   if [ -n "$site" ]; then
     wanted=.venv/requirements.txt
-    grep -v '^torch==' requirements.txt >"$wanted"
+    grep -vE '^(torch|triton)==' requirements.txt >"$wanted"
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted" ||
     fail "the installation failed (see above); once the cause is mended, the same command tries again"

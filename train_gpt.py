@@ -118,7 +118,9 @@ class RunKnobs:
     compile: str = "auto"
     """torch.compile: auto | on | off. Auto is on for CUDA, off for CPU (there it pays only past minutes)."""
     attention: str = "auto"
-    """Attention: auto | sdpa | dense | varlen | fa2 | fa3. Auto: the fastest that this machine has (section 5)."""
+    """Attention: auto | sdpa | dense | varlen | fa2 | fa3 | fa4. Auto: the fastest that is here (section 5)."""
+    kernels: str = "auto"
+    """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
     dist_timeout_seconds: float = 900.0
     """A collective that waits longer than this ends the run."""
 
@@ -165,6 +167,8 @@ class ModelKnobs:
     """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
     ln_scale: bool = True
     """1: the inputs of block i are scaled by 1/sqrt(i+1) (#315)."""
+    attn_windows: str = "0"
+    """Tokens that attention sees, its own included, in blocks 0, 1, ..., over and over (512,512,0). 0: all."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_dims: int = 16
@@ -245,6 +249,8 @@ class ModelKnobs:
                 f"BIGRAM_BUCKETS={self.bigram_buckets}: expected 0 (none) or at least 2")
         require(self.bigram_buckets == 0 or self.bigram_dim >= 1, f"BIGRAM_BUCKETS={self.bigram_buckets} with "
                 f"BIGRAM_DIM={self.bigram_dim}: expected at least 1")
+        require(re.fullmatch(r"\d{1,6}(,\d{1,6})*", self.attn_windows) is not None,
+                f"ATTN_WINDOWS={self.attn_windows}: expected numbers of tokens such as 512,512,0")
         require(self.rope_base > 0 and self.rope_train_seq_len >= 1,
                 f"ROPE_BASE={self.rope_base} ROPE_TRAIN_SEQ_LEN={self.rope_train_seq_len}: expected positive numbers")
 
@@ -315,6 +321,10 @@ class ScheduleKnobs:
     """Floor of the learning rates as a fraction of their peak."""
     enable_looping_at: float = 0.35
     """Fraction of the budget at which the depth recurrence starts (#1420)."""
+    train_seq_schedule: str = ""
+    """Shorter rows at first: length@end,... with ends as fractions of the budget (1024@0.1,2048@0.7,3072@1, #2014)."""
+    seq_change_warmup_steps: int = 0
+    """Steps over which the learning rates rise again after the row length has changed (#2014: 32)."""
     warmup_steps: int = 20
     """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
     train_log_every: int = 500
@@ -451,7 +461,8 @@ class EvalKnobs:
 
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
 CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
-           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3"),
+           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3", "fa4"),
+           "kernels": ("auto", "triton", "plain"),
            "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
@@ -488,12 +499,13 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "prequant_ttt_batch_seqs"):
             require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
-                     "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm", "matrix_lr", "scalar_lr",
-                     "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops", "xsa_last_n", "seed", "adam_eps",
-                     "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay", "phased_ttt_num_phases",
-                     "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr",
-                     "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma",
-                     "prequant_ttt_lr", "prequant_ttt_epochs", "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
+                     "seq_change_warmup_steps", "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
+                     "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
+                     "xsa_last_n", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay",
+                     "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs",
+                     "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks",
+                     "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr", "prequant_ttt_epochs",
+                     "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
             require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
         for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
                      "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
@@ -517,6 +529,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             parts = [part for part in getattr(self, name).split(",") if part]
             require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
                     f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
+        for length, _ in seq_schedule(self):
+            require(length <= self.train_seq_len, f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rows of {length} "
+                    f"tokens are longer than the rows that are read, TRAIN_SEQ_LEN={self.train_seq_len}; raise that")
         chunk_edges(1, self.ttt_chunk_size)
         largest = max(int(part.split(":")[-1]) for part in self.ttt_chunk_size.split(","))
         require(self.ttt != "lora" or largest <= self.eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: expected "
@@ -680,6 +695,8 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
      "the gates read the block's normed input, and start at zero"),
     ("RECUR_START_STEP RECUR_WARMUP_STEPS", "the loop starts at the fraction ENABLE_LOOPING_AT of the budget"),
     ("PARALLEL_START_LAYER_IS_PHYSICAL", "it always is"),
+    ("TRAIN_SEQ_SCHEDULE_MODE COMPILE_SHAPE_WARMUP*",
+     "row lengths follow the used fraction of the budget, and every graph is primed before the clock starts"),
     ("TRAIN_FILES VAL_FILES SAVE_QUANT_STATE PREQUANT_ONLY SKIP_POST_TRAIN_EVAL EVAL_INCLUDE_TAIL",
      "every shard of DATA_PATH is used, and every target is scored"),
     ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
@@ -980,27 +997,28 @@ class Run:
             dist.broadcast(t, src=0)
         return t
 
-    def reduce_scatter(self, full: Tensor) -> Tensor:
-        """Sum over ranks of `full` [W*k, ...]; each rank gets its k rows."""
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        """Start to sum `full` [W*k, ...] over ranks; the function returned waits for this rank's k rows."""
         if self.world == 1:
-            return full
+            return lambda: full
         rows = full.size(0) // self.world
         if not self.is_cuda:  # gloo of older torch has no reduce-scatter; the values are the same
-            return self.total(full)[self.rank * rows:(self.rank + 1) * rows]
+            work = dist.all_reduce(full, async_op=True)
+            return lambda: (work.wait(), full[self.rank * rows:(self.rank + 1) * rows])[1]
         own = torch.empty_like(full[:rows])
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full)
-        return own
+        work = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full, async_op=True)
+        return lambda: (work.wait(), own)[1]
 
-    def all_gather(self, own: Tensor) -> Tensor:
-        """[k, ...] of each rank, concatenated to [W*k, ...] everywhere."""
+    def all_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Start to gather [k, ...] of each rank; the function returned waits for all [W*k, ...]."""
         if self.world == 1:
-            return own
-        full = own.new_empty(self.world * own.size(0), *own.shape[1:])
+            return lambda: own
+        full, own = own.new_empty(self.world * own.size(0), *own.shape[1:]), own.contiguous()
         if self.is_cuda:
-            getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own.contiguous())
+            work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own, async_op=True)
         else:
-            dist.all_gather(list(full.chunk(self.world)), own.contiguous())
-        return full
+            work = dist.all_gather(list(full.chunk(self.world)), own, async_op=True)
+        return lambda: (work.wait(), full)[1]
 
     def share(self, value: Any) -> Any:
         """Rank 0's Python object on every rank (small things: names, messages, a file's bytes)."""
@@ -1085,7 +1103,17 @@ class Run:
 
     def compiled(self, function: Callable) -> Callable:
         """`function` as one compiled graph where this run compiles, else itself."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+        if not self.compiles:
+            return function
+        torch._dynamo.config.recompile_limit = 64  # a graph for every plan and row length
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    def graphs(self) -> dict[str, int]:
+        """Graphs that this process has compiled so far, and the breaks in them."""
+        if not self.compiles:
+            return {"graphs": 0, "graph_breaks": 0}
+        from torch._dynamo.utils import counters
+        return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
 
 
 def cpu_has_bf16_units() -> bool:
@@ -1223,6 +1251,16 @@ class Batch(NamedTuple):
 
     def pin(self) -> Batch:
         return Batch(*(t.pin_memory() for t in self))
+
+    def in_rows(self, seq_len: int) -> Batch:
+        """The same tokens in rows of seq_len (which divides R*T), each of which starts a piece; needs no host."""
+        if seq_len == self.ids.size(1):
+            return self
+        cuts = torch.arange(0, self.ids.numel(), seq_len, dtype=torch.int32, device=self.ids.device)
+        column = torch.arange(seq_len, dtype=torch.int32, device=self.ids.device)
+        return Batch(self.ids.view(-1, seq_len), self.targets.view(-1, seq_len),
+                     torch.minimum(self.positions.view(-1, seq_len), column),
+                     torch.cat([self.cu_seqlens, cuts]).sort().values)  # a start named twice is an empty piece
 
 
 def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
@@ -1623,8 +1661,9 @@ class Attention(NamedTuple):
     name: str
     prepare: Callable[[Batch], Any]
     """Batch -> whatever `run` needs to know about the pieces."""
-    run: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """q [R,T,N,H], k and v [R,T,K,H], prepared -> [R,T,N,H]. Scale 1/sqrt(H)."""
+    run: Callable[[Tensor, Tensor, Tensor, Any, int], Tensor]
+    """q [R,T,N,H], k and v [R,T,K,H], prepared, window -> [R,T,N,H]. Scale 1/sqrt(H). A window of w lets a token see
+    itself and the w - 1 before it, 0 all of its piece."""
 
 
 def sdpa_attention() -> Attention:
@@ -1635,7 +1674,18 @@ def sdpa_attention() -> Attention:
         back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
         return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
 
-    return Attention("sdpa", prepare, masked_attention)
+    return Attention("sdpa", prepare, windowed(masked_attention))
+
+
+def windowed(masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention by a mask [R,1,T,S], which a window narrows further; queries are the last T of the S keys."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int = 0) -> Tensor:
+        if window:
+            mask = mask & mask.new_ones(mask.shape[-2:]).triu(mask.size(-1) - mask.size(-2) + 1 - window)
+        return masked(q, k, v, mask)
+
+    return run
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -1698,29 +1748,40 @@ def dense_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
 
 def dense_attention() -> Attention:
     """Dense attention on rows of pieces."""
-    return Attention("dense", sdpa_attention().prepare, dense_masked_attention)
+    return Attention("dense", sdpa_attention().prepare, windowed(dense_masked_attention))
 
 
 def flat_attention(name: str, varlen: Callable[..., Tensor]) -> Attention:
-    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest)` on [M, heads, H]."""
+    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest, before)` on [M, heads, H].
+
+    `before`: how many tokens before itself a token sees, -1 for all of its piece.
+    """
 
     def prepare(batch: Batch) -> tuple[Tensor, int]:
         return batch.cu_seqlens, batch.ids.size(1)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int]) -> Tensor:
-        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces).view_as(q)
+    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int], window: int = 0) -> Tensor:
+        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces, window - 1).view_as(q)
 
     return Attention(name, prepare, run)
+
+
+def operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A torch operator golf::<name>, which a compiler puts into its graph without looking inside; fake: its shapes."""
+    made = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
 
 
 def varlen_attention() -> Attention:
     """PyTorch's own variable-length attention (CUDA; torch 2.10 and later)."""
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     gqa = {"enable_gqa": True} if "enable_gqa" in known else {}
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
+        require(before < 0 or "window_size" in known, "ATTN_WINDOWS: this torch's varlen_attn has none; upgrade it")
+        causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
         if not gqa and q.size(1) != k.size(1):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **gqa)
@@ -1728,26 +1789,65 @@ def varlen_attention() -> Attention:
     return flat_attention("varlen", varlen)
 
 
+def flash_attention(name: str, function: Callable[..., Any]) -> Attention:
+    """FlashAttention's variable-length function, 2 or 3: the same arguments."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
+        y = function(q, k, v, cu, cu, longest, longest, causal=True, window_size=(before, 0 if before >= 0 else -1))
+        return y[0] if isinstance(y, tuple) else y  # older builds of 3 also return the log-sum-exp
+
+    return flat_attention(name, varlen)
+
+
 def fa2_attention() -> Attention:
     """FlashAttention 2 (package flash-attn)."""
     from flash_attn import flash_attn_varlen_func
-    return flat_attention("fa2", lambda q, k, v, cu, longest: flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, causal=True))
+    return flash_attention("fa2", flash_attn_varlen_func)
 
 
 def fa3_attention() -> Attention:
     """FlashAttention 3 (package flash_attn_interface, Hopper)."""
     from flash_attn_interface import flash_attn_varlen_func
-
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-        y = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-        return y[0] if isinstance(y, tuple) else y  # older builds also return the log-sum-exp
-
-    return flat_attention("fa3", varlen)
+    return flash_attention("fa3", flash_attn_varlen_func)
 
 
-ATTENTIONS = {"fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention, "dense": dense_attention,
-              "sdpa": sdpa_attention}
+@functools.cache
+def fa4_attention() -> Attention:
+    """FlashAttention 4 (package flash-attn-4, Hopper and Blackwell), as an operator: no compiler can look into it."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    def call(function: Callable[..., Any], tensors: Sequence[Tensor], cu: Tensor, longest: int, before: int, **more: Any
+             ) -> tuple[Tensor, ...]:
+        wanted = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
+                      window_size_left=before if before >= 0 else None)
+        known = inspect.signature(function).parameters  # max_seqlen came late to some of them
+        return function(*(t.contiguous() for t in tensors), **{k: v for k, v in wanted.items() if k in known}, **more)
+
+    arguments = "Tensor cu, int longest, int before"
+    forward = operator(
+        "fa4", f"(Tensor q, Tensor k, Tensor v, {arguments}) -> (Tensor, Tensor)",
+        lambda q, k, v, *rest: call(_flash_attn_fwd, (q, k, v), *rest, return_lse=True)[:2],
+        lambda q, k, v, *rest: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+    inner = operator(
+        "fa4_grad", f"(Tensor q, Tensor k, Tensor v, Tensor y, Tensor grad, Tensor lse, {arguments}) -> "
+        "(Tensor, Tensor, Tensor)",
+        lambda *inputs: call(_flash_attn_bwd, inputs[:6], *inputs[6:])[:3],
+        lambda q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+        ctx.rest = inputs[4:]
+
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, lse, cu = ctx.saved_tensors
+        return *inner(q, k, v, y, grad, lse, cu, *ctx.rest), None, None, None
+
+    forward.register_autograd(backward, setup_context=keep)
+    return flat_attention("fa4", lambda *inputs: forward(*inputs)[0])
+
+
+ATTENTIONS = {"fa4": fa4_attention, "fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention,
+              "dense": dense_attention, "sdpa": sdpa_attention}
 
 
 def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Attention:
@@ -1755,15 +1855,16 @@ def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, seq_le
     anywhere, fast = ("sdpa", "dense"), device.type == "cuda" and dtype == torch.bfloat16
     require(wanted in ("auto", *anywhere) or fast, f"ATTENTION={wanted}: needs CUDA and DTYPE=bfloat16; use auto")
     short = device.type == "cpu" and dtype == torch.bfloat16 and seq_len <= 512
-    best = ["fa3", "fa2", "varlen", "sdpa"] if fast else ["dense" if short else "sdpa"]
+    best = ["fa3", "fa4", "fa2", "varlen", "sdpa"] if fast else ["dense" if short else "sdpa"]
     for name in ([wanted] if wanted != "auto" else best):
-        if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+        generations = {"fa3": (9,), "fa4": (9, 10, 11, 12)}
+        if name in generations and torch.cuda.get_device_capability(device)[0] not in generations[name]:
             continue
         try:
             return ATTENTIONS[name]()
         except ImportError as error:
             require(wanted == "auto", f"ATTENTION={wanted}: cannot be imported here ({error}); use ATTENTION=auto")
-    raise UserError(f"ATTENTION={wanted}: needs a Hopper GPU; use ATTENTION=auto")
+    raise UserError(f"ATTENTION={wanted}: needs a newer GPU (fa3: Hopper alone; fa4: Hopper or later); use auto")
 
 
 RMS_EPS = 2.0 ** -23
@@ -1856,6 +1957,155 @@ class EagerCrossEntropy(torch.autograd.Function):
         return torch.mul(saved, grad.unsqueeze(1), out=torch.empty_like(saved)), None, None  # product in fp32
 
 
+# The two functions below are Triton's language, not Python: `triton_kernels` compiles them, and gives this module its
+# name `tl`. A `constexpr` is a constant of the compiled kernel.
+tl: Any = None
+
+
+def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
+               BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    """One [ROWS, COLS] tile of a product, with the MLP's activation in its epilogue.
+
+    Forward: pre = a [M,K] times b [N,K] transposed, post = max(pre, SLOPE*pre)^2. Backward: grad = a times b [K,N]
+    times the activation's derivative at pre, and post once more, so that it need not be kept.
+    """
+    tiles = tl.cdiv(N, COLS)
+    rows = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+    depth = tl.arange(0, DEPTH)
+    a_at = a_ptr + (rows % M).to(tl.int64)[:, None] * K + depth[None, :]
+    b_at = b_ptr + cols[None, :] * (1 if BACKWARD else K) + depth[:, None] * (N if BACKWARD else 1)
+    product = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, K, DEPTH):
+        if K % DEPTH == 0 and N % COLS == 0:
+            a, b = tl.load(a_at), tl.load(b_at)
+        else:
+            real = start + depth < K
+            a = tl.load(a_at, mask=real[None, :], other=0.0)
+            b = tl.load(b_at, mask=real[:, None] & (cols < N)[None, :], other=0.0)
+        product = tl.dot(a, b, product, input_precision="ieee")
+        a_at += DEPTH
+        b_at += DEPTH * (N if BACKWARD else 1)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    if BACKWARD:
+        x = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + at, 2 * product * tl.maximum(x, SLOPE * SLOPE * x), mask=inside)
+    else:
+        pre = product.to(pre_ptr.dtype.element_ty)
+        tl.store(pre_ptr + at, pre, mask=inside)
+        x = pre.to(tl.float32)  # rounded: what the backward will find
+    x = tl.maximum(x, SLOPE * x)
+    tl.store(post_ptr + at, x * x, mask=inside)
+
+
+def nats_kernel(logits_ptr, targets_ptr, nats_ptr, grad_ptr, V: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
+                GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits [V]: nats of its target under softmax(CAP*tanh(z/CAP)) and, if GRAD, their gradient by z.
+
+    The softmax is summed online in fp32; the walk for the gradient finds the row in the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    scored = (target != IGNORED).to(tl.float32)
+    highest, total, chosen = -CAP, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+        z = tl.where(cols < V, CAP * (2 * tl.sigmoid(z * (2 / CAP)) - 1), float("-inf"))  # CAP * tanh(z / CAP)
+        higher = tl.maximum(highest, tl.max(z, 0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
+        chosen += tl.sum(tl.where(cols == target, z, 0.0), 0)
+        highest = higher
+    log_total = highest + tl.log(total)
+    tl.store(nats_ptr + row, (log_total - chosen) * scored)
+    if GRAD:
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
+            tanh = 2 * tl.sigmoid(z * (2 / CAP)) - 1
+            error = tl.exp(CAP * tanh - log_total) - tl.where(cols == target, 1.0, 0.0)
+            tl.store(grad_ptr + row * V + cols, error * (1 - tanh * tanh) * scored, mask=cols < V)
+
+
+@functools.cache
+def triton_kernels() -> dict[str, Any]:
+    """The fields of `Kernels` that Triton has a twin for; `ImportError` where there is no Triton.
+
+    Each is an `operator`, with a gradient in operators and plain products.
+    """
+    global tl
+    import triton
+    import triton.language as tl
+    tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 32, 4, 2)]
+    configs = [triton.Config(dict(ROWS=rows, COLS=cols, DEPTH=depth), num_warps=warps, num_stages=stages)
+               for rows, cols, depth, warps, stages in tiles]
+    # The fastest tile of a shape is found when the graphs are primed; the interpreter on a CPU takes the smallest.
+    product = triton.autotune(configs if torch.cuda.is_available() else configs[-1:], key=["N", "K", "BACKWARD"])(
+        triton.jit(mlp_kernel))
+    row_kernel = triton.jit(nats_kernel)
+
+    def activated(a: Tensor, b: Tensor, pre: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+        """(pre, post), or in the backward, which has pre, (grad of pre, post); all [M, N]."""
+        (rows, depth), width = a.shape, b.numel() // a.size(1)
+        out, post = a.new_empty(rows, width), a.new_empty(rows, width)
+        product[lambda tile: (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
+            a.contiguous(), b.contiguous(), out if pre is None else pre, out, post, rows, width, depth, slope,
+            pre is not None)
+        return out, post
+
+    def nats(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        """(nats [M] in fp32, their gradient by the logits [M, V]); an empty gradient where none is wanted."""
+        (rows, vocab), block = logits.shape, min(4096, triton.next_power_of_2(logits.size(1)))
+        found, grad = nats_like(logits, targets, cap, wanted)
+        row_kernel[(rows,)](logits.contiguous(), targets, found, grad, vocab, cap, IGNORE, wanted, block, num_warps=8)
+        return found, grad
+
+    def nats_like(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        found = logits.new_empty(logits.size(0), dtype=torch.float32)
+        return found, logits.new_empty(logits.shape if wanted else (0,))
+
+    def mlp_forward(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+        pre, post = activated(x, up, None, slope)
+        return post @ down.T, pre
+
+    def mlp_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, pre = ctx.saved_tensors
+        grad_pre, post = mlp_inner(grad, down, pre, ctx.slope)
+        return grad_pre @ up, grad_pre.T @ x, grad.T @ post, None
+
+    def mlp_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], output[1])
+        ctx.slope = inputs[3]
+
+    def head_forward(x: Tensor, head: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
+        return nats(x @ head.T, targets, cap, wanted)
+
+    def head_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, head, each = ctx.saved_tensors  # a row's factor commutes with both products: no walk over all logits
+        scale = grad.unsqueeze(1)
+        return ((each @ head) * scale).to(x.dtype), each.T @ (x * scale).to(x.dtype), None, None, None
+
+    pair = " -> (Tensor, Tensor)"
+    mlp_inner = operator("mlp_inner", f"(Tensor grad, Tensor down, Tensor pre, float slope){pair}", activated,
+                         lambda grad, down, pre, slope: (torch.empty_like(pre), torch.empty_like(pre)))
+    mlp = operator("mlp", f"(Tensor x, Tensor up, Tensor down, float slope){pair}", mlp_forward,
+                   lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
+    mlp.register_autograd(mlp_backward, setup_context=mlp_keep)
+    row_nats = operator("nats", f"(Tensor logits, Tensor targets, float cap, bool wanted){pair}", nats, nats_like)
+    row_nats.register_autograd(
+        lambda ctx, grad, each: ((ctx.saved_tensors[0] * grad.unsqueeze(1)).to(each.dtype), None, None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+    head_nats = operator("head_nats", f"(Tensor x, Tensor head, Tensor targets, float cap, bool wanted){pair}",
+                         head_forward, lambda x, head, *rest: nats_like(x.new_empty(x.size(0), head.size(0)), *rest))
+    head_nats.register_autograd(
+        head_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]))
+    return dict(
+        mlp=lambda x, *rest: mlp(x.flatten(0, -2), *rest)[0].view_as(x),
+        cross_entropy=lambda *inputs: row_nats(*inputs, torch.is_grad_enabled())[0],
+        head_nats=lambda *inputs: head_nats(*inputs, torch.is_grad_enabled())[0])
+
+
 class Kernels(NamedTuple):
     """The functions that the model calls; each twin has the reference's signature."""
     attention: Attention
@@ -1864,6 +2114,12 @@ class Kernels(NamedTuple):
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = softcapped_cross_entropy
     masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
     """Attention of a chunk to a document's past (`KeyValueCache`)."""
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    """x [..., D], up [F, D], down [D, F], slope -> [..., D] in one operator that keeps one activation of width F."""
+    head_nats: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    """Hidden [M, D], head [V, D], targets [M], softcap -> nats [M] in one operator that keeps no logits."""
+    fused: str = "compiled"
+    """Who fuses what is not attention: `compiled` (a compiler, the references), `by hand` (eager twins) or `triton`."""
 
 
 def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -1872,20 +2128,34 @@ def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
-    """The kernels of this run. A compiler fuses the references by itself; eager runs take the hand-fused twins."""
+    """The kernels of this run: Triton's on a GPU; else a compiler fuses the references, and eager runs take the twins.
+
+    Raises `UserError` where KERNELS=triton cannot be had.
+    """
     attention = pick_attention(cfg.attention, run.device, run.dtype, cfg.train_seq_len)
-    if run.compiles or cfg.logit_softcap > 40:  # beyond 40 the one-pass cross-entropy could lose its smallest terms
-        return Kernels(attention)
     masked = dense_masked_attention if attention.name == "dense" else masked_attention
-    return Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked)
+    kernels = Kernels(attention)
+    if not run.compiles and cfg.logit_softcap <= 40:  # beyond, the one-pass cross-entropy could lose its smallest terms
+        kernels = Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked,
+                          fused="by hand")
+    able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
+    require(able or cfg.kernels != "triton",
+            "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
+    if able and cfg.kernels != "plain":
+        try:
+            return kernels._replace(fused="triton", **triton_kernels())
+        except ImportError as error:
+            require(cfg.kernels == "auto", f"KERNELS=triton: cannot be imported here ({error}); use auto")
+    return kernels
 
 
 # ----------------------------------------------------------------------------------------------------
 # 6 Model: layer plan, weights seam, one forward
 # ----------------------------------------------------------------------------------------------------
 # Which block runs when is data (`layer_plan`): loop off and loop on are two tuples. A block reads its matrices only
-# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm. Matrices
-# of one kind lie in one bank [count, O, I] for the optimizer; a parameter is fp32 and is cast where it is used.
+# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm; where `w`
+# is plain, a kernel may take the MLP's or the head's matrices whole. Matrices of one kind lie in one bank [count, O, I]
+# for the optimizer; a parameter is fp32 and is cast where it is used.
 # Positions restart at every document piece; nothing else has to be told where documents end.
 # Safe to change: a gate is one class and one entry of GATES. A new parameter needs a row in ROUTES (section 7).
 
@@ -1902,6 +2172,8 @@ class Visit(NamedTuple):
     """Row of the skip weights: the position in the decoder half."""
     lanes: str
     """`none`: attention, then MLP; `single`: both read one lane; `two`: two lanes."""
+    window: int
+    """Tokens that attention sees, the own one included; 0: the whole document."""
 
 
 def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
@@ -1919,11 +2191,13 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
     if looped and cfg.num_loops:
         order = [*range(first), *list(range(first, last + 1)) * (cfg.num_loops + 1), *range(last + 1, cfg.num_layers)]
     encoder = len(order) // 2
+    windows = [int(window) for window in cfg.attn_windows.split(",")]
     visits = []
     for i, block in enumerate(order):
         slot = i - encoder if 0 <= i - encoder < encoder else None
         lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
-        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes))
+        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes,
+                            windows[block % len(windows)]))
     return tuple(visits)
 
 
@@ -1951,6 +2225,9 @@ class Weights:
             self.matrices["up", i] = up[i]
             self.matrices["down", i] = down[i] * model.mlp_scale[i].to(dtype).unsqueeze(1)
 
+    plain = True
+    """Whether its products may be fused with what surrounds them: nobody listens to `linear` or adds to it."""
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
         return F.embedding(ids, self.table).to(self.dtype)
@@ -1969,6 +2246,7 @@ class RecordingWeights(Weights):
     Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g g^T (of the head: g^2 by
     row); of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
     """
+    plain = False
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
@@ -2043,6 +2321,7 @@ class Adapters:
 
 class AdaptedWeights(Weights):
     """Plain weights plus each row's own adapters: y + (x A^T) B^T * alpha / r, before the channel scales."""
+    plain = False
 
     def __init__(self, base: Weights, model: GPT, adapters: Adapters) -> None:
         self.dtype, self.table, self.matrices, self.adapters = base.dtype, base.table, base.matrices, adapters
@@ -2073,7 +2352,7 @@ class NoPast:
         return kernels.attention.prepare(batch)
 
     def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Any) -> Tensor:
-        return kernels.attention.run(q, k, v, pieces)
+        return kernels.attention.run(q, k, v, pieces, visit.window)
 
 
 NO_PAST = NoPast()
@@ -2102,7 +2381,7 @@ class KeyValueCache(NoPast):
         if visit.number in self.held:
             k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.held[visit.number], (k, v)))
         self.new[visit.number] = (k[:, -self.reach:].detach(), v[:, -self.reach:].detach())
-        return kernels.masked(q, k, v, pieces)
+        return windowed(kernels.masked)(q, k, v, pieces, visit.window)
 
     def advance(self, size: int, new: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """`new` (of the scoring forward over `size` tokens) becomes the past of the next chunk."""
@@ -2308,8 +2587,10 @@ class GPT(nn.Module):
 
     def mlp(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
         """MLP of one visit on its normed input."""
-        hidden = self.kernels.leaky_relu_squared(step.w.linear("up", visit, n), self.cfg.mlp_slope)
-        return step.w.linear("down", visit, hidden, side=n)
+        slope, w = self.cfg.mlp_slope, step.w
+        if self.kernels.mlp is not None and w.plain:
+            return self.kernels.mlp(n, w.matrices["up", visit.block], w.matrices["down", visit.block], slope)
+        return w.linear("down", visit, self.kernels.leaky_relu_squared(w.linear("up", visit, n), slope), side=n)
 
     def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights, past: NoPast = NO_PAST) -> Tensor:
         """[R, T - past.lead, D]: the normed input of the output matrix. The only forward there is."""
@@ -2350,6 +2631,8 @@ class GPT(nn.Module):
 
     def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
         """Nats of each target [M] given the final hidden states, fp32."""
+        if self.kernels.head_nats is not None and w.plain:
+            return self.kernels.head_nats(hidden_MD, w.matrices["head", 0], targets_M, self.cfg.logit_softcap)
         return self.kernels.cross_entropy(w.linear("head", None, hidden_MD), targets_M, self.cfg.logit_softcap)
 
     def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
@@ -2516,8 +2799,9 @@ class ShardedOptimizer:
         cfg, run = self.cfg, self.run
         idle = [name for name, p in self.named.items() if p.grad is None]
         ensure(not idle, f"no gradient reached {', '.join(idle)}")
-        grads = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
+        coming = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
         flat = run.total(torch.cat([p.grad.flatten() for p in self.small]))
+        grads = [wait() for wait in coming]
         own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
         norm = (run.total(own.clone()) + flat.square().sum()).sqrt()
         shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
@@ -2527,12 +2811,14 @@ class ShardedOptimizer:
             p.grad = g.view_as(p)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_scale
+        # A bank's update travels while the next bank's is orthogonalised, and the last one's during AdamW.
+        updates = [run.all_gather(muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
+                                              coefficients(cfg), run.dtype))
+                   for grad, (buffer, second) in zip(grads, self.state)]
         self.adam.step()
-        for (bank, row), grad, (buffer, second) in zip(self.banks, grads, self.state):
-            update = muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
-                                 coefficients(cfg), run.dtype)
-            update = run.all_gather(update)[:bank.size(0)]
-            decay_and_apply(bank, update, getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd), cfg.cautious_wd)
+        for (bank, row), wait in zip(self.banks, updates):
+            decay_and_apply(bank, wait()[:bank.size(0)], getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd),
+                            cfg.cautious_wd)
         for parameter in [*self.small, *(bank for bank, _ in self.banks)]:
             parameter.grad = None
         return norm
@@ -2578,6 +2864,43 @@ def ramp(x: float, start: float, end: float) -> float:
 def lr_scale(cfg: ScheduleKnobs, frac: float) -> float:
     """1, then linear to 0 at the end of the budget over its last WARMDOWN_FRAC, never below MIN_LR."""
     return 1.0 if cfg.warmdown_frac == 0 else max(1.0 - ramp(frac, 1 - cfg.warmdown_frac, 1.0), cfg.min_lr)
+
+
+def seq_schedule(cfg: Config) -> list[tuple[int, float]]:
+    """TRAIN_SEQ_SCHEDULE as (row length in tokens, fraction of the budget at which it ends); the last has no end.
+
+    >>> seq_schedule(Config(train_seq_schedule="1024@0.1,2048@1")), seq_schedule(Config())
+    ([(1024, 0.1), (2048, inf)], [(2048, inf)])
+    """
+    if not cfg.train_seq_schedule:
+        return [(cfg.train_seq_len, math.inf)]
+    try:
+        pairs = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
+        lengths, ends = zip(*((int(length), float(end)) for length, end in pairs))
+    except ValueError:
+        lengths, ends = (0,), (0.0,)
+    require(min(lengths) >= 1 and list(ends) == sorted(set(ends)) and ends[0] > 0 and ends[-1] == 1,
+            f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: expected length@end pairs with rising ends up to 1, such as "
+            f"1024@0.1,2048@0.7,3072@1")
+    return list(zip(lengths, (*ends[:-1], math.inf)))
+
+
+class Stage(NamedTuple):
+    """What one stretch of training runs: each is a graph of its own."""
+    looped: bool
+    seq_len: int
+
+
+def stage(cfg: Config, frac: float) -> Stage:
+    """The stage at a used fraction of the budget."""
+    return Stage(cfg.num_loops > 0 and frac >= cfg.enable_looping_at,
+                 next(length for length, end in seq_schedule(cfg) if frac < end))
+
+
+def stages(cfg: Config) -> list[Stage]:
+    """Every stage of a run, in order."""
+    starts = sorted({0.0, cfg.enable_looping_at, *(end for _, end in seq_schedule(cfg))})
+    return list(dict.fromkeys(stage(cfg, start) for start in starts if start < 1))
 
 
 def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
@@ -4201,7 +4524,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name,
-            fused="compiled" if run.compiles else "by hand",
+            fused=model.kernels.fused,
             code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
@@ -4212,7 +4535,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
         value = getattr(cfg, name)
         run.write(f"  {'*' if value != fields[name] else ' '} {name.upper()}={show(value)}")
     for looped in ([False, True] if cfg.num_loops else [False]):
-        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip, / single lane, = two lanes)")
+        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip@window, / single lane, = two lanes)")
         run.write("  " + plan_text(layer_plan(cfg, looped)))
     run.write("routes: parameter, shape, update, learning rate, decay, stored as")
     for name, p in model.named_parameters():
@@ -4226,9 +4549,10 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
 
 
 def plan_text(plan: Sequence[Visit]) -> str:
-    """One line for a layer plan: block, `<visit` for a skip, a mark for its lanes."""
+    """One line for a layer plan: block, a mark for its lanes, `<visit` for a skip, `@tokens` for a window."""
     mark = {"none": "", "single": "/", "two": "="}
-    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") for v in plan)
+    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") +
+                    (f"@{v.window}" if v.window else "") for v in plan)
 
 
 def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> float:
@@ -4242,9 +4566,10 @@ def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> fl
     129.8
     """
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-    visit = 2 * dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_dim) + 4 * dim * context
+    keys = sum(min(context, visit.window or context) for visit in plan)
+    products = 2 * dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_dim)
     bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
-    return len(plan) * visit + 2 * dim * cfg.vocab_size + bigram
+    return len(plan) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
 
 
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
@@ -4272,16 +4597,16 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     run.agree(problem)
 
 
-def prime(losses: Mapping[bool, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
+def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
           run: Run) -> None:
     """Run every graph on random tokens and the optimizer at learning rate 0, then forget its momentum.
 
     Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
     """
     batch = random_batch(data.micro_rows, cfg).to(run.device)
-    for loss in losses.values():
+    for at, loss in losses.items():
         for _ in range(cfg.warmup_steps):
-            (loss(batch) / cfg.train_batch_tokens).backward()
+            (loss(batch.in_rows(at.seq_len)) / cfg.train_batch_tokens).backward()
             optimizer.step(0.0, 0.0)
     optimizer.reset()
 
@@ -4291,28 +4616,34 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     def loss_of(plan: Sequence[Visit]) -> Callable[[Batch], Tensor]:
         return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
 
-    plans = {looped: layer_plan(cfg, looped) for looped in (False, True)}
-    losses = {looped: loss_of(plan) for looped, plan in plans.items()}
+    for length, _ in seq_schedule(cfg):
+        require(data.micro_rows * cfg.train_seq_len % length == 0, f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: a "
+                f"forward has {data.micro_rows * cfg.train_seq_len} tokens here, which rows of {length} do not divide; "
+                f"change MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} or the schedule")
+    losses = {at: loss_of(layer_plan(cfg, at.looped)) for at in stages(cfg)}
     optimizer = ShardedOptimizer(model, cfg, run)
     with run.phase("prime"):
         prime(losses, optimizer, data, cfg, run)
+    primed = run.graphs()["graphs"]
     ema, val = Ema(model, cfg.ema_decay), None
     with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
         clock = TrainClock(cfg, run)
-        step, frac, looped, last = 0, 0.0, False, math.nan
+        step, changed, last, now = 0, -cfg.seq_change_warmup_steps, math.nan, stage(cfg, 0.0)
         marked = (0, 0.0)  # step and seconds at the last log line
         batches = data.steps()
         while (frac := clock.frac(step)) < 1:
             bar.update(100 * frac - bar.n)
-            if frac >= cfg.enable_looping_at and cfg.num_loops and not looped:
-                looped = True
-                run.log("loop_on", step=step, frac=frac, visits=len(plans[True]))
+            if (new := stage(cfg, frac)) != now:
+                changed = step if new.seq_len != now.seq_len else changed
+                now = new
+                run.log("stage", step=step, frac=frac, visits=len(layer_plan(cfg, now.looped)), seq_len=now.seq_len)
             loss = torch.zeros((), device=run.device)
             for batch in next(batches):
-                part = losses[looped](batch.to(run.device)) / cfg.train_batch_tokens
+                part = losses[now](batch.to(run.device).in_rows(now.seq_len)) / cfg.train_batch_tokens
                 part.backward()
                 loss += part.detach()
-            norm = optimizer.step(lr_scale(cfg, frac), muon_momentum(cfg, step))
+            scale = lr_scale(cfg, frac) * ramp(step + 1, changed, changed + cfg.seq_change_warmup_steps)
+            norm = optimizer.step(scale, muon_momentum(cfg, step))
             ema.update()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0 or (not run.is_cuda and not math.isfinite(norm.item())):
@@ -4322,13 +4653,15 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                                         f"{last:.4f} nats; lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR")
                 each = (seconds - marked[1]) / (step - marked[0])
                 run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
-                        lr_scale=lr_scale(cfg, frac), ms_per_step=1000 * each,
+                        lr_scale=scale, ms_per_step=1000 * each,
                         tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds)
                 last, marked = total, (step, seconds)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                before = run.graphs()["graphs"]
                 with clock.pause(), run.phase("val_probe"):
                     val = val or ValData.load(cfg, run)
                     score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
+                primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
         batches.close()
@@ -4336,7 +4669,9 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not math.isfinite(last):
         raise DivergedError(f"the loss is not finite at step {step}, the last one")
-    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds,
+    compiled = run.graphs()
+    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds, graph_breaks=compiled["graph_breaks"],
+            recompiles=compiled["graphs"] - primed,
             tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
             **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
     ema.load_into_model()

@@ -1,4 +1,5 @@
 """Shared pieces of the tests: the script under test, tiny configurations, and a tiny dataset of real text."""
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 import train_gpt as tg  # noqa: E402
 from bench.common import write_shard  # noqa: E402, F401

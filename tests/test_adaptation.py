@@ -177,7 +177,7 @@ def test_chunks_with_a_cache_equal_one_banded_forward(reach: int, size: int, ker
     back = torch.arange(length)[:, None] - torch.arange(length)
     band = ((back >= 0) & (back < reach))[None, None]
     w = tg.Weights(model, torch.float32)
-    model.kernels = tg.Kernels(tg.Attention("band", lambda b: band, tg.masked_attention))
+    model.kernels = tg.Kernels(tg.Attention("band", lambda b: band, tg.windowed(tg.masked_attention)))
     whole = model.hidden(batch, plan, w)
     if kernels == "dense":
         model.kernels = BY_HAND._replace(masked=tg.dense_masked_attention)
@@ -191,9 +191,10 @@ def test_chunks_with_a_cache_equal_one_banded_forward(reach: int, size: int, ker
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_within_a_window_the_cache_scores_as_the_plain_model(run: tg.Run):
-    cfg = tiny(ttt_context="cache", ttt_lora_lr=0.0, phased_ttt_num_phases=0, eval_seq_len=96, eval_stride=0,
-               ngram_tilt_enabled=False)
+@pytest.mark.parametrize("windows", ["0", "7,0"])
+def test_within_a_window_the_cache_scores_as_the_plain_model(windows: str, run: tg.Run):
+    cfg = tiny(ttt_context="cache", attn_windows=windows, ttt_lora_lr=0.0, phased_ttt_num_phases=0, eval_seq_len=96,
+               eval_stride=0, ngram_tilt_enabled=False)
     val, model = stream(FIVE), noisy(cfg)
     plain = adapted(val, dataclasses.replace(cfg, ttt="none"), run, model)[0]
     torch.testing.assert_close(adapted(val, cfg, run, model)[0], plain, rtol=1e-5, atol=1e-4)

@@ -1,6 +1,8 @@
 """Every kernel, references and fast twins alike, against float64 formulas written from their definitions."""
 import math
-from types import SimpleNamespace
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,36 +35,41 @@ def qkv(heads: int, kv_heads: int, width: int = 6) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Causal softmax attention, one query of one head at a time."""
     out = torch.zeros_like(q)
     shared = q.size(2) // k.size(2)
     for row, begin, end in PIECES:
         for t in range(begin, end):
             for head in range(q.size(2)):
-                keys, values = (x[row, begin:t + 1, head // shared] for x in (k, v))
+                first = max(begin, t + 1 - (window or t + 1))
+                keys, values = (x[row, first:t + 1, head // shared] for x in (k, v))
                 weights = (keys @ q[row, t, head] / math.sqrt(q.size(3))).exp()
                 out[row, t, head] = weights @ values / weights.sum()
     return out
 
 
-def naive_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+def naive_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, before: int) -> Tensor:
     """What a variable-length kernel computes, from the piece starts alone."""
     shared, out = q.size(1) // k.size(1), torch.zeros_like(q)
     for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
         assert 0 <= end - begin <= longest
         scores = torch.einsum("qnh,knh->nqk", q[begin:end], k[begin:end].repeat_interleave(shared, dim=1))
-        future = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
-        weights = (scores / math.sqrt(q.size(2))).masked_fill(future, -math.inf).softmax(-1)
+        square = torch.ones(end - begin, end - begin, dtype=torch.bool)
+        hidden = square.triu(1) | (square.tril(-before - 1) if before >= 0 else ~square)
+        weights = (scores / math.sqrt(q.size(2))).masked_fill(hidden, -math.inf).softmax(-1)
         out[begin:end] = torch.einsum("nqk,knh->qnh", weights, v[begin:end].repeat_interleave(shared, dim=1))
     return out
 
 
-@pytest.mark.parametrize("name", ["sdpa", "dense"])
+@pytest.mark.parametrize("name", ["sdpa", "dense", "flat"])
+@pytest.mark.parametrize("window", [0, 1, 3, 99])
 @pytest.mark.parametrize("heads,kv_heads", HEADS)
-def test_attention_and_its_gradient_equal_a_loop_over_pieces(heads: int, kv_heads: int, name: str):
-    kernel, inputs = tg.ATTENTIONS[name](), qkv(heads, kv_heads)
-    found, expected = kernel.run(*inputs, kernel.prepare(packed_rows())), naive_attention(*inputs)
+def test_attention_and_its_gradient_equal_a_loop_over_pieces(heads: int, kv_heads: int, window: int, name: str):
+    kernel = tg.flat_attention("flat", naive_varlen) if name == "flat" else tg.ATTENTIONS[name]()
+    inputs = qkv(heads, kv_heads)
+    found = kernel.run(*inputs, kernel.prepare(packed_rows()), window)
+    expected = naive_attention(*inputs, window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(found)
     for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs),
@@ -95,7 +102,81 @@ def test_attention_of_one_token_is_its_value():
     torch.testing.assert_close(found, inputs[2].expand(-1, -1, 2, -1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("wanted", ["varlen", "fa2", "fa3"])
+def fake_flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, before: int | None) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp [heads, M]) as FlashAttention returns them; only the output is meant to be right."""
+    y = naive_varlen(q, k, v, cu, 10**6, -1 if before is None else before)
+    return y, torch.full((q.size(1), q.size(0)), 0.5, dtype=torch.float32)
+
+
+@pytest.fixture
+def flash_packages(monkeypatch: pytest.MonkeyPatch):
+    """Packages with the functions that FlashAttention 2, 3 and 4 have, with their parameters, in plain PyTorch."""
+    def two(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+            causal=False, window_size=(-1, -1)):
+        assert causal and cu_seqlens_q is cu_seqlens_k and window_size[1] == (0 if window_size[0] >= 0 else -1)
+        return fake_flash(q, k, v, cu_seqlens_q, window_size[0])[0]
+
+    def three(*args, **kwargs):
+        return two(*args, **kwargs), None
+
+    def forward(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False,
+                window_size_left=None, window_size_right=None, return_lse=False):
+        assert causal and return_lse and cu_seqlens_q is not None and cu_seqlens_k is not None
+        return *fake_flash(q, k, v, cu_seqlens_q, window_size_left), None, None
+
+    def backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+                 cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+        assert causal and max_seqlen_q == max_seqlen_k == 11 and bool((lse == 0.5).all())
+        assert torch.equal(out, fake_flash(q, k, v, cu_seqlens_q, window_size_left)[0])
+
+        def differentiated() -> tuple[Tensor, ...]:
+            inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(fake_flash(*inputs, cu_seqlens_q, window_size_left)[0], inputs, dout)
+
+        with ThreadPoolExecutor(1) as pool:  # inside an operator a thread has no autograd; a new one has
+            return pool.submit(differentiated).result()
+
+    packages = {"flash_attn": dict(flash_attn_varlen_func=two), "flash_attn.cute": {},
+                "flash_attn_interface": dict(flash_attn_varlen_func=three),
+                "flash_attn.cute.interface": dict(_flash_attn_fwd=forward, _flash_attn_bwd=backward)}
+    for name, functions in packages.items():
+        module = ModuleType(name)
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    tg.fa4_attention.cache_clear()
+    yield
+    tg.fa4_attention.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("window", [0, 3])
+def test_flash_attention_is_called_as_it_wants_to_be(name: str, window: int, flash_packages):
+    """Causal, with the pieces' starts, the window, and the gradient: by the packages' own parameters and results."""
+    kernel, inputs = tg.ATTENTIONS[name](), qkv(4, 2)
+    found, expected = kernel.run(*inputs, kernel.prepare(packed_rows()), window), naive_attention(*inputs, window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(found)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs),
+                    torch.autograd.grad((expected * weight).sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_flash_attention_4_is_part_of_one_graph(flash_packages):
+    kernel, inputs = tg.fa4_attention(), [t.detach().float().requires_grad_() for t in qkv(4, 2)]
+    pieces = kernel.prepare(packed_rows())
+    compiled = torch.compile(lambda *t: kernel.run(*t, pieces, 3).square().sum(), backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs),
+                    torch.autograd.grad(naive_attention(*inputs, 3).square().sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("generation,expected", [(8, "fa2"), (9, "fa3"), (10, "fa4")])
+def test_a_gpu_takes_the_newest_flash_attention_that_runs_on_it(generation, expected, flash_packages, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    assert tg.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 2048).name == expected
+
+
+@pytest.mark.parametrize("wanted", ["varlen", "fa2", "fa3", "fa4"])
 def test_a_kernel_that_a_cpu_lacks_is_one_clear_line(wanted: str):
     with pytest.raises(tg.UserError) as error:
         tg.pick_attention(wanted, torch.device("cpu"), torch.bfloat16, 64)
@@ -110,7 +191,8 @@ def test_a_cpu_takes_a_kernel_that_it_has(wanted: str, dtype: torch.dtype, seq_l
 
 
 def test_eager_runs_take_the_twins_and_compiled_ones_the_references():
-    eager, compiled = (SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compiles=compiles)
+    eager, compiled = (SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, compiles=compiles,
+                                        is_cuda=False)
                        for compiles in (False, True))
     kernels = tg.pick_kernels(tiny(), eager)
     assert [getattr(kernels, name) for name in TWINS] == [pair[1] for pair in TWINS.values()]
