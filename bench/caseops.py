@@ -5,8 +5,8 @@
 
 Every version's tokenizer is trained on all of TRAIN. Two comparisons: equal tokens (the same STEPS for every version,
 so equal compute) and equal text (steps in proportion to tokens per byte, STEPS for plain text). All three divide by the
-bytes of the original text. Runs go seed by seed, so that what is interrupted is still balanced. Its files stay in
-logs/caseops/, and finished runs are not repeated.
+bytes of the original text. Within a comparison runs go seed by seed, so that what is interrupted is still balanced.
+Its files stay in logs/caseops/, and finished runs are not repeated.
 """
 import gzip
 import json
@@ -95,8 +95,8 @@ def main() -> None:
     plans = {"tokens": {name: steps for name in found},
              "text": {name: round(steps * rate[name] / rate["none"]) for name in found}}
     scores: dict[str, dict[str, list[float]]] = {plan: {name: [] for name in found} for plan in plans}
-    for seed in range(1, seeds + 1):
-        for plan, lengths in plans.items():
+    for plan, lengths in plans.items():
+        for seed in range(1, seeds + 1):
             for name, length in lengths.items():
                 scores[plan][name].append(val_bpb(folder, name, length, seed, knobs))
                 print(f"seed {seed} equal {plan:6} {name:5} {length} steps: {scores[plan][name][-1]:.4f}", flush=True)

@@ -65,12 +65,6 @@ class CaseOps(NamedTuple):
         return np.array(found["ids"], dtype=np.uint16), sizes.astype(np.uint16)
 
 
-def misplaced(match: re.Match[str]) -> ValueError:
-    """The error of an operator that no encoder writes there."""
-    return ValueError(f"character {match.start()}: operator U+{ord(match[0][0]):04X} before "
-                      f"{match.string[match.start() + 1:match.start() + 9]!r}: not a transformed text")
-
-
 # -- v1: the published transform -----------------------------------------------------------------------
 # A maximal run of ASCII letters is one word: lower case stays, ALL CAPITALS (two or more) get ALLCAPS, Title case and
 # the single capital TITLE. Otherwise CAPNEXT precedes every capital but the first letter's, which gets TITLE.
@@ -131,7 +125,8 @@ def decoder(operators: re.Pattern[str]) -> Callable[[str], str]:
     """The inverse of both: groups are an escaped character and two stretches of letters that become capitals."""
     def restore(match: re.Match[str]) -> str:
         if match.lastindex is None:
-            raise misplaced(match)
+            raise ValueError(f"character {match.start()}: operator U+{ord(match[0]):04X} before "
+                             f"{match.string[match.end():match.end() + 8]!r}: not a transformed text")
         return match[1] or match[match.lastindex].upper()
     return lambda text: operators.sub(restore, text)
 
