@@ -6,7 +6,7 @@
 Every version's tokenizer is trained on all of TRAIN. Two comparisons: equal tokens (the same STEPS for every version,
 so equal compute) and equal text (steps in proportion to tokens per byte, STEPS for plain text). All three divide by the
 bytes of the original text. Within a comparison runs go seed by seed, so that what is interrupted is still balanced.
-Its files stay in logs/caseops/, and finished runs are not repeated.
+Its files stay in logs/caseops/; finished tokenizers and runs are not made again: remove the folder for other text.
 """
 import gzip
 import json
@@ -40,11 +40,14 @@ def build(name: str, train: list[str], val: list[str], knobs: dict[str, str], fo
     """Tokenizer, shards and side file of one version in `folder`; tokens per byte, and MB/s of one thread."""
     ops, vocab = caseops.VERSIONS[name], int(knobs["VOCAB_SIZE"])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=map(ops.encode, train), model_writer=file, vocab_size=vocab, minloglevel=2,
-            **{**prepare.TRAINING, **ops.training})
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    model = folder / "tokenizer.model"
+    if not model.exists():
+        with model.with_suffix(".tmp").open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=map(ops.encode, train), model_writer=file, vocab_size=vocab, minloglevel=2,
+                **{**prepare.TRAINING, **ops.training})
+        model.with_suffix(".tmp").rename(model)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     num_bytes = {split: sum(len(text.encode()) for text in texts) for split, texts in (("train", train), ("val", val))}
     started = time.process_time()
     coded = [ops.encode(text) for text in val]
