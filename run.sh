@@ -14,7 +14,7 @@ usage() {
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
-./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS]
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | caseops TRAIN VAL | loader [MILLIONS]
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh help                   this text

@@ -1,20 +1,19 @@
 """
 caseops.py -- write capitals as operators, without loss, so that a word has one piece whatever its case.
 
-    import caseops                                  # data/ on the path; data/prepare.py does this
-    ops = caseops.VERSIONS["v2"]
-    ops.decode(ops.encode("The NASA Launch")) == "The NASA Launch"
+    from caseops import VERSIONS                        # data/ must be on the path
+    ids, sizes = VERSIONS["v2"].tokenize(sp, text)      # what a shard and its byte side file hold
+    text == VERSIONS["v2"].decode(VERSIONS["v2"].encode(text))
 
-    text     The NASA Launch of iPhone, A
-    v1       T·the C·nasa T·launch of iN·phone, T·a                 (operators follow the space)
-    v2       ^the!! nasa^ launch of i^phone,^ a                     (operators precede the space)
-
-(T C N stand for v1's U+E001 to U+E003, ^ for v2's U+21E7, !! for its U+21EA.)
+    original   The NASA Launch (an iPhone). A test
+    v1         1the 2nasa 1launch (an i3phone). 1a test     1 2 3 are U+E001 to U+E003; U+E004 escapes
+    v2         ^the! nasa^ launch (an i^phone).^ a test     ^ is U+21E7, ! is U+21EA; U+241B escapes
 
 v1 is the published `lossless_caps_caseops_v1` (tokenizer `fineweb_8192_bpe_lossless_caps_caseops_v1_reserved`), for
-data made with it. v2 needs fewer tokens, because " The" keeps the piece of " the", and because its operators are
-ordinary characters that join the punctuation before them (a piece "." + operator begins a sentence). Measured in
-bench/LOG.md. Only ASCII letters change: in web text one capital in six hundred is another.
+data made with it. v2 needs fewer tokens: " The" keeps the piece of " the", and its operators are ordinary characters,
+which join the punctuation before them (the piece ".^" ends one sentence and begins another). Figures in bench/LOG.md.
+Only ASCII letters change: of the capitals in web text, about one in 600 is another.
+Safe to change: nothing of v1; of v2 nothing once data are made with it. A new version is a new entry of VERSIONS.
 """
 from __future__ import annotations
 
