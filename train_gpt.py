@@ -145,7 +145,7 @@ class DataKnobs:
     micro_batch_tokens: int = 98_304
     """Most tokens of one forward and backward on one device; more are accumulated."""
     shuffle: str = "window"
-    """Order of an epoch, by SEED: window (rows cut from the stream), document (whole documents), none."""
+    """Order of an epoch, by SEED: window (rows of the stream), document (whole), coprime (rows by a stride), none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,7 +463,7 @@ GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantK
 CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
            "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3", "fa4"),
            "kernels": ("auto", "triton", "plain"),
-           "shuffle": ("window", "document", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
+           "shuffle": ("window", "document", "coprime", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
            "ttt_context": ("recompute", "cache"), "quant": ("sdclip", "waterfill"),
@@ -1216,16 +1216,23 @@ class TokenStream:
         return np.concatenate(keys), np.concatenate(lengths)
 
 
-def row_offsets(num_tokens: int, seq_len: int, seed: int, epoch: int, shuffled: bool) -> np.ndarray:
-    """Start of each row of an epoch cut from the stream; every row has seq_len inputs and as many targets.
+def row_offsets(num_tokens: int, seq_len: int, seed: int, epoch: int, order: str) -> np.ndarray:
+    """[rows] int64: start of each row of an epoch cut from the stream; a row has seq_len inputs and as many targets.
 
-    Shuffled epochs also start at a random phase below seq_len, so that epochs cut the stream differently.
+    `order` is window (a permutation), coprime (a random stride that shares no divisor with the number of rows: #1060's
+    order, for the corpus as one ring instead of one a shard) or none. All but none also start at a random phase below
+    seq_len, so that epochs cut the stream differently.
     """
-    if not shuffled:
-        return np.arange((num_tokens - 1) // seq_len, dtype=np.int64) * seq_len
     rng = np.random.default_rng([seed, epoch])
-    phase = int(rng.integers(0, min(seq_len, num_tokens - seq_len)))
-    return phase + rng.permutation((num_tokens - 1 - phase) // seq_len).astype(np.int64) * seq_len
+    phase = 0 if order == "none" else int(rng.integers(0, min(seq_len, num_tokens - seq_len)))
+    count = (num_tokens - 1 - phase) // seq_len
+    rows = rng.permutation(count) if order == "window" else np.arange(count)
+    if order == "coprime":
+        first, stride = (int(n) for n in rng.integers(1, count + 1, 2))
+        while math.gcd(stride, count) > 1:
+            stride = int(rng.integers(1, count + 1))
+        rows = (first + stride * rows) % count
+    return phase + rows.astype(np.int64) * seq_len
 
 
 def document_order(starts: np.ndarray, num_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1321,7 +1328,8 @@ class TrainData:
     @functools.cached_property
     def rows_per_epoch(self) -> int:
         """Rows in every epoch: a shuffled phase may leave one row less, so one is never used."""
-        return max(1, (len(self.stream) - 1) // self.cfg.train_seq_len - (self.cfg.shuffle == "window"))
+        return max(1, (len(self.stream) - 1) // self.cfg.train_seq_len -
+                   (self.cfg.shuffle in ("window", "coprime")))
 
     def row(self, index: int) -> np.ndarray:
         """The seq_len + 1 ids of global row `index`."""
@@ -1330,7 +1338,7 @@ class TrainData:
         if epoch not in self._epochs:
             plan = document_order(self.starts, len(self.stream), self.cfg.seed, epoch) \
                 if self.cfg.shuffle == "document" else \
-                row_offsets(len(self.stream), seq_len, self.cfg.seed, epoch, self.cfg.shuffle == "window")
+                row_offsets(len(self.stream), seq_len, self.cfg.seed, epoch, self.cfg.shuffle)
             self._epochs = {epoch: plan, **{e: p for e, p in self._epochs.items() if e == epoch - 1}}
         plan = self._epochs[epoch]
         if self.cfg.shuffle != "document":
@@ -1351,6 +1359,23 @@ class TrainData:
         mine = range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)
         return [make_batch([self.row(i) for i in mine[m * self.micro_rows:(m + 1) * self.micro_rows]],
                            self.micro_rows, self.cfg.train_seq_len) for m in range(self.num_micro)]
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
+        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
+        return {"row": step * self.cfg.train_rows, "seed": self.cfg.seed, "shuffle": self.cfg.shuffle,
+                "train_seq_len": self.cfg.train_seq_len,
+                "corpus": f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"}
+
+    def seek(self, position: Mapping[str, Any]) -> int:
+        """The step to go on with (see `steps`), in any world size. `UserError` if this run has other rows."""
+        for name, here in self.position(0).items():
+            require(name == "row" or position.get(name) == here, f"{name.upper()}={here}, but the checkpoint was made "
+                    f"with {position.get(name)} and its rows are others; set that back, or start anew")
+        step, rest = divmod(position["row"], self.cfg.train_rows)
+        require(rest == 0, f"TRAIN_BATCH_TOKENS={self.cfg.train_batch_tokens}: no step of {self.cfg.train_rows} rows "
+                f"begins at row {position['row']}, where the checkpoint was made; set it back")
+        return step
 
     def steps(self, first: int = 0) -> Iterator[list[Batch]]:
         """`step(first)`, `step(first + 1)`, ...; the next two are built by a thread while the device works."""

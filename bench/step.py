@@ -144,13 +144,13 @@ def micro_rows(data: tg.TrainData, numbers: Iterator[int]) -> list[np.ndarray]:
 
 
 def loader_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
-    """Batches built from the page cache by one thread: this shape and the record's, by windows and by documents.
+    """Batches built from the page cache by one thread: this shape and the record's, in every order of SHUFFLE.
 
     `rows` reads the ids of a micro-batch, `batch` makes tensors of them, `step` is both.
     """
     rows = []
     for seq_len, tokens in dict.fromkeys([(cfg.train_seq_len, cfg.micro_batch_tokens), (2048, 98_304)]):
-        for shuffle in ("window", "document"):
+        for shuffle in tg.CHOICES["shuffle"]:
             shape = dataclasses.replace(cfg, train_seq_len=seq_len, micro_batch_tokens=tokens, shuffle=shuffle,
                                         train_batch_tokens=tokens // seq_len * seq_len * run.world)
             data, numbers = tg.TrainData(shape, run), itertools.count()

@@ -1,4 +1,5 @@
 """Section 3, Data: shards, the order of an epoch, batches that do not depend on who builds them."""
+import json
 import threading
 import types
 from pathlib import Path
@@ -39,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_data(folder: Path, rank: int = 0, world: int = 1, **knobs: object) -> tg.TrainData:
-    return tg.TrainData(tiny(data_path=str(folder), vocab_size=1024, **knobs), process(rank, world))
+    return tg.TrainData(tiny(data_path=str(folder), vocab_size=8192, **knobs), process(rank, world))
 
 
 # -- shards --------------------------------------------------------------------------------------------
@@ -134,21 +135,53 @@ def test_documents_start_at_bos_in_every_shard_and_at_the_very_beginning(tmp_pat
 
 
 @pytest.mark.parametrize("tokens, seq_len", [(5, 4), (8, 4), (9, 4), (100, 7), (1000, 32)])
-@pytest.mark.parametrize("shuffled", [True, False])
-def test_rows_of_a_window_epoch_do_not_overlap_and_leave_out_less_than_two_rows(tokens, seq_len, shuffled):
+@pytest.mark.parametrize("order", ["window", "coprime", "none"])
+def test_rows_of_an_epoch_do_not_overlap_and_leave_out_less_than_two_rows(tokens, seq_len, order):
     for epoch in range(20):
-        rows = np.sort(tg.row_offsets(tokens, seq_len, seed=3, epoch=epoch, shuffled=shuffled))
+        rows = np.sort(tg.row_offsets(tokens, seq_len, seed=3, epoch=epoch, order=order))
         assert len(rows) >= 1 and rows[0] >= 0 and rows[-1] + seq_len < tokens
         assert (np.diff(rows) >= seq_len).all()
-        assert tokens - 1 - seq_len * len(rows) < (2 if shuffled else 1) * seq_len
+        assert tokens - 1 - seq_len * len(rows) < (1 if order == "none" else 2) * seq_len
+
+
+@pytest.mark.parametrize("order", ["window", "document", "coprime", "none"])
+def test_an_epoch_reaches_every_shard_and_no_token_twice(order, tmp_path):
+    """20 shards of 1 to 480 tokens; every id is its place in the stream, so that a row says where it is from.
+
+    As a target a token comes once at most, and all do but those of less than two rows.
+    """
+    edges = np.cumsum(np.random.default_rng(0).integers(1, 480, 20))
+    ids = np.where(np.arange(edges[-1]) % 97, np.arange(edges[-1]) + 2, BOS)
+    for i, part in enumerate(np.split(ids, edges[:-1])):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
+    data = train_data(tmp_path, shuffle=order)
+    for epoch in (0, 1):
+        targets = np.concatenate([data.row(epoch * data.rows_per_epoch + i)[1:] for i in range(data.rows_per_epoch)])
+        places = targets[targets != BOS].astype(np.int64) - 2
+        assert len(set(places.tolist())) == len(places) and (ids[places] == places + 2).all()
+        assert len(ids) - 1 - len(targets) < 2 * data.cfg.train_seq_len
+        reached = np.bincount(np.searchsorted(edges, places, side="right"), minlength=len(edges))
+        assert (reached[np.diff(edges, prepend=0) > 4 * data.cfg.train_seq_len] > 0).all() and (reached > 0).sum() > 15
+
+
+def test_a_coprime_epoch_is_one_stride_around_the_corpus():
+    """The same step between all rows, and another one in the next epoch."""
+    strides = []
+    for epoch in range(8):
+        rows = tg.row_offsets(10_000, 32, seed=0, epoch=epoch, order="coprime")
+        steps = set((np.diff((rows - rows.min()) // 32) % len(rows)).tolist())
+        assert len(steps) == 1 and np.gcd(min(steps), len(rows)) == 1
+        strides += steps
+    assert len(set(strides)) > 4
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    plans = [tg.row_offsets(1000, 10, seed, epoch, True) for seed in (0, 1) for epoch in (0, 1)]
+    plans = [tg.row_offsets(1000, 10, seed, epoch, order) for order in ("window", "coprime") for seed in (0, 1)
+             for epoch in (0, 1)]
     orders = [tg.document_order(np.arange(50) * 20, 1000, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
     for different in (plans, orders):
-        assert len({tuple(p.tolist()) for p in different}) == 4
-    assert (plans[0] == tg.row_offsets(1000, 10, 0, 0, True)).all()
+        assert len({tuple(p.tolist()) for p in different}) == len(different)
+    assert (plans[0] == tg.row_offsets(1000, 10, 0, 0, "window")).all()
     assert (orders[0] == tg.document_order(np.arange(50) * 20, 1000, 0, 0)[0]).all()
 
 
@@ -183,7 +216,7 @@ def test_a_document_epoch_holds_every_document_whole_and_once(epoch, corpus):
     assert sum(map(len, left_out)) - len(cut) < 32
 
 
-@pytest.mark.parametrize("shuffle", ["window", "document", "none"])
+@pytest.mark.parametrize("shuffle", ["window", "document", "coprime", "none"])
 def test_every_epoch_has_rows_enough_whatever_its_phase(shuffle, tmp_path):
     for tokens in range(5, 20):
         write_shard(tmp_path / "fineweb_train_000000.bin", np.array([BOS] + [2] * (tokens - 1)))
@@ -192,7 +225,7 @@ def test_every_epoch_has_rows_enough_whatever_its_phase(shuffle, tmp_path):
             assert all(len(data.row(epoch * data.rows_per_epoch + i)) == 5 for i in range(data.rows_per_epoch))
 
 
-@pytest.mark.parametrize("shuffle", ["window", "document"])
+@pytest.mark.parametrize("shuffle", ["window", "document", "coprime"])
 def test_epochs_follow_each_other_in_other_orders_and_can_be_read_again(shuffle, corpus):
     data = train_data(corpus, shuffle=shuffle)
     epochs = [[data.row(e * data.rows_per_epoch + i).tolist() for i in range(data.rows_per_epoch)] for e in range(3)]
@@ -209,7 +242,7 @@ def rows_of(batches: list[tg.Batch]) -> list[tuple[list[int], list[int]]]:
             if (targets != tg.IGNORE).any()]
 
 
-@pytest.mark.parametrize("shuffle", ["window", "document", "none"])
+@pytest.mark.parametrize("shuffle", ["window", "document", "coprime", "none"])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_ranks_together_have_the_batch_of_one_process(world, shuffle, corpus):
     """Row j of rank r is row r + j*world; every rank has as many forwards; the third step begins an epoch."""
@@ -285,6 +318,39 @@ def test_batches_built_ahead_are_those_of_their_numbers(first, corpus):
         for ahead, direct in zip(next(batches), data.step(step)):
             assert all(torch.equal(a, b) for a, b in zip(ahead, direct))
     batches.close()
+
+
+@pytest.mark.parametrize("shuffle", ["window", "document", "coprime", "none"])
+def test_a_position_continues_in_another_process_and_world(shuffle, corpus):
+    """Stored as JSON after 5 steps of one process, sought by two."""
+    before = train_data(corpus, shuffle=shuffle)
+    position = json.loads(json.dumps(before.position(5)))
+    ranks = [train_data(corpus, rank, 2, shuffle=shuffle) for rank in (0, 1)]
+    batches = [data.steps(data.seek(position)) for data in ranks]
+    rows = [rows_of(next(b)) for b in batches]
+    assert [rows[i % 2][i // 2] for i in range(12)] == rows_of(before.step(5))
+    for b in batches:
+        b.close()
+
+
+@pytest.mark.parametrize("change, found", [
+    (dict(seed=7), "SEED=7, but the checkpoint was made with 1337"), (dict(shuffle="none"), "SHUFFLE=none, but"),
+    (dict(train_seq_len=16), "TRAIN_SEQ_LEN=16, but"),
+    (dict(train_batch_tokens=800), "TRAIN_BATCH_TOKENS=800: no step of 25 rows begins at row 60"),
+])
+def test_a_position_of_other_rows_is_refused(change, found, corpus):
+    position = train_data(corpus).position(5)
+    with pytest.raises(tg.UserError, match=found):
+        train_data(corpus, **change).seek(position)
+
+
+def test_a_position_in_another_corpus_is_refused(corpus, tmp_path):
+    """Shards of the same sizes with other ids."""
+    for path in corpus.iterdir():
+        ids = np.fromfile(path, dtype="<u2", offset=1024)
+        write_shard(tmp_path / path.name, np.where(ids == BOS, BOS, ids + 1))
+    with pytest.raises(tg.UserError, match="CORPUS=3 shards of 491 tokens"):
+        train_data(tmp_path).seek(train_data(corpus).position(5))
 
 
 def test_the_thread_that_builds_ahead_ends_with_its_consumer(corpus):
