@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(ROOT / "data"))
 
 import caseops
-from prepare import TRAINING
+from text import TRAINING
 
 V1, V2 = caseops.VERSIONS["v1"], caseops.VERSIONS["v2"]
 ALL_OPERATORS = V1.operators + V2.operators
