@@ -3377,18 +3377,25 @@ class Quantizer:
         return gram, fisher * scale.unsqueeze(1) * scale
 
     def bits(self, unit: float) -> float:
-        """Bits of all codes by their entropy, matrix by matrix, if they were rounded to nearest (no GPTQ).
-
-        Where the trellis tells the parity, only every second code has to be told.
-        """
+        """Bits of `nearest`'s codes by their entropy, matrix by matrix."""
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for _, _, _, weights, _, _, rows, columns, top in self.stacks:
-            steps = row_steps(rows, unit * self.trellis.density)
-            codes = weights / steps.unsqueeze(-1) / column_steps(columns).unsqueeze(1)
-            for matrix in codes.round_().clamp_(-top, top).int():
-                counts = torch.bincount(matrix.flatten() + top).double()
+        for stack in self.stacks:
+            for matrix in self.nearest(stack, unit).int():
+                counts = torch.bincount(matrix.flatten() + stack.top).double()
                 total -= (counts * (counts / matrix.numel()).clamp_min(1e-30).log2()).sum()
         return float(self.run.total(total))
+
+    def nearest(self, stack: Stack, unit: float) -> Tensor:
+        """int16 codes by rounding alone, at the steps between codes of one parity: about as large to pack as GPTQ's."""
+        steps = row_steps(stack.rows, unit * self.trellis.density).unsqueeze(-1) * \
+            column_steps(stack.columns).unsqueeze(1)
+        return (stack.weights / steps).round_().clamp_(-stack.top, stack.top).to(torch.int16)
+
+    def solved(self, stack: Stack, unit: float) -> Tensor:
+        """int16 codes by GPTQ."""
+        codes = gptq(stack.weights, stack.inputs, stack.outputs, row_steps(stack.rows, unit),
+                     column_steps(stack.columns), self.trellis, stack.top)
+        return codes.gather(2, stack.order.argsort(-1).unsqueeze(1).expand_as(codes))
 
     def octaves_for(self, bits: float) -> float:
         """log2 of the unit at which the codes take so many bits in all, by `bits`."""
@@ -3407,14 +3414,15 @@ class Quantizer:
         return high
 
     @torch.no_grad()
-    def quantize(self, unit: float) -> dict[str, Quantized]:
-        """Every tensor as it will be stored; each rank does its share of the matrices, all get all."""
+    def quantize(self, unit: float, rounding: Callable[[Stack, float], Tensor] | None = None) -> dict[str, Quantized]:
+        """Every tensor as it will be stored; each rank does its share of the matrices, all get all.
+
+        `rounding`: `solved` (None) or `nearest`.
+        """
         own: dict[str, Quantized] = {}
-        for stored, names, order, weights, inputs, outputs, rows, columns, top in self.stacks:
-            codes = gptq(weights, inputs, outputs, row_steps(rows, unit), column_steps(columns), self.trellis, top)
-            codes = codes.gather(2, order.argsort(-1).unsqueeze(1).expand_as(codes))
-            own.update({name: Quantized(stored, *parts)
-                        for name, *parts in zip(names, codes.cpu(), rows.cpu(), columns.cpu())})
+        for stack in self.stacks:
+            parts = (rounding or self.solved)(stack, unit).cpu(), stack.rows.cpu(), stack.columns.cpu()
+            own.update({name: Quantized(stack.stored, *of) for name, *of in zip(stack.names, *parts)})
         done = dict(self.plain)
         for part in self.run.gather(own):
             done.update(part)
@@ -3919,13 +3927,15 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
         quantizer = Quantizer(model, sums, cfg, run)
     rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
+    def packed(tensors: Mapping[str, Quantized], octaves: float, states: int) -> bytes:
+        mark = illegal(cfg)
+        return run.share(pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset, mark) if run.is_main else b"")
+
     def attempt(octaves: float) -> bytes:
         with run.phase("gptq", "train"):
             tensors = quantizer.quantize(2.0 ** octaves)
         with run.phase("pack"):
-            blob = b"" if not run.is_main else pack(tensors, 2.0 ** octaves, quantizer.trellis.states, codec, cfg,
-                                                    cfg.preset, illegal(cfg))
-            blob = run.share(blob)
+            blob = packed(tensors, octaves, quantizer.trellis.states)
         run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
                 bits_per_weight=8 * (len(blob) - rest) / quantizer.weights, left_bytes=cap - len(blob))
         return blob
@@ -3935,6 +3945,9 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
         with run.phase("allocate", "train"):
             wanted = min(cfg.bits_per_weight, 8 * max(1, 0.999 * cap - rest) / quantizer.weights) * quantizer.weights
             octaves = quantizer.octaves_for(wanted)
+            # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
+            trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
+            octaves += (8 * (len(trial) - rest) - wanted) / quantizer.weights
             finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
     else:
         finest = 0.0  # SDClip's bits set the size
