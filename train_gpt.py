@@ -344,10 +344,10 @@ class QuantKnobs:
     """QUANT=waterfill: exponent of the rows' Fisher information, 0 (ignored) to 1 (full)."""
     gptq_two_sided: bool = True
     """QUANT=waterfill: feed rounding errors forward along the rows too, by the outputs' Fisher information (K-FAC)."""
-    trellis_states: int = 8
+    trellis_states: int = 4
     """QUANT=waterfill: states of the trellis that the codes of a row follow, 4 or 8. 1: none, plain rounding."""
     codec: str = "auto"
-    """Coder of the codes: range (package constriction) | brotli. Auto: range where it is installed."""
+    """Coder of the codes: range (package constriction) | brotli | auto: range where installed, or what is smaller."""
     matrix_bits: int = 6
     """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
     embed_bits: int = 7
@@ -3699,8 +3699,12 @@ CODERS: dict[str, tuple[Callable[[Sequence[np.ndarray], int], bytes], Callable[.
 """How the codes of GPTQ's matrices are packed, and read again."""
 
 
+TRY_BROTLI = 1 << 20
+"""Codes of a stream that Brotli is also tried on (it takes 4 s a million): it finds the like rows of unused ids."""
+
+
 def pick_codec(wanted: str) -> str:
-    """range or brotli; `UserError` if the wanted one is not installed."""
+    """auto, range or brotli; `UserError` if the wanted one is not installed."""
     if wanted == "brotli":
         return wanted
     try:
@@ -3708,7 +3712,14 @@ def pick_codec(wanted: str) -> str:
     except ImportError:
         require(wanted == "auto", "CODEC=range: the package constriction is missing; pip install -r requirements.txt")
         return "brotli"
-    return "range"
+    return wanted
+
+
+def pack_codes(matrices: Sequence[np.ndarray], states: int, codec: str) -> tuple[str, bytes]:
+    """(coder, packed codes) of one stream; auto: of small streams whatever is smaller."""
+    small = sum(matrix.size for matrix in matrices) <= TRY_BROTLI
+    names = [codec] if codec != "auto" else ["range", "brotli"] if small else ["range"]
+    return min(((name, CODERS[name][0](matrices, states)) for name in names), key=lambda found: len(found[1]))
 
 
 def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str, model: ModelKnobs, preset: str,
@@ -3728,8 +3739,11 @@ def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str,
             matrices[q.stored].append(q.codes.numpy())
     streams = [(name, "brotli", len(data), brotli_pack(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
                for name, data in raw.items()]
-    streams += [(name, codec, sum(2 * m.size for m in stack), CODERS[codec][0](stack, states))
-                for name, stack in matrices.items()]
+    # In threads: both coders leave the interpreter's lock while they work.
+    with ThreadPoolExecutor() as pool:
+        packed_codes = pool.map(lambda stack: pack_codes(stack, states, codec), matrices.values())
+        streams += [(name, coder, sum(2 * m.size for m in stack), data)
+                    for (name, stack), (coder, data) in zip(matrices.items(), packed_codes)]
     header = json.dumps({
         "preset": preset, "illegal": illegal, "unit": unit, "trellis": states,
         "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
@@ -3940,14 +3954,15 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
                 bits_per_weight=8 * (len(blob) - rest) / quantizer.weights, left_bytes=cap - len(blob))
         return blob
 
-    finest, octaves = -60.0, 0.0
+    finest, octaves, slope = -60.0, 0.0, quantizer.weights / 8  # bytes an octave: at most a bit a weight
     if cfg.quant == "waterfill":
         with run.phase("allocate", "train"):
             wanted = min(cfg.bits_per_weight, 8 * max(1, 0.999 * cap - rest) / quantizer.weights) * quantizer.weights
             octaves = quantizer.octaves_for(wanted)
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
             trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
-            octaves += (8 * (len(trial) - rest) - wanted) / quantizer.weights
+            slope = (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2
+            octaves += (len(trial) - rest - wanted / 8) / slope
             finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
     else:
         finest = 0.0  # SDClip's bits set the size
@@ -3956,7 +3971,6 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     for number in range(14):
         if fits is not None and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap):
             break
-        slope = quantizer.weights / 8  # a bit a weight and octave
         if fits is None:
             coarser = 1.02 * (big[1] - 0.9996 * cap) / slope * 2 ** max(0, number - 3)
             octaves = big[0] + max(0.002, coarser)

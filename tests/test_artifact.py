@@ -231,6 +231,19 @@ def test_the_range_coder_comes_near_the_entropy_and_beats_brotli():
     assert size < 1.02 * bound and size < 0.96 * other
 
 
+def test_auto_keeps_the_smaller_coder_of_small_streams(monkeypatch: pytest.MonkeyPatch):
+    """Like rows are Brotli's, independent codes the range coder's; nothing large is tried twice."""
+    rng = np.random.default_rng(0)
+    unlike = (rng.uniform(1, 9, (400, 1)) * rng.normal(0, 1, (400, 200))).astype(np.int16)
+    alike = np.repeat(rng.normal(0, 3, (1, 64)).astype(np.int16), 120, axis=0)
+    for matrix, expected in ((alike, "brotli"), (unlike, "range")):
+        coder, data = tg.pack_codes([matrix], 1, "auto")
+        assert coder == expected and len(data) == min(len(pack([matrix], 1)) for pack, _ in tg.CODERS.values())
+        assert [tg.pack_codes([matrix], 1, name)[0] for name in ("range", "brotli")] == ["range", "brotli"]
+    monkeypatch.setattr(tg, "TRY_BROTLI", alike.size - 1)
+    assert tg.pack_codes([alike], 1, "auto")[0] == "range"
+
+
 @pytest.mark.parametrize("states", [1, 8])
 def test_damaged_codes_are_a_user_error_or_other_codes(states: int):
     rng = np.random.default_rng(0)
