@@ -350,6 +350,9 @@ class QuantKnobs:
     """Coder of the codes: range (package constriction) | brotli | auto: range where installed, or what is smaller."""
     matrix_bits: int = 6
     """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
+    n_int6_layers: int = 0
+    """QUANT=sdclip: matrices that get MATRIX_BITS, those of the largest trace of the Hessian (#1260); the others get
+    one bit less. 0: all get MATRIX_BITS. The trace ranks by depth rather than by need."""
     embed_bits: int = 7
     """QUANT=sdclip: bits of the codes of the embedding, 2..8."""
     attn_clip_sigmas: float = 13.0
@@ -501,9 +504,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
                      "seq_change_warmup_steps", "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
-                     "xsa_last_n", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr", "ttt_weight_decay",
-                     "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr", "global_ttt_epochs",
-                     "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks",
+                     "xsa_last_n", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
+                     "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
+                     "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks",
                      "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr", "prequant_ttt_epochs",
                      "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
             require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
@@ -513,6 +516,8 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
         require(self.trellis_states in (1, 4, 8), f"TRELLIS_STATES={self.trellis_states}: expected 1 (none), 4 or 8")
+        require(not self.n_int6_layers or self.matrix_bits > 2, f"N_INT6_LAYERS={self.n_int6_layers}: the others get "
+                f"one bit less than MATRIX_BITS={self.matrix_bits}, and 2 is the least")
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
         for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
@@ -663,7 +668,7 @@ GATE_BIASES = {"GATED_ATTN": "2.0", "GATED_ATTENTION": "4.0"}
 
 LORA_SWITCHES = ("TTT_Q_LORA", "TTT_K_LORA", "TTT_V_LORA", "TTT_O_LORA", "TTT_MLP_LORA")
 SPECIAL = ("PARALLEL_RESIDUAL_START RECUR_LAYERS MATRIX_CLIP_SIGMAS TTT_ENABLED PHASED_TTT_ENABLED TTT_MASK "
-           "TOKEN_ORDER TOKEN_THRESHOLD").split()
+           "TOKEN_ORDER TOKEN_THRESHOLD MIXED_QUANT").split()
 """Variables that `translate` takes apart by hand."""
 
 # Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
@@ -678,7 +683,7 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE", "counts are exact, and NGRAM_RULES lists the contexts"),
     ("PREQUANT_TTT_COSINE_DECAY", "its rate always falls as a cosine"),
     ("ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "no record ever trained this scale; here there is none"),
-    ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS INT5_LAYERS",
+    ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA INT5_LAYERS",
      "QUANT chooses the steps by what an error costs; there is no separate correction"),
     ("COMPRESSOR", "CODEC chooses the coder of the codes; no external program is needed"),
     ("GATED_ATTN_QUANT_GATE", "gates are always stored in int8 with one scale a row"),
@@ -786,6 +791,12 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
     if "MATRIX_CLIP_SIGMAS" in env:  # every matrix is one of attention or MLP, whose own knobs come first
         given.setdefault("attn_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
         given.setdefault("mlp_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
+
+    if "MIXED_QUANT" in env:
+        if parse("MIXED_QUANT", bool, env["MIXED_QUANT"]):
+            offer("MIXED_QUANT", "QUANT", "sdclip")
+        else:
+            given["n_int6_layers"] = "0"
 
     known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *STRANGERS, *SPECIAL}
     for name in sorted(set(env) - knobs - known):
@@ -3305,11 +3316,12 @@ class Quantizer:
         self.model, self.sums, self.cfg, self.run = model, sums, cfg, run
         self.trellis = Trellis.of(cfg.trellis_states if cfg.quant == "waterfill" else 1, run.device)
         jobs: dict[tuple, list[tuple[str, Tensor]]] = collections.defaultdict(list)
+        fewer = self._fewer_bits()
         self.plain: dict[str, Quantized] = {}
         for name, values, parameter in model.tensors():
             stored, values = route(parameter).stored, values.float()
             if stored.startswith("gptq:"):
-                jobs[values.shape, stored].append((name, values))
+                jobs[values.shape, stored, name in fewer].append((name, values))
             elif stored == "int8":
                 rows = step_codes(values.abs().amax(-1) / 127, ROW_OFFSET, up=True)
                 codes = (values / row_steps(rows, 1.0).unsqueeze(-1)).round().clamp(-127, 127)
@@ -3318,13 +3330,19 @@ class Quantizer:
                 self.plain[name] = Quantized(stored, values.half().cpu())
         self.weights = sum(values.numel() for matrices in jobs.values() for _, values in matrices)
         self.stacks = []
-        for (_, stored), matrices in jobs.items():
+        for (_, stored, less), matrices in jobs.items():
             mine = matrices[run.rank::run.world]
             if mine:
-                self.stacks.append(self._prepare(stored, mine))
+                self.stacks.append(self._prepare(stored, mine, int(less)))
 
-    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]]) -> Stack:
-        """Factors and step codes of matrices (name, values) of equal shape."""
+    def _fewer_bits(self) -> set[str]:
+        """Names of the matrices that N_INT6_LAYERS leaves with one bit less."""
+        names = [name for name, _, p in self.model.tensors() if route(p).stored in ("gptq:attn", "gptq:mlp")]
+        ranked = sorted(names, key=lambda name: -float(self.sums.gram[hessian_key(name)].trace()))
+        return set(ranked[self.cfg.n_int6_layers:]) if self.cfg.n_int6_layers else set()
+
+    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]], less: int = 0) -> Stack:
+        """Factors and step codes of matrices (name, values) of equal shape; `less` bits than the knobs say (SDClip)."""
         names, weights = [name for name, _ in matrices], torch.stack([values for _, values in matrices])
         grams, fishers = map(torch.stack, zip(*(self._cost(name) for name in names)))
         energy = grams.diagonal(dim1=-2, dim2=-1)
@@ -3348,7 +3366,7 @@ class Quantizer:
             rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
             return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** 15 - 4)  # cosets add 2
         bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
-        top = 2 ** (bits - 1) - 1
+        top = 2 ** (bits - less - 1) - 1
         # A row of nearly one value has almost no spread: its step must still reach its values.
         largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
         columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)

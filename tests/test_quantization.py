@@ -410,6 +410,19 @@ def test_bits_fall_by_one_an_octave_of_the_unit(run: tg.Run):
     assert [a - b for a, b in zip(sizes, sizes[1:])] == pytest.approx([1, 1], abs=0.1)
 
 
+def test_mixed_bits_go_by_the_trace_of_the_hessian(run: tg.Run):
+    """#1260: the matrices of the largest trace keep MATRIX_BITS, the others get one less; the embedding has its own."""
+    cfg = tiny(quant="sdclip", matrix_bits=6, embed_bits=7, n_int6_layers=5, attn_clip_sigmas=1, mlp_clip_sigmas=1,
+               embed_clip_sigmas=1)
+    model = noisy(cfg)
+    grams = {key: (1 + 10 * (key in (("up", 1), ("qkv", 2), ("o", 0)))) * gram for key, gram in
+             unit_sums(model).gram.items()}
+    found = tg.Quantizer(model, unit_sums(model, grams), cfg, run).quantize(1.0)
+    largest = {name: int(q.codes.abs().max()) for name, q in found.items() if q.stored.startswith("gptq:")}
+    kept = {"blocks.1.up", "blocks.2.q", "blocks.2.k", "blocks.2.v", "blocks.0.o"}
+    assert largest == {name: 63 if name == "tok_emb" else 31 if name in kept else 15 for name in largest}
+
+
 @pytest.mark.parametrize("quant", ["sdclip", "waterfill"])
 def test_inputs_that_were_never_seen_get_codes_of_zero(quant: str, run: tg.Run):
     cfg = tiny(quant=quant, trellis_states=1)
