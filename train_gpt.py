@@ -506,9 +506,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
                      "xsa_last_n", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
                      "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
-                     "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip", "ttt_freeze_blocks",
-                     "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr", "prequant_ttt_epochs",
-                     "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
+                     "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip",
+                     "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr",
+                     "prequant_ttt_epochs", "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
             require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
         for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
                      "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
