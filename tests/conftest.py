@@ -25,9 +25,9 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
             rope_dims="8", device="cpu", eval_ladder="ema,quantized,sliding", ttt_chunk_size="32",
             ttt_context="cache", ttt_lora_rank="4", ttt_lora_lr="0.002", ttt_lora_alpha="8", phased_ttt_num_phases="2",
             phased_ttt_prefix_docs="5", global_ttt_chunk_tokens="64", global_ttt_lr="0.01", ngram_tilt_enabled="1",
-            ngram_rules="2:0.5:1,4:0.5:1", trellis_states="1", gptq_two_sided="0")
-"""A model of every part in a few milliseconds a step: knobs as environment text. Two-sided GPTQ and the trellis take
-seconds at any size: tests that are about them ask for them."""
+            ngram_rules="2:0.5:1,4:0.5:1", trellis_states="1")
+"""A model of every part in a few milliseconds a step: knobs as environment text. The trellis takes a second at any
+size: tests that are about it ask for it."""
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                         reason="torch sees no CUDA device")])
