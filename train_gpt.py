@@ -199,6 +199,8 @@ class ModelKnobs:
     """Last block (inclusive) of the depth recurrence."""
     num_loops: int = 2
     """Extra passes over blocks LOOP_START..LOOP_END. 0: no recurrence."""
+    max_skips: int = 64
+    """Most U-Net skips, the innermost stay: fewer are less traffic (modded-nanogpt records 45 and 77). 0: none."""
     skip_gates_enabled: bool = True
     """1: U-Net skips are mixed in by a learned gate; 0: added."""
     parallel_residual: str = "two"
@@ -506,7 +508,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
                      "seq_change_warmup_steps", "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
-                     "xsa_last_n", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
+                     "xsa_last_n", "max_skips", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
                      "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
                      "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip",
                      "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr",
@@ -2218,7 +2220,7 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
     """The order in which stored blocks run: pure data, printed in the log.
 
     The first half of the visits (rounded down) is the encoder; the decoder's j-th visit takes the output of the
-    encoder's j-th last one.
+    encoder's j-th last one, for the first MAX_SKIPS of them.
 
     >>> cfg = ModelKnobs(num_layers=4, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3)
     >>> [(v.block, v.skip_from) for v in layer_plan(cfg, looped=True)]
@@ -2232,7 +2234,7 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
     windows = [int(window) for window in cfg.attn_windows.split(",")]
     visits = []
     for i, block in enumerate(order):
-        slot = i - encoder if 0 <= i - encoder < encoder else None
+        slot = i - encoder if 0 <= i - encoder < min(encoder, cfg.max_skips) else None
         lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
         visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes,
                             windows[block % len(windows)]))
@@ -2241,7 +2243,7 @@ def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
 
 def num_skips(cfg: ModelKnobs) -> int:
     """Rows of the skip weights: decoder visits of the looped plan that have an encoder partner."""
-    return len(layer_plan(cfg, looped=True)) // 2
+    return sum(visit.skip_slot is not None for visit in layer_plan(cfg, looped=True))
 
 
 class Weights:

@@ -357,6 +357,21 @@ def test_every_encoder_visit_is_taken_up_once_and_every_slot_used_once(layers: i
     assert encoder <= tg.GPT(cfg).skip_weights.size(0) == tg.num_skips(cfg)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("gates", [False, True])
+def test_the_innermost_skips_stay_and_every_weight_of_them_is_trained(kept: int, gates: bool):
+    cfg = tiny(max_skips=kept, skip_gates_enabled=gates)
+    full = tg.layer_plan(tiny(), looped=True)
+    for before, after in zip(full, tg.layer_plan(cfg, looped=True)):
+        stays = before.skip_slot is not None and before.skip_slot < kept
+        assert (after.skip_from, after.skip_slot) == ((before.skip_from, before.skip_slot) if stays else (None, None))
+    model = noisy(cfg)
+    assert model.skip_weights.shape == (kept, cfg.model_dim)
+    model.total_loss(batch_of(np.array([document(0, 24)])), tg.layer_plan(cfg, looped=True), torch.float32).backward()
+    if kept:
+        assert bool((model.skip_weights.grad != 0).any(-1).all())
+
+
 def test_docstrings_show_what_happens():
     result = doctest.testmod(tg)
     assert result.attempted >= 2 and result.failed == 0
