@@ -2807,12 +2807,13 @@ class ShardedOptimizer:
     """Muon for the banks, sharded over ranks by slices; AdamW for the rest, replicated."""
 
     def __init__(self, model: GPT, cfg: Config, run: Run) -> None:
-        self.cfg, self.run, self.named = cfg, run, dict(model.named_parameters())
-        routes = {name: route(name) for name, _ in model.named_parameters()}
-        self.banks = [(p, routes[n]) for n, p in model.named_parameters() if routes[n].rule == "muon"]
-        self.small = [p for n, p in model.named_parameters() if routes[n].rule == "adam"]
+        self.cfg, self.run = cfg, run
+        self.named = {name: p for name, p in model.named_parameters() if p.numel()}  # there may be no skips
+        routes = {name: route(name) for name in self.named}
+        self.banks = [(p, routes[n]) for n, p in self.named.items() if routes[n].rule == "muon"]
+        self.small = [p for n, p in self.named.items() if routes[n].rule == "adam"]
         groups = collections.defaultdict(list)
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.named.items():
             if routes[name].rule == "adam":
                 groups[routes[name].lr, routes[name].wd].append(parameter)
         self.adam = torch.optim.AdamW(
