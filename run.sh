@@ -11,6 +11,8 @@ usage() {
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh compare A B            two groups of runs: difference, Welch's t-test, verdict under both rules (logs, run ids,
+                                globs, submission.json, or scores: A=1.0576,1.0573 B='logs/wider-*')
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
@@ -129,6 +131,7 @@ TXT
     exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
+  compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
   setup) setup ;;
