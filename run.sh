@@ -11,6 +11,8 @@ usage() {
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh sweep KNOB=a,b ... [-- KNOB=value ...]   train every combination (or a list: sweep FILE), one after another or
+                                packed on the GPUs (GPUS_PER_RUN=1); the same command resumes; LAUNCHER=slurm
 ./run.sh compare A B            two groups of runs: difference, Welch's t-test, verdict under both rules (logs, run ids,
                                 globs, submission.json, or scores: A=1.0576,1.0573 B='logs/wider-*')
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
@@ -131,6 +133,7 @@ TXT
     exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
+  sweep) setup; exec .venv/bin/python records/sweep.py "$@" ;;
   compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
