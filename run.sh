@@ -9,6 +9,8 @@ usage() {
 ./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
+./run.sh doctor [KNOB=value]    is this machine ready: packages, GPUs, links, kernels, room, data, and a speed probe that
+                                predicts the steps of a run (--quick: without); each warning with its remedy
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
 ./run.sh sweep KNOB=a,b ... [-- KNOB=value ...]   train every combination (or a list: sweep FILE), one after another or
@@ -133,6 +135,7 @@ TXT
     exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
+  doctor) setup; exec .venv/bin/python records/doctor.py "$@" ;;
   sweep) setup; exec .venv/bin/python records/sweep.py "$@" ;;
   compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
