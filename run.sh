@@ -15,6 +15,8 @@ usage() {
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
 ./run.sh sweep KNOB=a,b ... [-- KNOB=value ...]   train every combination (or a list: sweep FILE), one after another or
                                 packed on the GPUs (GPUS_PER_RUN=1); the same command resumes; LAUNCHER=slurm
+./run.sh tune KNOB=a..b ... [-- KNOB=value ...]   search with Optuna: TRIALS=20, early stopping on VAL_LOSS_EVERY; the same
+                                command elsewhere joins the study
 ./run.sh compare A B            two groups of runs: difference, Welch's t-test, verdict under both rules (logs, run ids,
                                 globs, submission.json, or scores: A=1.0576,1.0573 B='logs/wider-*')
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
@@ -137,6 +139,7 @@ TXT
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   doctor) setup; exec .venv/bin/python records/doctor.py "$@" ;;
   sweep) setup; exec .venv/bin/python records/sweep.py "$@" ;;
+  tune) setup; exec .venv/bin/python records/tune.py "$@" ;;
   compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;

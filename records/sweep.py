@@ -269,6 +269,7 @@ class Sweep:
             if held is None:
                 state.status = "elsewhere"
             elif self.look(state):  # another sweep, or a run that outlived one, has done it
+                append(self.record, "found", key=state.job.key, run_id=state.run_id, val_bpb=state.bpb)
                 unlock(held)
             elif place is None:
                 state.status = "waiting"

@@ -148,6 +148,7 @@ def test_a_killed_sweep_is_resumed_and_its_run_is_waited_for(tmp_path, command):
     until(lambda: not beside.step())
     assert [s.status for s in one.states + beside.states] == ["done"] * 4
     assert sorted(seed for seed, *_ in starts(tmp_path)) == ["1", "2", "3"]
+    assert '"found", "key": "k100000000"' in (tmp_path / "sweep" / "runs.jsonl").read_text()
 
 
 def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
