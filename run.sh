@@ -58,6 +58,8 @@ setup() {
     site=--system-site-packages
     echo "run.sh: using the torch that $("$python" -c 'import sys; print(sys.executable)') has" >&2
   fi
+  [ ! -L .venv ] || fail ".venv is a link to $(readlink -f .venv), whose packages are not those of requirements.txt:" \
+    "making it anew would empty that folder; install them there with .venv/bin/python -m pip, or remove the link"
   echo "run.sh: making .venv with $("$python" -V) and installing requirements.txt (once; minutes)" >&2
   "$python" -m venv --clear $site .venv ||
     fail "'$python -m venv' does not work: install it (Debian, Ubuntu: apt-get install python3-venv)"

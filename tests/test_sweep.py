@@ -207,6 +207,7 @@ def test_a_run_is_its_configuration(tmp_path):
     (["SEED=1"], {"LAUNCHER": "pbs"}, "LAUNCHER=pbs"), (["SEED=1"], {"LAUNCHER": "slurm"}, "such as GPUS_PER_RUN=8")])
 def test_a_users_mistake_is_one_line_and_nothing_starts(arguments, env, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
     assert sw.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) == 2
     err = capsys.readouterr().err
     assert expected in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
