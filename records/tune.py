@@ -134,19 +134,20 @@ class Tuner:
         (state,) = sweep.states
         held = lock(sweep.own / f"{state.job.key}.worker")
         live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
-        seen = 0
+        told: set[int] = set()
         try:
             with live or contextlib.nullcontext():
                 while sweep.step():
                     log = self.folder / f"{state.run_id}.jsonl"
                     probes = [e for e in events(log) if e["event"] == "val_probe"] if log.is_file() else []
-                    for probe in probes[seen:]:
-                        trial.report(probe["val_bpb"], probe["step"])
-                    if len(probes) > seen and trial.should_prune():
+                    news = {e["step"]: e["val_bpb"] for e in probes if e["step"] not in told}
+                    for step, bpb in news.items():
+                        trial.report(bpb, step)
+                    told |= set(news)
+                    if news and trial.should_prune():
                         sweep.stop()
                         self.study.tell(trial, state=TrialState.PRUNED)
                         return
-                    seen = len(probes)
                     if live:
                         live.update(sweep.view())
                     time.sleep(poll)
