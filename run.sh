@@ -9,8 +9,16 @@ usage() {
 ./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
+./run.sh doctor [KNOB=value]    is this machine ready: packages, GPUs, links, kernels, room, data, and a speed probe that
+                                predicts the steps of a run (--quick: without); each warning with its remedy
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh sweep KNOB=a,b ... [-- KNOB=value ...]   train every combination (or a list: sweep FILE), one after another or
+                                packed on the GPUs (GPUS_PER_RUN=1); the same command resumes; LAUNCHER=slurm
+./run.sh tune KNOB=a..b ... [-- KNOB=value ...]   search with Optuna: TRIALS=20, early stopping on VAL_LOSS_EVERY; the same
+                                command elsewhere joins the study
+./run.sh compare A B            two groups of runs: difference, Welch's t-test, verdict under both rules (logs, run ids,
+                                globs, submission.json, or scores: A=1.0576,1.0573 B='logs/wider-*')
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
@@ -50,6 +58,8 @@ setup() {
     site=--system-site-packages
     echo "run.sh: using the torch that $("$python" -c 'import sys; print(sys.executable)') has" >&2
   fi
+  [ ! -L .venv ] || fail ".venv is a link to $(readlink -f .venv), whose packages are not those of requirements.txt:" \
+    "making it anew would empty that folder; install them there with .venv/bin/python -m pip, or remove the link"
   echo "run.sh: making .venv with $("$python" -V) and installing requirements.txt (once; minutes)" >&2
   "$python" -m venv --clear $site .venv ||
     fail "'$python -m venv' does not work: install it (Debian, Ubuntu: apt-get install python3-venv)"
@@ -129,6 +139,10 @@ TXT
     exec .venv/bin/python -m bench.all "$@"
     ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
+  doctor) setup; exec .venv/bin/python records/doctor.py "$@" ;;
+  sweep) setup; exec .venv/bin/python records/sweep.py "$@" ;;
+  tune) setup; exec .venv/bin/python records/tune.py "$@" ;;
+  compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
   setup) setup ;;

@@ -1,0 +1,349 @@
+"""Is this machine ready for a run? A line for each thing that a run needs: ok, warning or failure, with the remedy.
+
+    ./run.sh doctor [KNOB=value ...]            for the run that these knobs describe, such as PRESET=demo
+    ./run.sh doctor --quick [KNOB=value ...]    without reading all documents and without 30 seconds of training steps
+
+What needs no torch is looked at first. The last line predicts the steps of a run: it trains on random tokens, in
+processes launched as the run's would be (all GPUs, their links included; reading shards is not), and counts what fits
+into the budget, stage by stage. Exit status 0: no failure, 1: a failure, 2: bad input.
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from logs import InputError
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.text import Text
+from sweep import pairs, visible_gpus
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE_SECONDS = 30.0
+GIB = 1 << 30
+NEWEST_TORCH = (2, 13)
+"""The last release of torch that this program was run with."""
+
+
+class Line(NamedTuple):
+    """What was looked at, what was found, and what to do about it."""
+    level: str
+    """ok | warning | failure"""
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def output(*command: str) -> str:
+    """Standard output of a program; empty where it is missing or fails."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return ""
+
+
+# -- without torch --------------------------------------------------------------------------------------
+
+
+def python_lines() -> Iterator[Line]:
+    """Interpreter, and every package of requirements.txt against its pin."""
+    yield Line("ok" if sys.version_info >= (3, 10) else "failure", "python",
+               f"{platform.python_version()}, {sys.executable}", "PYTHON=python3.12 ./run.sh setup (3.10 or newer)")
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    install = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
+    needs = [need for need in map(Requirement, lines) if not need.marker or need.marker.evaluate()]
+    found = 0
+    for need in needs:
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Line("failure", need.name, "not installed", install)
+            continue
+        found += 1
+        if need.name == "torch":  # any from 2.9 on, with the Triton that came with it: a GPU image has its own
+            release = tuple(map(int, version.split(".")[:2]))
+            level = "failure" if release < (2, 9) else "warning" if release > NEWEST_TORCH else "ok"
+            unknown = ", newer than any that this was run with" if level == "warning" else ""
+            yield Line(level, "torch", version + unknown, f"{install} (2.9 to {'.'.join(map(str, NEWEST_TORCH))})")
+        elif need.name != "triton" and not need.specifier.contains(version, prereleases=True):
+            yield Line("warning", need.name, f"{version}, pinned is {need.specifier}", install)
+    if found == len(needs):
+        yield Line("ok", "packages", f"all {found} of requirements.txt are installed")
+
+
+def gpu_lines() -> Iterator[Line]:
+    """GPUs as the driver sees them: model, memory in use, links."""
+    fields = "name,memory.total,memory.used,driver_version,utilization.gpu"
+    rows = [[cell.strip() for cell in row.split(",")] for row in
+            output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()]
+    if not rows:
+        if Path("/proc/driver/nvidia").exists():
+            yield Line("failure", "gpu", "there is an NVIDIA driver, but nvidia-smi does not answer",
+                       "install the driver's tools or restart the machine or container with its GPUs (--gpus all)")
+        else:
+            yield Line("ok", "gpu", "none: runs use the CPU, which is right for PRESET=demo")
+        return
+    names = sorted({row[0] for row in rows})
+    yield Line("ok" if len(names) == 1 else "warning", "gpu", f"{len(rows)} x {', '.join(names)}, {rows[0][1]} MiB, "
+               f"driver {rows[0][3]}", "set CUDA_VISIBLE_DEVICES to GPUs of one model: the slowest sets the pace")
+    for i, (_, total, used, _, busy) in enumerate(rows):
+        if used.isdigit() and (int(used) > 1024 or busy.isdigit() and int(busy) > 20):
+            yield Line("warning", "gpu", f"GPU {i} is in use: {used} of {total} MiB, {busy} % busy",
+                       "end what runs there (nvidia-smi names it), or leave it out of CUDA_VISIBLE_DEVICES")
+    if len(rows) > 1:
+        yield links_line(output("nvidia-smi", "topo", "-m"))
+
+
+def links_line(topology: str) -> Line:
+    """Whether NVLink joins all pairs of GPUs, from the text of `nvidia-smi topo -m`."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)
+    rows = [row.split()[1:] for row in plain.splitlines() if re.match(r"GPU\d+\s", row)]
+    kinds = [cell for i, row in enumerate(rows) for j, cell in enumerate(row[:len(rows)]) if i != j]
+    slow = sum(not kind.startswith("NV") for kind in kinds) // 2
+    if not kinds:
+        return Line("warning", "links", "nvidia-smi topo -m tells nothing", "")
+    return Line("warning" if slow else "ok", "links", f"{', '.join(sorted(set(kinds)))}" + (
+        f": {slow} of {len(kinds) // 2} pairs of GPUs have no NVLink" if slow else " between all pairs"),
+        "a machine with SXM modules; without NVLink gradients cross the PCIe bus" if slow else "")
+
+
+def machine_lines(folders: Mapping[str, Path], need: int) -> Iterator[Line]:
+    """Cores and their load, memory, and free space: `need` bytes where runs are logged."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    yield Line("warning" if load > cores / 2 else "ok", "cpu", f"{cores} cores, load {load:.1f}",
+               "end what else runs: within a budget of seconds a busy machine trains fewer steps")
+    with contextlib.suppress(OSError):
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, total = (int(told[name].split()[0]) * 1024 / GIB for name in ("MemAvailable", "MemTotal"))
+        yield Line("warning" if free < 2 else "ok", "memory", f"{free:.1f} of {total:.1f} GiB available",
+                   "end what else runs")
+    for name, folder in folders.items():
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if not os.access(there, os.W_OK):
+            yield Line("failure" if name != "data" else "warning", f"disk: {name}", f"{there} cannot be written",
+                       f"set {name} to a folder of yours" if name != "data" else "set DATA_DIR to a folder of yours")
+        else:
+            short = name != "data" and free < need
+            yield Line("failure" if short else "ok", f"disk: {name}", f"{free / 1e9:.1f} GB free in {there}",
+                       f"make room or set {name} elsewhere: a run may need {need / 1e6:.0f} MB")
+
+
+# -- with torch -----------------------------------------------------------------------------------------
+
+
+def cuda_lines(torch: Any, driver: bool) -> Iterator[Line]:
+    """Whether torch and the driver go together, and a compiler for what Triton generates."""
+    if driver and not torch.cuda.is_available():
+        build = torch.version.cuda
+        yield Line("failure", "cuda", "the driver sees GPUs, torch does not: " + (
+            f"it is built for CUDA {build}, which needs a newer driver" if build else "it is built for the CPU"),
+            "update the driver, or install an older CUDA build of torch 2.9 or newer" if build else
+            "unset PIP_EXTRA_INDEX_URL, rm -r .venv, ./run.sh setup; or set PYTHON to one whose torch has CUDA")
+    if not torch.cuda.is_available():
+        return
+    yield Line("ok", "cuda", f"{torch.version.cuda}, {torch.cuda.device_count()} devices")
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        yield Line("failure", "compiler", "no C compiler, which Triton and torch.compile need",
+                   "apt-get install gcc, or set CC")
+    if importlib.util.find_spec("triton") is None:
+        yield Line("failure", "triton", "not installed, and torch.compile needs it", "pip install triton (the release "
+                   "that this torch asks for: pip show torch)")
+
+
+def kernel_lines(tg: Any, cfg: Any, run: Any) -> Iterator[Line]:
+    """Attention kernel, fused kernels and coder that a run would choose."""
+    kernels = tg.pick_kernels(cfg, run)
+    attention = kernels.attention.name
+    hopper = run.is_cuda and tg.torch.cuda.get_device_capability(run.device)[0] == 9
+    slow = hopper and cfg.attention == "auto" and attention != "fa3"
+    release = "".join(re.findall(r"\d+", tg.torch.__version__)[:3])
+    wheels = f"cu{(tg.torch.version.cuda or '').replace('.', '')}_torch{release}"
+    yield Line("warning" if slow else "ok", "attention", attention + ", though this is a Hopper GPU" * slow,
+               f"pip install flash_attn_3 --no-deps --find-links https://windreamer.github.io/flash-attention3-wheels/{wheels}")
+    plain = run.is_cuda and kernels.fused != "triton" and cfg.kernels == "auto"
+    yield Line("warning" if plain else "ok", "kernels", f"fused MLP and cross-entropy: {kernels.fused}, "
+               f"{'compiled' if run.compiles else 'eager'}, {str(run.dtype).removeprefix('torch.')}",
+               "pip install triton; DTYPE=bfloat16")
+    codec = tg.pick_codec(cfg.codec)
+    short = codec == "brotli" and cfg.codec == "auto"
+    yield Line("warning" if short else "ok", "codec", codec + (", artifacts are 1 to 2 % larger" if short else ""),
+               "pip install -r requirements.txt (constriction)")
+
+
+def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
+    """Shards, tokenizer and side file of the run's dataset, as training will find them."""
+    variant = "caseops" if cfg.caseops_enabled else f"sp{cfg.vocab_size}"
+    made = "" if cfg.data_path else "demo" if cfg.dataset == "demo_sp1024" else \
+        "" if cfg.dataset else f"download --variant {variant}"
+    try:
+        streams = {split: tg.TokenStream(cfg.dataset_dir, f"fineweb_{split}") for split in ("train", "val")}
+        yield Line("ok", "data", ", ".join(f"{split}: {len(stream):,} tokens in {len(stream.paths)} shards"
+                                           for split, stream in streams.items()) + f", {cfg.dataset_dir}")
+        if cfg.caseops_enabled:
+            tg.TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
+        else:
+            path = tg.tokenizer_path(cfg)
+            tg.TokenBytes.load(path, cfg.vocab_size)
+            yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {path}")
+        if quick:
+            return
+        tg.require(not (problem := streams["train"].check(cfg.vocab_size)), problem)
+        told: list[str] = []
+        run.log = lambda event, **values: told.append(values.get("text", ""))  # warnings become lines of ours
+        counts = tg.check_data(streams["train"], cfg, run)
+        if counts:
+            yield Line("ok", "overlap", f"{counts['shared_documents']} of {counts['val_documents']:,} validation "
+                       f"documents are trained on")
+        for text in told:
+            yield Line("warning", "overlap", text, f"./run.sh data verify {cfg.dataset_dir}")
+    except tg.UserError as error:
+        yield Line("failure", "data", str(error), f"./run.sh data {made}" if made else "see data/README.md")
+
+
+def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
+    """Seconds of a training step in each stage of a run, `name: seconds`, within about `seconds` after compiling."""
+    rows = -(-cfg.train_rows // run.world)
+    micro = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)
+    model = tg.build_model(cfg, run)
+    optimizer, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
+    batch, found = tg.random_batch(micro, cfg), {}
+    for at in tg.stages(cfg):
+        plan = tg.layer_plan(cfg, at.looped)
+        loss = run.compiled(lambda batch, plan=plan: model.total_loss(batch, plan, run.dtype))
+
+        def steps(count: int, at: Any = at, loss: Any = loss) -> float:
+            run.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                for _ in range(-(-rows // micro)):
+                    (loss(batch.to(run.device).in_rows(at.seq_len)) / cfg.train_batch_tokens).backward()
+                optimizer.step(0.0, 0.0)
+                ema.update()
+            run.synchronize()
+            return (time.perf_counter() - start) / count
+
+        steps(2)
+        each = run.share(steps(2))
+        found[f"{at.looped:d}@{at.seq_len}"] = run.share(
+            steps(max(2, int(seconds / len(tg.stages(cfg)) / each))))
+    return found
+
+
+def predicted_steps(tg: Any, cfg: Any, each: Mapping[str, float]) -> tuple[int, float]:
+    """(steps, seconds of training they have): what fits into the budget, stage by stage, at most ITERATIONS."""
+    budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 600.0
+    ends = sorted({0.0, 1.0, cfg.enable_looping_at, *(end for _, end in tg.seq_schedule(cfg) if end < 1)})
+    steps = 0.0
+    for begin, end in zip(ends, ends[1:]):
+        at = tg.stage(cfg, begin)
+        steps += (end - begin) * budget / each[f"{at.looped:d}@{at.seq_len}"]
+    return min(int(steps), cfg.iterations), budget
+
+
+def speed_line(tg: Any, cfg: Any, run: Any, knobs: Mapping[str, str], processes: int) -> Line:
+    """The probe, in processes of its own: what kills it does not kill the doctor."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--probe"]
+    env = {"GOMP_SPINCOUNT": "2000", **os.environ, **knobs}  # train_gpt.py sets this where it is the program itself
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    lines = ended.stdout.strip().splitlines()
+    if ended.returncode or not lines:
+        why = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit status {ended.returncode}"]
+        found = next((line for line in reversed(why) if "OutOfMemory" in line or "out of memory" in line), why[-1])
+        return Line("failure", "speed", f"training steps fail: {found.strip()[:300]}",
+                    f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}" if found != why[-1] or "emory" in found else
+                    f"./run.sh train shows where; the probe alone: {' '.join(command)}")
+    told = json.loads(lines[-1])
+    steps, budget = predicted_steps(tg, cfg, told["seconds"])
+    stages = ", ".join(f"{1e3 * s:.1f} ms with rows of {name.split('@')[1]}" +
+                       (", loop on" if name[0] == "1" else ", loop off" if cfg.num_loops else "")
+                       for name, s in told["seconds"].items())
+    return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
+                f"{stages}; predicts {steps:,} steps in {budget:.0f} s, {600 / budget * steps:,.0f} in 600 s")
+
+
+def probe() -> int:
+    """One process of the probe: prints the measured seconds as JSON."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt as tg
+    cfg, _ = tg.Config.from_env(os.environ)
+    with tg.Run(cfg, os.environ, log=False) as run:
+        found = measure(tg, cfg, run, PROBE_SECONDS)
+        peak = tg.torch.cuda.max_memory_allocated() >> 20 if run.is_cuda else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+        if run.is_main:
+            print(json.dumps({"seconds": found, "mib": peak}))
+    return 0
+
+
+def examine(knobs: Mapping[str, str], quick: bool) -> Iterator[Line]:
+    """All lines, each as soon as it is known. Nothing is written."""
+    env = {**os.environ, **knobs}
+    yield from python_lines()
+    yield from gpu_lines()
+    yield from machine_lines({"LOG_DIR": Path(env.get("LOG_DIR") or "logs"),
+                              **({"ARTIFACT_DIR": Path(env["ARTIFACT_DIR"])} if env.get("ARTIFACT_DIR") else {}),
+                              "data": Path(env.get("DATA_DIR") or "data")}, need=32_000_000)
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train_gpt as tg
+    except ImportError as error:
+        yield Line("failure", "trainer", f"train_gpt.py cannot be imported: {error}", "the remedies above, then again")
+        return
+    yield from cuda_lines(tg.torch, bool(visible_gpus({})))
+    try:
+        cfg, warnings = tg.Config.from_env(env)
+        for text in warnings:
+            yield Line("warning", "knobs", text, "leave it out")
+        yield Line("ok", "knobs", f"PRESET={cfg.preset}, {len(knobs)} given")
+        with tg.Run(cfg, {}, log=False) as run:
+            yield from kernel_lines(tg, cfg, run)
+            yield from data_lines(tg, cfg, run, quick)
+            if not quick:
+                processes = int(env.get("NPROC") or max(1, run.is_cuda and tg.torch.cuda.device_count()))
+                yield speed_line(tg, cfg, run, knobs, processes)
+    except tg.UserError as error:
+        yield Line("failure", "knobs", str(error), "./run.sh knobs lists them all")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0: no failure, 1: a failure, 2: bad input."""
+    if "--probe" in arguments:
+        return probe()
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    try:
+        knobs = pairs([a for a in arguments if a != "--quick"])
+    except InputError as error:
+        print(f"doctor.py: {error}", file=sys.stderr)
+        return 2
+    console, levels = Console(), []
+    colours = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+    for line in examine(knobs, "--quick" in arguments):
+        levels.append(line.level)
+        text = Text(f"{line.level:8s}", style=colours[line.level])
+        text.append(f" {line.name:16s} {line.found}", style="not bold default")
+        if line.level != "ok" and line.remedy:
+            text.append(f"\n{'':25s} -> {line.remedy}", style="bold")
+        console.print(text, soft_wrap=True)
+    console.print(", ".join(f"{levels.count(level)} {level}" for level in colours), highlight=False)
+    return int("failure" in levels)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

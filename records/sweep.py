@@ -1,0 +1,516 @@
+"""Trains every combination of some knobs, or a list of runs from a file: in turn, or side by side on the GPUs.
+
+    ./run.sh sweep SEED=42,0,1234 MATRIX_LR=0.022,0.026 [-- KNOB=value ...]    every combination; fixed knobs behind --
+    ./run.sh sweep FILE [-- KNOB=value ...]                                    a run a line: KNOB=value ...; # comments
+
+    GPUS_PER_RUN=1       GPUs of one run (default: all of this machine); as many runs as fit are trained at a time
+    LAUNCHER=slurm       write an sbatch array of the same runs, one a task, and submit it (GPUS_PER_RUN is needed)
+
+The same command resumes: a run is known by its configuration, the number of its GPUs and the trainer's source, and one
+that has a verdict is skipped. A run that fails is tried once more, unless it would fail again. Runs outlive a killed
+sweep: the next one waits for what is still training. Several sweeps, on several machines with one LOG_DIR, share the
+work. A value with commas goes behind -- or into a file.
+
+LOG_DIR/<knobs>-<key>.jsonl are the runs' logs, for ./run.sh compare and show. LOG_DIR/sweep/runs.jsonl is the record of
+starts and ends: lines of JSON, since appending one is atomic, also for several writers, a line that a crash cut off
+harms no other, and SQLite's locks are not to be trusted on the network file systems that such folders often lie on.
+LOG_DIR/sweep/<run>.out is what a run printed. Exit status 0: all done, 1: some failed, 2: bad input, 130: interrupted.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from logs import PRIVATE, InputError, scored_log
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from summary import events, last
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = (str(ROOT / "run.sh"), "train")
+"""What trains one run: knobs as environment variables, LOG_DIR/RUN_ID.jsonl as its log."""
+HOPELESS = ("UserError", "DivergedError")
+"""Errors in a run's log that another attempt would end in, too."""
+
+
+class Job(NamedTuple):
+    """One run that is wanted."""
+    label: str
+    """The knobs that vary, for readers: `MATRIX_LR=0.022 SEED=42`."""
+    knobs: dict[str, str]
+    """All knobs given, varied and fixed, as environment variables."""
+    key: str
+    """Digest of configuration, GPUs and trainer."""
+
+    @property
+    def name(self) -> str:
+        """Start of the run ids of its attempts."""
+        return re.sub(r"[^\w.+=-]", "_", self.label.replace(" ", "-"))[:120] + f"-{self.key}"
+
+    @property
+    def group(self) -> str:
+        """The label without its seed: jobs of one group are repeats."""
+        return " ".join(part for part in self.label.split() if not part.startswith("SEED=")) or "(all)"
+
+
+@dataclasses.dataclass
+class State:
+    """What is known of a job."""
+    job: Job
+    status: str = "waiting"
+    """waiting | running | elsewhere (another sweep, or a run that outlived one) | done | failed"""
+    failures: int = 0
+    run_id: str = ""
+    bpb: float = float("nan")
+    seconds: float = float("nan")
+    """Of a finished run, as its log has it."""
+    started: float = 0.0
+    text: str = ""
+    """Why it failed."""
+
+
+# -- what is to be run ----------------------------------------------------------------------------------
+
+
+def pairs(parts: Sequence[str]) -> dict[str, str]:
+    """KNOB=value arguments. Raises `InputError` for anything else, for a name twice and for names that a sweep sets."""
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise InputError(f"{part}: expected KNOB=value, such as SEED=42,0 (./run.sh knobs lists them)")
+        if name in found or name == "RUN_ID":
+            why = "given twice" if name in found else "a sweep names its runs itself"
+            raise InputError(f"{part}: {why}; leave it out")
+        found[name] = value
+    return found
+
+
+def wanted(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """(knobs that vary, fixed knobs) of each run, from the command line's grid or file.
+
+    >>> [varied for varied, _ in wanted(["SEED=1,2", "LR=3", "--", "PRESET=demo"])]
+    [{'SEED': '1', 'LR': '3'}, {'SEED': '2', 'LR': '3'}]
+    """
+    arguments = list(arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    fixed = pairs(arguments[at + 1:])
+    if at == 1 and "=" not in arguments[0]:
+        try:
+            lines = Path(arguments[0]).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InputError(f"{arguments[0]}: cannot be read ({error.strerror}); expected a file of runs or "
+                             f"KNOB=value,value") from None
+        rows = [pairs(parts) for line in lines if (parts := shlex.split(line, comments=True))]
+    else:
+        grid = {name: value.split(",") for name, value in pairs(arguments[:at]).items()}
+        for name, values in grid.items():
+            if "" in values or len(set(values)) < len(values):
+                raise InputError(f"{name}={','.join(values)}: expected different values; one with commas goes behind "
+                                 f"-- or into a file")
+        rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
+    if not rows:
+        raise InputError("no run is named; such as ./run.sh sweep SEED=42,0,1234 MATRIX_LR=0.022,0.026 -- PRESET=demo")
+    for row in rows:
+        if both := sorted((set(row) & set(fixed)) | (set(row) & {"LOG_DIR"})):
+            raise InputError(f"{both[0]}: cannot vary and be fixed; LOG_DIR is always fixed")
+    return [(row, fixed) for row in rows]
+
+
+def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: Mapping[str, str], gpus: int
+             ) -> list[Job]:
+    """Jobs of validated knobs, each once. Raises `InputError` for a knob that the trainer refuses."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt as tg  # two seconds of torch, against a bad knob found after hours
+    code, jobs = Path(tg.__file__).read_bytes(), {}
+    for varied, fixed in rows:
+        label = " ".join(f"{name}={varied[name]}" for name in sorted(varied))
+        try:
+            cfg, _ = tg.Config.from_env({**env, **fixed, **varied})
+        except tg.UserError as error:
+            raise InputError(f"{label}: {error}") from None
+        same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PRIVATE or k in ("seed", "eval_only")}
+        key = hashlib.sha256(json.dumps([same, gpus]).encode() + code).hexdigest()[:10]
+        jobs.setdefault(key, Job(label, {**fixed, **varied}, key))
+    return list(jobs.values())
+
+
+# -- where it runs --------------------------------------------------------------------------------------
+
+
+def visible_gpus(env: Mapping[str, str]) -> list[str]:
+    """Names of the GPUs that a run may use, as CUDA_VISIBLE_DEVICES takes them."""
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return re.findall(r"^GPU .*\(UUID: (GPU-[\w-]+)\)", listed, re.M)
+
+
+def gpus_per_run(env: Mapping[str, str], count: int) -> int:
+    """GPUS_PER_RUN, by default all `count`. Raises `InputError` where that is not possible."""
+    text = env.get("GPUS_PER_RUN") or str(count)
+    if not text.isdigit() or int(text) > count or (int(text) == 0) != (count == 0):
+        raise InputError(f"GPUS_PER_RUN={text}: expected 1 to {count}, the GPUs that are visible here" if count else
+                         f"GPUS_PER_RUN={text}: no GPU is visible here; unset it to run on the CPU")
+    return int(text)
+
+
+def slots(env: Mapping[str, str]) -> list[dict[str, str]]:
+    """Environment of each place for a run: disjoint sets of GPUs, or the CPU as the only one."""
+    gpus = visible_gpus(env)
+    size = gpus_per_run(env, len(gpus))
+    if not gpus:
+        return [{}]
+    return [{"NPROC": str(size), "CUDA_VISIBLE_DEVICES": ",".join(gpus[i:i + size])}
+            for i in range(0, len(gpus) - size + 1, size)]
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of `path`, for children to inherit; None: another process holds it.
+
+    The lock lasts until `unlock`, or until every process that has the descriptor is gone.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        os.close(file)
+        return None
+
+
+def unlock(*files: int) -> None:
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
+
+
+def append(path: Path, event: str, **values: Any) -> None:
+    """One line at the end of a file of JSON lines, on disk when this returns; a line cut off before stays alone."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = "\n" + line
+        os.write(file.fileno(), line.encode())
+        os.fsync(file.fileno())
+
+
+class Running(NamedTuple):
+    """An attempt that this process has started."""
+    state: State
+    process: subprocess.Popen
+    locks: tuple[int, int]
+    slot: int
+
+
+class Sweep:
+    """Jobs, and the places to run them. `folder` (LOG_DIR) gets the logs, `folder`/sweep the record, locks, output."""
+
+    def __init__(self, jobs: Sequence[Job], folder: Path, places: Sequence[Mapping[str, str]],
+                 command: Sequence[str] = TRAIN, env: Mapping[str, str] | None = None) -> None:
+        self.states = [State(job) for job in jobs]
+        self.folder, self.own, self.places = folder, folder / "sweep", places
+        self.command, self.env = list(command), dict(os.environ if env is None else env)
+        self.running: list[Running] = []
+        self.news: list[State] = []
+        """States that have changed since the reader last looked."""
+        self.own.mkdir(parents=True, exist_ok=True)
+        self.record = self.own / "runs.jsonl"
+        self.began = time.monotonic()
+        for state in self.states:
+            self.look(state)
+
+    def attempts(self, job: Job) -> list[Path]:
+        """Logs of all attempts at a job, whatever their labels."""
+        return sorted(p for p in self.folder.glob(f"*-{job.key}*.jsonl"))
+
+    def look(self, state: State) -> bool:
+        """Whether a job has a verdict; its score is taken over."""
+        for path in self.attempts(state.job):
+            if (one := scored_log(path)) is not None:
+                verdict = last(events(path), "verdict") or {}
+                state.status, state.bpb, state.run_id = "done", one.bpb, path.stem
+                state.seconds = verdict.get("total_seconds", float("nan"))
+                self.news.append(state)
+                return True
+        return False
+
+    def step(self) -> bool:
+        """Collect what has ended, start what fits; whether anything is left to wait for."""
+        for run in [run for run in self.running if run.process.poll() is not None]:
+            self.finish(run)
+        place, index = self.free_place()
+        for state in self.states:
+            if not (state.status == "elsewhere" or (state.status == "waiting" and place is not None)):
+                continue
+            held = lock(self.own / f"{state.job.key}.lock")
+            if held is None:
+                state.status = "elsewhere"
+            elif self.look(state):  # another sweep, or a run that outlived one, has done it
+                append(self.record, "found", key=state.job.key, run_id=state.run_id, val_bpb=state.bpb)
+                unlock(held)
+            elif place is None:
+                state.status = "waiting"
+                unlock(held)
+            else:
+                self.start(state, (held, place), index)
+                place, index = self.free_place()
+        if place is not None:
+            unlock(place)
+        return any(state.status not in ("done", "failed") for state in self.states)
+
+    def free_place(self) -> tuple[int | None, int]:
+        """(lock, index) of a place where nothing runs, neither ours nor another sweep's."""
+        taken = {run.slot for run in self.running}
+        for index, place in enumerate(self.places):
+            name = re.sub(r"\W", "_", place.get("CUDA_VISIBLE_DEVICES", "cpu"))
+            path = self.own / f"on-{socket.gethostname()}-{self.env.get('SLURM_JOB_ID', '')}-{name}.lock"
+            if index not in taken and (held := lock(path)) is not None:
+                return held, index
+        return None, -1
+
+    def start(self, state: State, held: tuple[int, int], index: int) -> None:
+        """Start an attempt under the first run id that has no files yet; its processes keep both locks."""
+        taken = {path.stem for path in self.folder.glob(f"{state.job.name}*")}
+        ids = (state.job.name + (f".{n}" if n > 1 else "") for n in itertools.count(1))
+        state.run_id = next(name for name in ids if name not in taken)
+        env = {**self.env, **state.job.knobs, **self.places[index], "RUN_ID": state.run_id, "LOG_DIR": str(self.folder)}
+        with open(self.own / f"{state.run_id}.out", "ab") as out:
+            process = subprocess.Popen(self.command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out,
+                                       stderr=subprocess.STDOUT, pass_fds=held, start_new_session=True)
+        append(self.record, "start", key=state.job.key, run_id=state.run_id, knobs=state.job.knobs, pid=process.pid,
+               host=socket.gethostname(), place=self.places[index])
+        state.status, state.started = "running", time.monotonic()
+        self.running.append(Running(state, process, held, index))
+        self.news.append(state)
+
+    def finish(self, run: Running) -> None:
+        """Note how an attempt ended, and whether there is to be another one."""
+        state, status = run.state, run.process.returncode
+        if not self.look(state):
+            log, out = self.folder / f"{state.run_id}.jsonl", self.own / f"{state.run_id}.out"
+            error = last(events(log), "error") if log.is_file() else None
+            lines = [line.strip() for line in out.read_text(errors="replace").splitlines() if line.strip()]
+            state.text = (error or {}).get("text") or (lines or [f"exit status {status}"])[-1]
+            state.failures += 1
+            again = state.failures < 2 and (error or {}).get("kind") not in HOPELESS
+            state.status = "waiting" if again else "failed"
+            self.news.append(state)
+        elif status:  # such as an audit that refutes the score
+            state.text = f"exit status {status} after the verdict, see {self.own / state.run_id}.out"
+        append(self.record, "end", key=state.job.key, run_id=state.run_id, status=status, outcome=state.status,
+               text=state.text, **({"val_bpb": state.bpb} if state.status == "done" else {}))
+        unlock(*run.locks)
+        self.running.remove(run)
+
+    def stop(self) -> None:
+        """End what this process has started: politely (torchrun gives its workers 30 s), after 60 s by force."""
+        for sent, patience in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
+            for run in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.process.pid, sent)
+            for run in self.running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.process.wait(patience)
+        for run in self.running:
+            append(self.record, "end", key=run.state.job.key, run_id=run.state.run_id, status=run.process.returncode,
+                   outcome="interrupted")
+            unlock(*run.locks)
+        self.running.clear()
+
+    # -- what is told of it -----------------------------------------------------------------------------
+
+    def left(self) -> float:
+        """Seconds until all is done, if every run takes the mean of those that have ended; nan before one has."""
+        known = [state.seconds for state in self.states if state.seconds == state.seconds]
+        if not known:
+            return float("nan")
+        each, now = statistics.fmean(known), time.monotonic()
+        ends = [max(0.0, each - (now - run.state.started)) for run in self.running]
+        ends += [0.0] * (len(self.places) - len(ends))
+        heapq.heapify(ends)
+        for state in self.states:
+            if state.status in ("waiting", "elsewhere"):
+                heapq.heapreplace(ends, ends[0] + each)
+        return max(ends)
+
+    def doing(self, state: State) -> str:
+        """Where a running job is, from its log."""
+        path = self.folder / f"{state.run_id}.jsonl"
+        found = events(path) if path.is_file() else []
+        if not found:
+            return "starting"
+        train = last(found, "train")
+        if train is None or found[-1]["event"] != "train":
+            return found[-1].get("name") or found[-1]["event"]
+        return f"train {train['frac']:.0%}, step {train['step']}, {train['loss_nats'] or float('nan'):.3f} nats"
+
+    def table(self) -> Table:
+        """A row for each configuration: runs done, mean, spread and best of its seeds."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("configuration", overflow="fold")
+        for name in ("done", "mean bpb", "std", "best", "failed"):
+            table.add_column(name, justify="right", no_wrap=True)
+        groups: dict[str, list[State]] = {}
+        for state in self.states:
+            groups.setdefault(state.job.group, []).append(state)
+        rows = []
+        for name, states in groups.items():
+            scores = [s.bpb for s in states if s.status == "done"]
+            mean = statistics.fmean(scores) if scores else float("inf")
+            rows.append((mean, [name, f"{len(scores)}/{len(states)}", f"{mean:.5f}" if scores else "-",
+                                f"{statistics.stdev(scores):.5f}" if len(scores) > 1 else "-",
+                                f"{min(scores):.5f}" if scores else "-",
+                                str(sum(s.status == "failed" for s in states) or "")]))
+        for i, (_, cells) in enumerate(sorted(rows, key=lambda row: row[0])):
+            table.add_row(*cells, style="green" if i == 0 and cells[2] != "-" else None)
+        return table
+
+    def status_line(self) -> str:
+        """`5 of 12 done, 1 failed, best 1.0561 (SEED=42 ...), 12 min, 18 min left`"""
+        done = [s for s in self.states if s.status == "done"]
+        parts = [f"{len(done)} of {len(self.states)} done"]
+        for status in ("failed", "elsewhere"):
+            if count := sum(s.status == status for s in self.states):
+                parts.append(f"{count} {status}")
+        if done:
+            best = min(done, key=lambda s: s.bpb)
+            parts.append(f"best {best.bpb:.5f} ({best.job.label})")
+        parts.append(duration(time.monotonic() - self.began))
+        if len(done) < len(self.states):
+            left = self.left()
+            parts.append("time left unknown until a run has ended" if left != left else f"{duration(left)} left")
+        return ", ".join(parts)
+
+    def view(self) -> Group:
+        """The live table."""
+        lines = [Text(f"  {run.state.job.label}: {self.doing(run.state)}, "
+                      f"{duration(time.monotonic() - run.state.started)}", style="cyan") for run in self.running]
+        return Group(self.table(), *lines, Text(self.status_line(), style="bold"))
+
+    def tell(self) -> Iterator[str]:
+        """A line for each state that has changed."""
+        for state in self.news:
+            figures = {"done": f"val_bpb={state.bpb:.5f} seconds={state.seconds:.0f} {state.run_id} {state.text}",
+                       "failed": state.text, "running": f"attempt {state.failures + 1}",
+                       "waiting": f"failed, will be tried again: {state.text}"}.get(state.status, "")
+            yield f"{state.status:8s} {state.job.label}  {figures}".rstrip()
+        self.news.clear()
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`"""
+    size, unit = next(x for x in ((1, "s"), (60, "min"), (3600, "h")) if seconds < 90 * x[0] or x[1] == "h")
+    return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
+
+
+def conduct(sweep: Sweep, console: Console, poll: float = 1.0) -> int:
+    """Run all jobs; on a terminal with a live table, else with a line for each change. Returns the exit status."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+    try:
+        with live or contextlib.nullcontext():
+            while True:
+                busy = sweep.step()
+                for line in sweep.tell():
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                if live:
+                    live.update(sweep.view())
+                if not busy:
+                    break
+                time.sleep(poll)
+    except KeyboardInterrupt:
+        sweep.stop()
+        console.print("interrupted; the same command resumes", markup=False)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    console.print(sweep.table())
+    console.print(sweep.status_line(), markup=False, highlight=False, soft_wrap=True)
+    return int(any(state.status == "failed" for state in sweep.states))
+
+
+def slurm(sweep: Sweep, fixed: Mapping[str, str], gpus: int) -> Path:
+    """Write the jobs that are not done and an array script whose tasks sweep a line of them each; returns the script.
+    """
+    todo = [state.job for state in sweep.states if state.status != "done"]
+    name = hashlib.sha256(" ".join(job.key for job in todo).encode()).hexdigest()[:10]
+    listed, script = (sweep.own.resolve() / f"slurm-{name}.{end}" for end in ("jobs", "sbatch"))
+    rows = [{k: v for k, v in job.knobs.items() if k not in fixed} for job in todo]
+    listed.write_text("".join(shlex.join(f"{k}={v}" for k, v in row.items()) + "\n" for row in rows))
+    behind = shlex.join(f"{k}={v}" for k, v in {**fixed, "LOG_DIR": str(sweep.folder.resolve())}.items())
+    script.write_text(f"""#!/usr/bin/env bash
+#SBATCH --job-name=sweep-{name}
+#SBATCH --array=1-{len(todo)}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --output={sweep.own.resolve()}/slurm-{name}-%a.out
+# Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT in the environment of sbatch.
+set -euo pipefail
+cd {shlex.quote(str(ROOT))}
+export LAUNCHER=local GPUS_PER_RUN={gpus}
+exec ./run.sh sweep <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(listed))}) -- {behind}
+""")
+    return script
+
+
+def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Exit status 0: all done (or submitted), 1: some failed, 2: bad input, 130: interrupted."""
+    try:
+        if set(arguments) & {"-h", "--help"}:
+            print(__doc__)
+            return 0
+        launcher = env.get("LAUNCHER") or "local"
+        if launcher not in ("local", "slurm"):
+            raise InputError(f"LAUNCHER={launcher}: expected local or slurm")
+        rows = wanted(arguments)
+        fixed = rows[0][1]
+        folder = Path(fixed.get("LOG_DIR") or env.get("LOG_DIR") or "logs").absolute()
+        if launcher == "slurm":
+            if not re.fullmatch(r"[1-9]\d*", env.get("GPUS_PER_RUN", "")):
+                raise InputError(f"GPUS_PER_RUN={env.get('GPUS_PER_RUN', '')}: LAUNCHER=slurm needs the number of GPUs "
+                                 f"of one run, such as GPUS_PER_RUN=8")
+            gpus, places = int(env["GPUS_PER_RUN"]), []
+        else:
+            places = slots(env)
+            gpus = int(places[0].get("NPROC", 0))
+        sweep = Sweep(identify(rows, env, gpus), folder, places, env=env)
+        if launcher == "local":
+            return conduct(sweep, Console(width=None if sys.stdout.isatty() else 160))
+        if all(state.status == "done" for state in sweep.states):
+            print(sweep.status_line())
+            return 0
+        script = slurm(sweep, fixed, gpus)
+        if shutil.which("sbatch") is None:
+            raise InputError(f"sbatch is not here; {script} is written: submit it where Slurm is, with sbatch {script}")
+        return subprocess.run(["sbatch", str(script)]).returncode
+    except (InputError, OSError) as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,164 @@
+"""The doctor names what a run would trip over, with the remedy, and what it predicts is what its clock says."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY, tiny
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+import doctor
+
+
+def levels(lines) -> dict[str, str]:
+    return {line.name: line.level for line in lines}
+
+
+def the(lines, name: str) -> doctor.Line:
+    (found,) = [line for line in lines if line.name == name]
+    return found
+
+
+def test_packages_against_their_pins(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("# a comment\nnumpy==0.1\nno-such-thing==1\ntorch==2.9.0\nabsent==1; python_version < '3'\n")
+    lines = list(doctor.python_lines())
+    assert levels(lines) == {"python": "ok", "numpy": "warning", "no-such-thing": "failure", "torch": "ok"}
+    assert str(pins) in the(lines, "no-such-thing").remedy
+    pins.write_text(f"numpy=={doctor.importlib.metadata.version('numpy')}\n")
+    assert the(doctor.python_lines(), "packages").level == "ok"
+
+
+@pytest.mark.parametrize("version, level", [("2.8.1", "failure"), ("2.9.0+cu128", "ok"), ("2.13.0", "ok"),
+                                            ("3.0.0", "warning")])
+def test_torch_may_be_the_machines_own(version, level, tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version)
+    assert the(doctor.python_lines(), "torch").level == level
+
+
+TOPOLOGY = "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\t{}\tPIX\t0-15\n" \
+           "GPU1\tNV18\t X \tNV18\tSYS\t0-15\nGPU2\t{}\tNV18\t X \tSYS\t0-15\nNIC0\tPIX\tSYS\tSYS\t X \n"
+
+
+def test_links():
+    assert doctor.links_line(TOPOLOGY.format("NV18", "NV18"))[:3] == ("ok", "links", "NV18 between all pairs")
+    slow = doctor.links_line(TOPOLOGY.format("SYS", "SYS"))
+    assert slow.level == "warning" and "1 of 3 pairs of GPUs have no NVLink" in slow.found
+
+
+def test_gpus_that_others_use_are_named(monkeypatch):
+    rows = "NVIDIA H100 80GB HBM3, 81559, 3, 570.1, 0\nNVIDIA H100 80GB HBM3, 81559, 40000, 570.1, 97\n"
+    monkeypatch.setattr(doctor, "output", lambda *c: TOPOLOGY.format("NV18", "NV18") if "topo" in c else rows)
+    lines = list(doctor.gpu_lines())
+    assert [line.level for line in lines] == ["ok", "warning", "ok"]
+    assert lines[0].found.startswith("2 x NVIDIA H100") and lines[1].found.startswith("GPU 1 is in use: 40000")
+
+
+def test_room_and_load(tmp_path, monkeypatch):
+    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path / "not" / "yet", "data": tmp_path}, need=1 << 62))
+    assert levels(lines)["disk: LOG_DIR"] == "failure" and levels(lines)["disk: data"] == "ok"
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0, 0))
+    monkeypatch.setattr(os, "access", lambda *a: False)
+    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path}, need=1))
+    assert levels(lines)["cpu"] == "warning" and "cannot be written" in the(lines, "disk: LOG_DIR").found
+
+
+@pytest.mark.parametrize("build, remedy", [(None, "PIP_EXTRA_INDEX_URL"), ("13.0", "update the driver")])
+def test_a_torch_that_does_not_see_the_gpus(build, remedy):
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), version=SimpleNamespace(cuda=build))
+    (line,) = doctor.cuda_lines(torch, driver=True)
+    assert line.level == "failure" and remedy in line.remedy and not list(doctor.cuda_lines(torch, driver=False))
+
+
+def test_kernels_and_the_wheel_of_the_faster_one(run, monkeypatch):
+    assert levels(doctor.kernel_lines(tg, tiny(), run)) == {"attention": "ok", "kernels": "ok", "codec": "ok"}
+    cuda = SimpleNamespace(get_device_capability=lambda device: (9, 0))
+    fake = SimpleNamespace(
+        torch=SimpleNamespace(cuda=cuda, __version__="2.9.1+cu128", version=SimpleNamespace(cuda="12.8")),
+        pick_codec=lambda wanted: "brotli",
+        pick_kernels=lambda cfg, run: tg.Kernels(tg.sdpa_attention()))
+    gpu = SimpleNamespace(is_cuda=True, device="cuda", compiles=True, dtype=tg.torch.bfloat16)
+    lines = list(doctor.kernel_lines(fake, tiny(), gpu))
+    assert [line.level for line in lines] == ["warning"] * 3 and lines[0].remedy.endswith("/cu128_torch291")
+
+
+def test_data_and_tokenizer(dataset, run, tmp_path):
+    lines = list(doctor.data_lines(tg, tiny(**dataset), run, quick=False))
+    assert levels(lines) == {"data": "ok", "tokenizer": "ok", "overlap": "warning"}
+    assert "./run.sh data verify" in the(lines, "overlap").remedy  # nothing says what validation holds
+    for path in Path(dataset["data_path"]).glob("fineweb_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    broken = tmp_path / "fineweb_train_000000.bin"
+    broken.write_bytes(broken.read_bytes()[:-2])
+    (line,) = doctor.data_lines(tg, tiny(**{**dataset, "data_path": str(tmp_path)}), run, quick=True)
+    assert line.level == "failure" and f"{broken}: header says" in line.found
+
+
+@pytest.mark.parametrize("knobs, remedy", [
+    ({"PRESET": "demo"}, "./run.sh data demo"), ({}, "./run.sh data download --variant sp8192"),
+    ({"VOCAB_SIZE": "1024"}, "./run.sh data download --variant sp1024"),
+    ({"CASEOPS_ENABLED": "1"}, "./run.sh data download --variant caseops"), ({"DATA_PATH": "x"}, "see data/README.md")])
+def test_missing_data_comes_with_the_command_that_gets_it(knobs, remedy, run, tmp_path):
+    cfg, _ = tg.Config.from_env({"DATA_DIR": str(tmp_path), **knobs})
+    (line,) = doctor.data_lines(tg, cfg, run, quick=True)
+    assert (line.level, line.remedy) == ("failure", remedy)
+
+
+def test_predicted_steps_are_the_seconds_of_each_stage():
+    """100 s: 10 at 0.1 s a step, 20 at 0.2, 70 at 0.5 with the loop."""
+    cfg = tiny(max_wallclock_seconds=110, gptq_reserve_seconds=10, enable_looping_at=0.3, iterations=10 ** 6,
+               train_seq_schedule="16@0.1,32@1")
+    each = {"0@16": 0.1, "0@32": 0.2, "1@32": 0.5}
+    assert doctor.predicted_steps(tg, cfg, each) == (100 + 100 + 140, 100.0)
+    assert doctor.predicted_steps(tg, tiny(iterations=7), {"0@32": 1.0, "1@32": 1.0})[0] == 7
+
+
+def test_the_probe_times_every_stage_and_leaves_nothing(run, monkeypatch):
+    """Its clock is the run's: a step that sleeps is measured as that long."""
+    cfg = tiny(train_seq_schedule="16@0.1,32@1")
+    step = tg.ShardedOptimizer.step
+    monkeypatch.setattr(tg.ShardedOptimizer, "step", lambda *a: (doctor.time.sleep(0.05), step(*a))[1])
+    found = doctor.measure(tg, cfg, run, 0.3)
+    assert set(found) == {f"{at.looped:d}@{at.seq_len}" for at in tg.stages(cfg)} and len(found) == 3
+    assert all(seconds > 0.05 for seconds in found.values())
+
+
+def test_a_probe_that_fails_is_a_line():
+    line = doctor.speed_line(tg, tiny(), None, {**{k.upper(): v for k, v in TINY.items()}, "NUM_HEADS": "3"}, 1)
+    assert line.level == "failure" and "NUM_HEADS = 6" in line.found
+
+
+def test_on_the_command_line(dataset, tmp_path):
+    """One line for each part, plain where piped; only data that is there passes; nothing is written."""
+    knobs = [f"{k.upper()}={v}" for k, v in {**TINY, **dataset, "log_dir": str(tmp_path / "logs")}.items()]
+
+    def call(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, ROOT / "records" / "doctor.py", "--quick", *more], text=True,
+                              cwd=tmp_path, capture_output=True)
+
+    good, ugly = call(*knobs), call("x")
+    bad = call("DATA_PATH=/nowhere", *(k for k in knobs if not k.startswith("DATA_PATH")))
+    assert good.returncode == 0 and bad.returncode == 1 and ugly.returncode == 2, good.stdout + good.stderr
+    assert "\x1b" not in good.stdout and good.stdout.splitlines()[-1].endswith("0 failure")
+    assert "ok       tokenizer" in good.stdout and "failure  data " in bad.stdout
+    assert "x: expected KNOB=value" in ugly.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_lines_need_no_torch():
+    code = """if 1:
+        import sys; sys.path.insert(0, 'records')
+        import doctor
+        lines = doctor.examine({}, True)
+        for line in lines:
+            if line.name.startswith('disk'):
+                sys.exit('torch' in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,119 @@
+"""A study is shared by its workers, stops hopeless trials, and loses at most the trial of a worker that was killed."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from rich.console import Console
+
+sys.path.insert(0, str(ROOT / "records"))
+import optuna
+import sweep as sw
+import tune
+from optuna.trial import TrialState
+
+TRAINER = """
+import json, os, pathlib, sys, time
+folder, lr = pathlib.Path(os.environ["LOG_DIR"]), float(os.environ["MATRIX_LR"])
+bpb = 1 + (lr - 0.3) ** 2
+log = open(folder / f"{os.environ['RUN_ID']}.jsonl", "x")
+def write(**event):
+    print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
+write(event="train", frac=0.5, step=7, loss_nats=3.25)
+write(event="val_probe", step=10, val_bpb=bpb + 1)
+if lr > float(os.environ.get("STUCK", "9")):
+    time.sleep(60)
+if os.environ.get("BAD"):
+    sys.exit("no luck")
+write(event="verdict", val_bpb=bpb, bytes=40, tokens=10, total_seconds=6.0)
+"""
+
+
+@pytest.fixture
+def tuner(tmp_path: Path):
+    """Makes workers of one study over MATRIX_LR=0..1 that begins with `first`, with a stand-in for the trainer."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def make(first: dict | None = None, **env: str) -> tune.Tuner:
+        study = tune.open_study("s", tmp_path / "s.journal", first)
+        return tune.Tuner(study, tune.space_of(["MATRIX_LR=0.0..1.0"]), {"PRESET": "demo"}, tmp_path, [{}],
+                          {**os.environ, **env}, [sys.executable, str(tmp_path / "trainer.py")])
+
+    return make
+
+
+def work(worker: tune.Tuner, trials: int) -> tuple[int, str]:
+    console = Console(file=open(os.devnull, "w"), record=True, width=160)
+    return worker.work(trials, console, poll=0.02), console.export_text()
+
+
+def states(worker: tune.Tuner) -> list[TrialState]:
+    return [trial.state for trial in worker.study.trials]
+
+
+def test_workers_share_one_study(tuner):
+    """Two workers do six trials between them; the configuration as it is comes first, once."""
+    status, _ = work(tuner({"MATRIX_LR": 0.9}), 4)
+    second = tuner({"MATRIX_LR": 0.9})
+    status, out = work(second, 6)
+    assert status == 0 and states(second) == [TrialState.COMPLETE] * 6
+    rates = [trial.params["MATRIX_LR"] for trial in second.study.trials]
+    assert rates[0] == 0.9 and rates.count(0.9) == 1
+    best = min(1 + (float(tune.text_of(r)) - 0.3) ** 2 for r in rates)
+    assert second.study.best_value == best and f"val_bpb={best:.5f}\n./run.sh train PRESET=demo MATRIX_LR=" in out
+
+
+def test_a_hopeless_trial_is_stopped(tuner):
+    for rate in (0.3, 0.31, 0.32, 0.33):
+        worker = tuner({"MATRIX_LR": rate}, STUCK="0.5")
+        assert work(worker, len(states(worker)))[0] == 0
+    worker = tuner({"MATRIX_LR": 0.9}, STUCK="0.5")
+    status, out = work(worker, 5)
+    assert states(worker) == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED] and "1 stopped early" in out
+    from summary import events
+    ends = [e for e in events(worker.folder / "sweep" / "runs.jsonl") if e["event"] == "end"]
+    assert ends[-1]["outcome"] == "interrupted" and ends[-1]["status"] < 0  # its process is gone
+
+
+def test_trials_of_killed_workers_are_settled(tuner):
+    """One left a score, one nothing; a trial whose worker lives is left alone."""
+    worker = tuner()
+    trials = [worker.study.ask(worker.space) for _ in range(3)]
+    done = worker.sweep(0, trials[0].params)
+    assert sw.conduct(done, Console(file=open(os.devnull, "w")), poll=0.02) == 0
+    held = sw.lock(done.own / "s.t00002.worker")
+    worker.bury()
+    assert states(worker) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+    assert worker.study.trials[0].value == pytest.approx(1 + (trials[0].params["MATRIX_LR"] - 0.3) ** 2, abs=1e-5)
+    sw.unlock(held)
+
+
+def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner):
+    worker = tuner(BAD="1")
+    status, out = work(worker, 2)
+    assert status == 1 and states(worker) == [TrialState.FAIL] * 2 and "no luck" in out
+
+
+def test_space():
+    space = tune.space_of(["MATRIX_LR=0.01..0.04:log", "NUM_LOOPS=1..3", "ATTN_GATE=none,sparse", "MIN_LR=0..0.5"])
+    assert space["MATRIX_LR"] == optuna.distributions.FloatDistribution(0.01, 0.04, log=True)
+    assert space["NUM_LOOPS"] == optuna.distributions.IntDistribution(1, 3)
+    assert space["ATTN_GATE"].choices == ("none", "sparse") and space["MIN_LR"].low == 0.0
+    assert tune.as_it_is(space, {}) == {"MATRIX_LR": 0.026, "NUM_LOOPS": 2, "ATTN_GATE": "sparse", "MIN_LR": 0.1}
+    assert tune.as_it_is(space, {"MATRIX_LR": "0.05"}) is None
+
+
+@pytest.mark.parametrize("arguments, env, expected", [
+    ([], {}, "no knob to search"), (["SEED=1,2"], {}, "SEED: picking seeds"), (["MIN_LR=0.1"], {}, "needs two values"),
+    (["MIN_LR=2..1"], {}, "not below the second"), (["MIN_LR=a..b"], {}, "MIN_LR=a..b: could not convert"),
+    (["MIN_LR=0..1:log"], {}, "MIN_LR=0..1:log"), (["MIN_LT=0..1"], {}, "MIN_LT: no such knob"),
+    (["MIN_LR=0..1", "--", "MIN_LR=0"], {}, "searched and be fixed"), (["MIN_LR=0..1"], {"TRIALS": "0"}, "TRIALS=0"),
+    (["MIN_LR=0..1", "--", "MATRIX_LR=x"], {}, "MATRIX_LR='x': expected a number")])
+def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune.Tuner, "work", lambda *a: pytest.fail("runs would start"))
+    assert tune.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
