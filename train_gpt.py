@@ -4550,7 +4550,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name,
             fused=model.kernels.fused,
-            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
+            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
     run.record("config", dataclasses.asdict(cfg))

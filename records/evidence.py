@@ -66,6 +66,16 @@ def load_module(path: Path) -> ModuleType:
 
 # -- the log of a run -----------------------------------------------------------------------------------
 
+def find_log(run: str) -> Path:
+    """The JSON lines of a run given as their path, its text log's, or its id in logs/. Raises `AuditError`."""
+    places = [Path(run).with_suffix(".jsonl") if run.endswith((".txt", ".bin")) else Path(run),
+              Path("logs") / f"{run}.jsonl"]
+    for place in places:
+        if place.is_file() and place.suffix == ".jsonl":
+            return place
+    raise AuditError(f"{run}: no such run; give the .jsonl of a log, or the id of a run in logs/")
+
+
 TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp8192": 0.2683,
                    "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": 47_851_520 / 151_074_309}
 """Of the whole validation set under the published tokenizers (rules 1.4)."""
@@ -321,21 +331,23 @@ def static_bytes(folder: Path, script: Path) -> Finding:
     code = {p for p in folder.iterdir() if p.suffix in CODE and p.suffix != ".py"} | set(local_sources(script))
     code_bytes = sum(p.stat().st_size for p in code)
     weights = max((p.stat().st_size for p in folder.iterdir() if p.suffix in WEIGHTS), default=0)
-    told = folder / "submission.json"
     figures = {}
-    if told.is_file():
+    for told in sorted(folder.glob("submission*.json"))[:1]:
         try:
             figures = json.loads(told.read_text(encoding="utf-8"))
         except ValueError as error:
             raise AuditError(f"{told}: not JSON ({error}); repair it") from None
     total = code_bytes + weights
-    if not weights and isinstance(figures.get("bytes_total"), int):
-        total = figures["bytes_total"] - int(figures.get("bytes_code") or 0) + code_bytes
+    said = isinstance(figures.get("bytes_total"), int)
+    if not weights and said:
+        total = figures["bytes_total"] - int(figures.get("bytes_code") or code_bytes) + code_bytes
     near = CAP - NEAR_CAP <= total < CAP
     text = f"over the cap of {CAP:,} by {total - CAP:,}: ruling Q" if total >= CAP else \
         f"within {NEAR_CAP:,} bytes of the cap: another seed may exceed it" if near else "under the cap"
-    return Finding("S3", "accounting", total < CAP and not near, f"bytes={total:,} code={code_bytes:,} "
-                   f"files={len(code)}", text, suspect=near)
+    unsaid = not weights and not (said and figures.get("bytes_code"))
+    text += "; of the weights nothing is known: submission.json needs bytes_total and bytes_code" * unsaid
+    return Finding("S3", "accounting", total < CAP and not near and not unsaid, f"bytes={total:,} code={code_bytes:,} "
+                   f"files={len(code)}", text, suspect=total < CAP)
 
 
 def spelled(sp: Any, ids: Sequence[int]) -> bytes | None:
