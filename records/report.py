@@ -182,6 +182,21 @@ def draw_step(runs: list[Run], figure: Any) -> None:
     ax.set_ylim(bottom=0)
 
 
+def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
+    """(first position or length of the octave, bits a byte, targets) of the score that counts."""
+    sums = run.last("places").get(what, {})
+    return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in
+            enumerate(zip(*(sums.get(name, []) for name in ("nats", "bytes", "targets")))) if size]
+
+
+def draw_place(runs: list[Run], figure: Any) -> None:
+    for ax, what in zip(figure.subplots(2, 1), ("position", "length")):
+        lines(ax, runs, lambda r, what=what: [p[:2] for p in bpb_by_place(r, what)], lw=1.1, marker="o", ms=3)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel={"position": "target of its document, and up to twice that",
+                       "length": "targets of the document, and up to twice as many"}[what], ylabel="bits a byte")
+
+
 def draw_ladder(runs: list[Run], figure: Any) -> None:
     ax = figure.subplots()
     names = list(dict.fromkeys(name for run in runs for name in run.last("verdict").get("ladder", {})))
@@ -271,6 +286,11 @@ def rows_step(runs: list[Run]) -> list[list[Any]]:
         for run in runs for stage, (steps, ms) in step_times(run).items()]
 
 
+def rows_place(runs: list[Run]) -> list[list[Any]]:
+    return [["run", "by", "from", "val_bpb", "targets"]] + [
+        [run.name, what, *row] for run in runs for what in ("position", "length") for row in bpb_by_place(run, what)]
+
+
 def rows_ladder(runs: list[Run]) -> list[list[Any]]:
     table: list[list[Any]] = [["run", "score", "val_bpb", "to the one before"]]
     for run in runs:
@@ -307,6 +327,8 @@ SECTIONS = (
             "last one counts.", draw_bpb, rows_bpb, 4.4),
     Section("ladder", "The ladder", "The averaged weights, what rounding costs them, and what windows and adaptation "
             "give back.", draw_ladder, rows_ladder),
+    Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long the "
+            "document is.", draw_place, rows_place, 4.4),
     Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
             "compilation, diagnostics).", draw_clock, rows_clock, 3.4),
     Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.", draw_bytes, rows_bytes),

@@ -1,6 +1,7 @@
 """The report is one page that loads nothing, holds every section, and shows the figures of the logs and no others."""
 import html
 import json
+import math
 import re
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def log(path: Path, seed: int) -> dict[str, float]:
     events.append(dict(event="train_end", steps=20))
     events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_int8=300, bytes_gptq_mlp=600))
     events += [dict(event="score", name=n, val_loss=2.4, val_bpb=x) for n, x in (("ema", 1.2), ("lora", bpb))]
+    sums = dict(targets=[2.0, 4.0], nats=[math.log(2) * 3, math.log(2) * 5], bytes=[2.0, 0.0])
+    events.append(dict(event="places", position=sums, length=sums))
     events.append(dict(event="verdict", val_bpb=bpb, val_loss=2.4, artifact_bytes=1200, cap_bytes=16_000_000, steps=20,
                        ladder={"ema": 1.2, "lora": bpb}, seed=seed, illegal="", train_seconds=3.25, eval_seconds=3.5,
                        other_seconds=1.25, total_seconds=8.0))
@@ -109,6 +112,7 @@ def test_colours_are_the_readers(made: tuple):
     ("runs", ["run1", "1.051", "2.4", "1,200", "20", "3.25", "3.5", "1.25", "1", "1x cpu", "aaaaaaaa"]),
     ("loss", ["run2", "20", "2", "0.00768", "2.32"]), ("bpb", ["run1", "step 10, live weights", "8", "2.5", "1.5"]),
     ("bpb", ["run2", "lora", "17", "2.4", "1.052"]), ("ladder", ["run1", "lora", "1.051", "-0.1490"]),
+    ("place", ["run1", "position", "1", "1.5", "2", "run1", "length"]),
     ("clock", ["run1", "train", "gptq", "0.75"]), ("clock", ["run1", "train", "sum", "3.25"]),
     ("clock", ["run1", "eval", "sum, of 600", "3.5"]), ("bytes", ["run1", "mlp", "600", "50.0 %"]),
     ("bytes", ["run2", "header", "100", "8.3 %"]), ("bytes", ["run2", "code", "200", "16.7 %"]),
