@@ -189,7 +189,7 @@ def check(folder: Path) -> list[Finding]:
              "a log": "**/*.log"}
     found = {name: sorted(folder.glob(pattern)) for name, pattern in named.items()}
     natives = sorted(folder.glob("*.jsonl"))
-    found["a log"] += sorted(p for p in folder.glob("*.txt") if re.match("train|log", p.name))
+    found["a log"] += sorted(p for p in folder.rglob("*.txt") if not re.match("requirements|audit", p.name))
     findings = [Finding("P1", "package", bool(paths or (name == "a log" and natives)), name,
                         f"{len(paths)} there" if paths else "missing: ruling Q") for name, paths in found.items()]
     told: dict[str, Any] = {}
