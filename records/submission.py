@@ -526,6 +526,7 @@ def submit(name: str, runs: Sequence[str], given: Mapping[str, str]) -> Path:
         artifact = artifact_of(path, log)
         if hashlib.sha256(artifact.read_bytes()).hexdigest() != log["artifact"]["sha256"]:
             raise AuditError(f"{artifact}: is not the artifact that {path} scored (SHA-256 differs)")
+    refuse([f for path in paths for f in audit_log(path, None)])  # before the audit, which takes a minute
     report = dynamic_audit(artifact_of(paths[0], logs[0]), paths[0], config, script)
     told = {"author": given["AUTHOR"], "github_id": given["GITHUB_ID"], "name": name.replace("_", " "),
             "blurb": given.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset {config['preset']}."),
@@ -552,14 +553,18 @@ def submit(name: str, runs: Sequence[str], given: Mapping[str, str]) -> Path:
                  "submission.json": json.dumps(told, indent=2) + "\n", "README.md": readme(told, knobs, start)}
         for file, text in files.items():
             (draft / file).write_text(text, encoding="utf-8")
-        bad = [f for f in check(draft) if not f.ok and not f.suspect]
-        if bad:
-            raise AuditError("nothing was made; refused for:\n" + "\n".join(f"  {f.code} {f.figures}: {f.text}"
-                                                                           for f in bad))
+        refuse(check(draft))
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.copytree(draft, temporary)
         os.replace(temporary, folder)
     return folder
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raises `AuditError` with every finding that fails."""
+    bad = [f"  {f.code} {f.figures}: {f.text}" for f in findings if not f.ok and not f.suspect]
+    if bad:
+        raise AuditError("\n".join(["nothing was made; refused for:", *bad]))
 
 
 def artifact_of(path: Path, log: Log) -> Path:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "records"))
 
 import audit  # noqa: E402
 import submission  # noqa: E402
-from evidence import AuditError  # noqa: E402
+from evidence import AuditError, Finding  # noqa: E402
 
 SEEDS = (42, 0, 1234)
 WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}
@@ -214,7 +214,8 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
     (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
     (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
-    (edit_log("verdict", (42,), illegal="C3: trained on it"), "refutes the score"),
+    (edit_log("verdict", (42,), illegal="C3: trained on it"), "marked illegal"),
+    (edit_log("start", ()), "refutes the score"),
 ])
 def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: list[str], tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch, made: Path):
@@ -222,8 +223,9 @@ def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: li
     monkeypatch.setattr(submission, "same_program", same_program)
     if "refutes" not in words:
         monkeypatch.setattr(submission, "dynamic_audit", lambda *_: report)
-    for probes in ("audit", "rehearse"):  # what they find has its own tests; here the log refutes
-        monkeypatch.setattr(audit, probes, lambda *_: [])
+    refuted = Finding("D1", "C1", False, "", "a later id changes a score")  # what finds it has its own tests
+    monkeypatch.setattr(audit, "audit", lambda *_: [refuted])
+    monkeypatch.setattr(audit, "rehearse", lambda *_: [])
     with pytest.raises(AuditError, match=words):
         submission.submit("x", altered(runs, tmp_path, plant), {**WHO, "ROOT": str(tmp_path / "records")})
     assert not list((tmp_path / "records").rglob("*/*"))
