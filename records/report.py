@@ -330,7 +330,8 @@ SECTIONS = (
     Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long the "
             "document is.", draw_place, rows_place, 4.4),
     Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
-            "compilation, diagnostics).", draw_clock, rows_clock, 3.4),
+            "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
+            draw_clock, rows_clock, 3.4),
     Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.", draw_bytes, rows_bytes),
     Section("step", "Step time", "Between two log lines. Dotted: the recurrence starts, or rows grow.", draw_step,
             rows_step),
