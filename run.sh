@@ -9,6 +9,8 @@ usage() {
 ./run.sh [KNOB=value ...]       set up, prepare the demo data, train and score the demo, print what came out
 ./run.sh train KNOB=value ...   train and score on all GPUs of this machine (torchrun), or in one CPU process
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
+./run.sh train|check FOLDER ... the same with the knobs of FOLDER/config.env, such as records/pr1855; KNOB=value and the
+                                environment come first
 ./run.sh doctor [KNOB=value]    is this machine ready: packages, GPUs, links, kernels, room, data, and a speed probe that
                                 predicts the steps of a run (--quick: without); each warning with its remedy
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
@@ -19,6 +21,9 @@ usage() {
                                 command elsewhere joins the study
 ./run.sh compare A B            two groups of runs: difference, Welch's t-test, verdict under both rules (logs, run ids,
                                 globs, submission.json, or scores: A=1.0576,1.0573 B='logs/wider-*')
+./run.sh report RUN ...         one HTML page with pictures of one or several runs (OUT=report.html)
+./run.sh submit NAME RUN ...    the folder of a submission from the logs of its runs (AUTHOR=.. GITHUB_ID=..)
+./run.sh check FOLDER           every check on the folder of a submission, also other people's; exit 1 if it fails
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
@@ -81,6 +86,26 @@ take_knobs() {
   done
 }
 
+# The knobs of a folder's config.env that the environment does not set itself.
+take_folder() {
+  local line name
+  [ -f "$1/config.env" ] || fail "$1: no config.env there; expected a folder such as records/pr1855"
+  while read -r line; do
+    name=${line%%=*}
+    [[ -z $line || $line == \#* || -n ${!name+set} ]] || take_knobs "$line"
+  done <"$1/config.env"
+}
+
+# The arguments of a verb that takes KNOB=value, and a folder before them.
+take_arguments() {
+  if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+    take_knobs "${@:2}"
+    take_folder "$1"
+  else
+    take_knobs "$@"
+  fi
+}
+
 train() {
   local processes=${NPROC:-$(.venv/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   if [ "$processes" -gt 1 ]; then
@@ -121,13 +146,21 @@ Next: ./run.sh knobs                                       every knob
 TXT
     ;;
   train)
-    take_knobs "$@"
+    take_arguments "$@"
     setup
     [ "${AUDIT:-0}" = 0 ] || export RUN_ID=${RUN_ID:-audited-$(date +%Y%m%d-%H%M%S)}
     train
     audit
     ;;
-  check) take_knobs "$@"; setup; exec .venv/bin/python train_gpt.py --check ;;
+  check)
+    if [ -d "${1:-}" ] && ! [[ -f $1/config.env && ! -f $1/submission.json && ! -f $1/train_gpt.py ]]; then
+      setup
+      exec .venv/bin/python records/submission.py check "$1"
+    fi
+    take_arguments "$@"
+    setup
+    exec .venv/bin/python train_gpt.py --check
+    ;;
   data) setup; exec .venv/bin/python data/prepare.py "$@" ;;
   audit) setup; exec .venv/bin/python records/audit.py "$@" ;;
   bench)
@@ -138,6 +171,8 @@ TXT
     fi
     exec .venv/bin/python -m bench.all "$@"
     ;;
+  report) setup; exec .venv/bin/python records/report.py "$@" ;;
+  submit) setup; exec .venv/bin/python records/submission.py submit "$@" ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   doctor) setup; exec .venv/bin/python records/doctor.py "$@" ;;
   sweep) setup; exec .venv/bin/python records/sweep.py "$@" ;;

@@ -1624,7 +1624,7 @@ class Ledger:
 
         Summed in stream order in float64, so that the total does not depend on who scored what; nor does the digest.
         """
-        nats = run.total(self.nats.to(run.device, copy=True)).cpu()
+        self.nats = nats = run.total(self.nats.to(run.device, copy=True)).cpu()
         times = run.total(self.times.to(run.device, torch.int32)).cpu()
         ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
         own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events])
@@ -1639,6 +1639,21 @@ class Ledger:
         require(math.isfinite(score.nats), "the score is not finite: the weights are broken")
         require(score.bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
         return score, digest
+
+
+def by_place(nats: np.ndarray, target_bytes: np.ndarray, starts: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Targets, nats and bytes of a scored stream [T] by octaves: entry k has the 2^k-th to (2^(k+1) - 1)-th target of
+    every document (position), or the documents of 2^k to 2^(k+1) - 1 targets (length)."""
+    stops = np.append(starts[1:], len(nats))
+    octave = np.log2(np.maximum(stops - starts, 1)).astype(int)
+    cuts = np.minimum(starts + (2 ** np.arange(octave.max() + 2) - 1)[:, None], stops)
+    found: dict[str, dict[str, list[float]]] = {"position": {}, "length": {}}
+    for name, values in (("targets", np.ones(len(nats))), ("nats", nats), ("bytes", target_bytes)):
+        sums = np.zeros(len(nats) + 1)
+        np.cumsum(values, out=sums[1:])
+        found["position"][name] = np.diff(sums[cuts], axis=0).sum(axis=1).tolist()
+        found["length"][name] = np.bincount(octave, weights=sums[stops] - sums[starts]).tolist()
+    return found
 
 
 def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list[str]:
@@ -4600,7 +4615,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name,
             fused=model.kernels.fused,
-            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
+            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
     run.record("config", dataclasses.asdict(cfg))
@@ -4807,7 +4822,11 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
                     right=int((hints.ids.cpu() == torch.from_numpy(val.ids[1:].astype(np.int64)))[
                         (hints.betas > 0).cpu()].sum()))
     with run.phase("score", "eval"):
-        score, digest = adapted_score(model, val, cfg, run, Scorer(val, cfg, run, hints))
+        scorer = Scorer(val, cfg, run, hints)
+        score, digest = adapted_score(model, val, cfg, run, scorer)
+    with run.phase("places"):
+        if run.is_main:
+            run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val.starts))
     rung({"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) +
          ("+ngram" if cfg.ngram_tilt_enabled else ""), score)
     total = time.perf_counter() - run.started

@@ -19,6 +19,7 @@ import train_gpt as tg
 sys.path.insert(0, str(ROOT / "records"))
 
 import audit  # noqa: E402
+import evidence  # noqa: E402
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 VOCAB = 40
@@ -261,10 +262,10 @@ def test_bytes_are_recounted_from_the_text(name: str, new: str, dataset: dict[st
 
 def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     path = Path(dataset["tokenizer_path"])
-    assert audit.static_tokenizer(path).ok
+    assert evidence.static_tokenizer(path).ok
     wrong = planted("byte pieces", [(TEXT_BYTES, TEXT_BYTES.replace("base[i] = 1", "base[i] = 3"))])
-    monkeypatch.setattr(audit, "load_module", lambda _: wrong)
-    finding = audit.static_tokenizer(path)
+    monkeypatch.setattr(evidence, "load_module", lambda _: wrong)
+    finding = evidence.static_tokenizer(path)
     assert not finding.ok and "wrong=256" in finding.figures
 
 
@@ -376,9 +377,9 @@ def test_everything_that_is_imported_counts(tmp_path: Path):
 def test_documents_in_both_splits_are_found(tmp_path: Path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 5, 6, 7, 1, 8, 9]))
     write_shard(tmp_path / "fineweb_train_000000.bin", np.array([1, 5, 6, 1, 8, 8, 9]))
-    assert audit.static_overlap(tmp_path).ok
+    assert evidence.static_overlap(tmp_path).ok
     write_shard(tmp_path / "fineweb_train_000001.bin", np.array([1, 5, 6, 7, 1, 4]))
-    finding = audit.static_overlap(tmp_path)
+    finding = evidence.static_overlap(tmp_path)
     assert not finding.ok and "common=1" in finding.figures
 
 

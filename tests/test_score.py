@@ -299,3 +299,19 @@ def test_a_manifest_of_another_form_is_one_line(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(tg.UserError):
         tg.tokenizer_path(tiny(data_path=str(tmp_path)))
+
+
+def test_a_score_is_taken_apart_by_position_and_length():
+    """Against a loop over targets, with a document of one target and one that ends the stream."""
+    rng = np.random.default_rng(0)
+    starts, total = np.array([0, 1, 4, 20, 21]), 90
+    nats, size = rng.random(total).astype(np.float32), rng.integers(0, 9, total).astype(np.uint16)
+    found = tg.by_place(nats, size, starts)
+    expected = {what: np.zeros((3, 7)) for what in found}
+    for begin, end in zip(starts, [*starts[1:], total]):
+        for t in range(begin, end):
+            for what, n in (("position", t - begin + 1), ("length", end - begin)):
+                k = int(n).bit_length() - 1
+                expected[what][:, k] += 1, nats[t], size[t]
+    for what in found:
+        assert np.allclose([found[what][name] for name in ("targets", "nats", "bytes")], expected[what])

@@ -1,0 +1,163 @@
+"""The report is one page that loads nothing, holds every section, and shows the figures of the logs and no others."""
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, tiny
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import report  # noqa: E402
+
+
+def log(path: Path, seed: int) -> dict[str, float]:
+    """The log of a run with a stage, probes, a ladder and phases; returns its last loss and score."""
+    config = {k: getattr(tiny(), k) for k in tg.Config.__dataclass_fields__}
+    bpb, loss = 1.05 + seed / 1000, 2.3 + seed / 100
+    events = [dict(event="start", world=1, device="cpu", code_sha256="a" * 64), dict(event="config", **config)]
+    events += [dict(event="train", step=s, frac=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
+                    ms_per_step=100.0 + 50 * (s > 10), train_seconds=0.1 * s) for s in (1, 2, 10, 15, 20)]
+    events.insert(5, dict(event="stage", step=10, frac=0.5, visits=6, seq_len=32))
+    events.append(dict(event="val_probe", step=10, val_loss=2.5, val_bpb=1.5))
+    events += [dict(event="phase", name=n, budget=b, phase_seconds=s) for n, b, s in (
+        ("setup", "none", 1.25), ("train", "train", 2.5), ("gptq", "train", 0.5), ("gptq", "train", 0.25),
+        ("score", "eval", 3.5))]
+    events.append(dict(event="train_end", steps=20))
+    events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_int8=300, bytes_gptq_mlp=600))
+    events += [dict(event="score", name=n, val_loss=2.4, val_bpb=x) for n, x in (("ema", 1.2), ("lora", bpb))]
+    sums = dict(targets=[2.0, 4.0], nats=[math.log(2) * 3, math.log(2) * 5], bytes=[2.0, 0.0])
+    events.append(dict(event="places", position=sums, length=sums))
+    events.append(dict(event="verdict", val_bpb=bpb, val_loss=2.4, artifact_bytes=1200, cap_bytes=16_000_000, steps=20,
+                       ladder={"ema": 1.2, "lora": bpb}, seed=seed, illegal="", train_seconds=3.25, eval_seconds=3.5,
+                       other_seconds=1.25, total_seconds=8.0))
+    path.write_text("".join(json.dumps({"seconds": float(i), **e}) + "\n" for i, e in enumerate(events)))
+    return {"loss": loss, "bpb": bpb}
+
+
+class Parsed(HTMLParser):
+    """Sections with their pictures and table cells; open elements; everything that would be loaded."""
+    VOID = {"meta", "br", "use", "path"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: dict[str, list[str]] = {}
+        self.pictures: dict[str, int] = {}
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        given = dict(attributes)
+        self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag == "section":
+            self.section = given["id"]
+            self.cells[self.section], self.pictures[self.section] = [], 0
+        if tag == "svg":
+            self.pictures[self.section] += 1
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[self.section].append(data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Parsed, list[dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("logs")
+    told = [log(folder / f"run{seed}.jsonl", seed) for seed in (1, 2)]
+    assert report.main([str(folder / "run1.jsonl"), str(folder / "run2.jsonl"), f"OUT={folder}/r.html"]) == 0
+    text = (folder / "r.html").read_text(encoding="utf-8")
+    return text, Parsed(text), told
+
+
+def test_the_page_is_whole_and_loads_nothing(made: tuple):
+    text, parsed, _ = made
+    assert parsed.open == [] and parsed.loads == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(parsed.ids)
+    assert list(parsed.cells) == [s.id for s in report.SECTIONS]
+    assert all(parsed.pictures[s.id] == (s.draw is not None) for s in report.SECTIONS)
+
+
+def test_colours_are_the_readers(made: tuple):
+    text, _, _ = made
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
+    assert "var(--s0)" in svgs and "var(--s1)" in svgs and "var(--ink)" in svgs
+    assert set(re.findall(r"#[0-9a-f]{6}", re.sub(r'(id|href)="[^"]*"|url\([^)]*\)', "", svgs))) <= {"#ffffff"}
+
+
+@pytest.mark.parametrize("section, expected", [
+    ("runs", ["run1", "1.051", "2.4", "1,200", "20", "3.25", "3.5", "1.25", "1", "1x cpu", "aaaaaaaa"]),
+    ("loss", ["run2", "20", "2", "0.00768", "2.32"]), ("bpb", ["run1", "step 10, live weights", "8", "2.5", "1.5"]),
+    ("bpb", ["run2", "lora", "17", "2.4", "1.052"]), ("ladder", ["run1", "lora", "1.051", "-0.1490"]),
+    ("place", ["run1", "position", "1", "1.5", "2", "run1", "length"]),
+    ("clock", ["run1", "train", "gptq", "0.75"]), ("clock", ["run1", "train", "sum", "3.25"]),
+    ("clock", ["run1", "eval", "sum, of 600", "3.5"]), ("bytes", ["run1", "mlp", "600", "50.0 %"]),
+    ("bytes", ["run2", "header", "100", "8.3 %"]), ("bytes", ["run2", "code", "200", "16.7 %"]),
+    ("step", ["run1", "from the start", "8", "100", "3,840"]),
+    ("step", ["run1", "6 visits, rows of 32", "10", "150", "2,560"]), ("lr", ["run1", "20", "1", "0.1", "0.5"])])
+def test_figures_are_the_logs(section: str, expected: list[str], made: tuple):
+    cells = made[1].cells[section]
+    assert any(cells[i:i + len(expected)] == expected for i in range(len(cells))), cells
+
+
+def test_lines_are_drawn_where_the_figures_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What is drawn, not only what stands in the table."""
+    from matplotlib.figure import Figure
+    log(tmp_path / "a.jsonl", 1)
+    run = report.Run("a", report.summary.events(tmp_path / "a.jsonl"))
+    for draw, index, expected in (
+            (report.draw_loss, 0, [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")]),
+            (report.draw_step, 0, [(10, 100.0), (15, 150.0), (20, 150.0)]),
+            (report.draw_ladder, 0, [(1.2, 0), (1.051, 1)])):
+        figure = Figure()
+        draw([run], figure)
+        assert np.allclose(figure.axes[index].lines[0].get_xydata(), expected)
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(warmdown_frac="0"), dict(warmdown_frac="0.3", min_lr="0")])
+def test_the_planned_rate_is_the_programs(knobs: dict[str, str]):
+    cfg = tiny(**knobs)
+    config = {"warmdown_frac": cfg.warmdown_frac, "min_lr": cfg.min_lr}
+    for i in range(21):
+        assert report.planned_lr(config, i / 20) == pytest.approx(tg.lr_scale(cfg, i / 20))
+
+
+def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):
+    log(tmp_path / "a.jsonl", 1)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    failed = json.dumps({"seconds": 1, "event": "error", "text": "<&>"})
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:4], failed, '{"seconds": 2, "ev']))
+    assert report.main([str(tmp_path / "a.jsonl"), f"OUT={tmp_path}/r.html"]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "unfinished" in text and html.escape("ended in an error: <&>") in text
+    assert Parsed(text).pictures["loss"] == 1 and "The logs hold nothing of this." in text
+
+
+def test_it_needs_no_torch_and_says_what_is_missing(tmp_path: Path):
+    code = "import sys; sys.path.insert(0, 'records'); import report; s = report.main(['nowhere']); " \
+           "assert not {'torch', 'matplotlib'} & set(sys.modules); sys.exit(s)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("report.py: nowhere: no such run"), done.stderr

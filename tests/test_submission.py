@@ -1,0 +1,299 @@
+"""A submission's folder is made from whole, equal, lawful runs alone, and every fault planted in one is named."""
+import functools
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY
+
+import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import audit  # noqa: E402
+import submission  # noqa: E402
+from evidence import AuditError, Finding  # noqa: E402
+
+SEEDS = (42, 0, 1234)
+WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}
+
+
+@pytest.fixture(scope="session")
+def runs(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Logs of three tiny runs that differ in their seed."""
+    folder = tmp_path_factory.mktemp("logs")
+    for seed in SEEDS:
+        knobs = {**TINY, **dataset, "log_dir": str(folder), "run_id": f"s{seed}", "seed": seed, "iterations": 2,
+                 "ttt": "none", "ngram_tilt_enabled": 0, "eval_stride": 0}
+        assert tg.main([], {name.upper(): tg.show(value) for name, value in knobs.items()}) == 0
+    return [str(folder / f"s{seed}.jsonl") for seed in SEEDS]
+
+
+@pytest.fixture(scope="session")
+def made(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `submit` makes of them, audited and checked."""
+    root = tmp_path_factory.mktemp("records")
+    return submission.submit("Tiny_Model", runs, {**WHO, "ROOT": str(root), "DATE": "2026-11-22"})
+
+
+# -- planted faults -------------------------------------------------------------------------------------
+
+
+def edit_json(name: str = "submission.json", **values: Any) -> Callable[[Path], None]:
+    """Set (or with None remove) fields; `a__b` is field b of a."""
+    def plant(folder: Path) -> None:
+        told = json.loads((folder / name).read_text())
+        for path, value in values.items():
+            *outer, last = path.split("__")
+            place = told
+            for key in outer:
+                place = place[key]
+            place.pop(last) if value is None else place.update({last: value})
+        (folder / name).write_text(json.dumps(told))
+    return plant
+
+
+def edit_log(event: str, seeds: tuple[int, ...] = SEEDS, **values: Any) -> Callable[[Path], None]:
+    """Set fields of the last event of that name in the logs of these seeds; without values: remove the event."""
+    def plant(folder: Path) -> None:
+        for seed in seeds:
+            path = folder / f"train_seed{seed}.jsonl"
+            events = [json.loads(line) for line in path.read_text().splitlines()]
+            found = [e for e in events if e["event"] == event][-1]
+            found.update(values)
+            if not values:
+                events.remove(found)
+            path.write_text("".join(json.dumps(e) + "\n" for e in events))
+    return plant
+
+
+def edit_text(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """Replace the first match of a pattern in a file."""
+    def plant(folder: Path) -> None:
+        text = (folder / name).read_text(encoding="latin-1")
+        assert re.search(old, text), name
+        (folder / name).write_text(re.sub(old, lambda _: new, text, count=1), encoding="latin-1")
+    return plant
+
+
+def remove(*patterns: str) -> Callable[[Path], None]:
+    return lambda folder: [path.unlink() for pattern in patterns for path in folder.glob(pattern)] and None
+
+
+def source(code: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "train_gpt.py").write_text(code) and None
+
+
+def second_log_of_one_seed(folder: Path) -> None:
+    edit_log("verdict", (0,), seed=42)(folder)
+
+
+def validation_first(folder: Path) -> None:
+    """Move the event that opens the validation data to the front of a log."""
+    path = folder / "train_seed42.jsonl"
+    lines = path.read_text().splitlines(True)
+    opened = [line for line in lines if '"val_data"' in line]
+    path.write_text("".join(opened + [line for line in lines if line not in opened]))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "no README": (remove("README.md"), "P1", "README.md"),
+    "no submission.json": (remove("submission.json"), "P1", "submission.json"),
+    "no train_gpt.py": (remove("train_gpt*.py"), "P1", "train_gpt.py"),
+    "no log": (remove("*.log", "*.jsonl"), "P1", "a log"),
+    "no requirements": (remove("requirements.txt"), "P1", "requirements.txt"),
+    "JSON cut short": (edit_text("submission.json", r"\}\s*$", ""), "P2", "not JSON"),
+    "no author": (edit_json(author=""), "P2", "author"),
+    "no github_id": (edit_json(github_id=None), "P2", "github_id"),
+    "no date": (edit_json(date="yesterday"), "P2", "date"),
+    "no score": (edit_json(val_bpb=None), "P2", "val_bpb"),
+    "a better headline": (edit_json(val_bpb=1.05), "P3", "is not the mean of the seeds"),
+    "a better seed": (edit_json(seed_results__42__val_bpb=1.05), "P4", "seed_results.42.val_bpb=1.05"),
+    "another loss": (edit_json(val_loss=1.0), "P4", "val_loss=1.0"),
+    "the population's deviation of nothing": (edit_json(val_bpb_std=0.5), "P3", "not the sample standard deviation"),
+    "bytes counted with the space twice": (edit_json(val_loss=4.7, val_bpb=4.7 * 0.228 / 0.693147), "P3", "ruling O"),
+    "a seed without a log": (remove("train_seed0.*"), "P4", "seed_results.0"),
+    "seeds that are not its results": (edit_json(seeds=[42, 0, 7]), "P3", "seeds and seed_results disagree"),
+    "three seeds claimed with one": (edit_json(seeds=[42], seed_results={}), "P3", "fewer seeds than said"),
+    "one seed twice": (second_log_of_one_seed, "P4", "one seed in two logs"),
+    "over the cap": (edit_log("verdict", artifact_bytes=16_000_001), "A4", "exceed the cap"),
+    "over the cap in JSON": (edit_json(bytes_total=16_024_793), "P6", "over the cap"),
+    "code bytes that are not the file's": (edit_log("verdict", code_bytes=31_999), "P7", "not the bytes"),
+    "another packed program": (edit_text("train_gpt_human.py", "BOS_ID = 1", "BOS_ID = 2"), "P7", "two programs"),
+    "a source nobody ran": (edit_text("train_gpt_human.py", "BOS_ID = 1", "BOS_ID = 2"), "P7", "neither source"),
+    "mixed code": (edit_log("start", (0,), code_sha256="f" * 64), "P5", "mixed code hash"),
+    "mixed config": (edit_log("config", (0,), matrix_lr=0.5), "P5", "mixed config (matrix_lr)"),
+    "another validation set": (edit_log("val_data", (0,), targets=9), "P5", "mixed validation set"),
+    "mixed machines": (edit_log("start", (0,), world=4), "P5", "mixed machine"),
+    "targets left out": (edit_log("verdict", (42,), tokens=10_000), "P4", "of 10,484 targets"),
+    "bytes of another text": (edit_log("verdict", bytes=30_000), "A3", "ruling O"),
+    "training past its clock": (edit_log("verdict", (42,), train_seconds=602.0), "P6", "rulings I, J"),
+    "evaluation past its clock": (edit_log("verdict", (42,), eval_seconds=652.0), "A1", "rulings I, J"),
+    "more steps than the clock holds": (edit_json(seed_results__42__steps=10_000), "P3", "more steps"),
+    "an illegal specimen": (edit_log("verdict", (42,), illegal="C3: trained on it"), "A2", "marked illegal"),
+    "validation data before the artifact": (validation_first, "A2", "before the artifact was written"),
+    "an untimed gap": (edit_log("verdict", (42,), total_seconds=900.0), "A1", "untimed gap"),
+    "an unfinished run": (edit_log("verdict", (42,)), "P1", "no verdict"),
+    "a run that did not train": (edit_log("train_end", (42,)), "P1", "no train_end"),
+    "a log cut short": (edit_text("train_seed42.jsonl", r'\{"seconds": [\d.]+, "event": "config"', ""), "P1",
+                        "no config"),
+    "a text log of another run": (edit_text("train_seed42.log", r"verdict +val_bpb=\d", "verdict val_bpb=1"), "P4",
+                                  "train_seed42.log"),
+    "a README of another run": (edit_text("README.md", r"\*\*4\.", "**1."), "P8", "lacks what the logs say"),
+    "other knobs in config.env": (edit_text("config.env", "NUM_LAYERS=4", "NUM_LAYERS=5"), "P8", "NUM_LAYERS=5"),
+    "no audit": (remove("audit.txt"), "P9", "missing"),
+    "a failed audit": (edit_text("audit.txt", "C1=pass", "C1=FAIL(D1)"), "P9", "has failed"),
+    "a wrong difference": (edit_json(comparison_baseline_bpb=1.06, delta_vs_leaderboard_bpb=-1.0), "P3", "baseline"),
+    "a download in the program": (source("import requests\n"), "S2", "no network"),
+    "a program that Python 3.10 cannot read": (source("def f(:\n"), "S1", "line 1"),
+}
+same_program = functools.lru_cache(submission.same_program)
+RECORD = {"a machine that the track does not take": (lambda folder: None, "P6", "the track wants 8x H100")}
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *RECORD])
+def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plant, code, words = {**FAULTS, **RECORD}[name]
+    folder = tmp_path / ("track_10min_16mb" if "clock" in name or name in RECORD else made.parent.name) / made.name
+    shutil.copytree(made, folder)
+    plant(folder)
+    monkeypatch.setattr(submission, "same_program", same_program)
+    if not code.startswith("S"):
+        monkeypatch.setattr(submission, "static_audit", lambda *_: [])  # a second each time
+    bad = [f for f in submission.check(folder) if not f.ok and not f.suspect]
+    assert any(f.code == code and words in f"{f.figures} {f.text}" for f in bad), "\n".join(map(str, bad))
+
+
+# -- the folder -----------------------------------------------------------------------------------------
+
+
+def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
+    assert [f for f in submission.check(made) if not f.ok and not f.suspect] == []
+    told = json.loads((made / "submission.json").read_text())
+    logs = [submission.read_log(path) for path in made.glob("*.jsonl")]
+    assert told["bytes_code"] == (made / "train_gpt.py").stat().st_size
+    assert told["bytes_total"] == max(log["artifact"]["weight_bytes"] for log in logs) + told["bytes_code"]
+    assert told["val_bpb"] == pytest.approx(sum(log["verdict"]["val_bpb"] for log in logs) / 3)
+    assert (made / "train_gpt_human.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    assert (made / "requirements.txt").read_text().startswith("torch==")
+
+
+def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp_path: Path):
+    knobs = [line for line in (made / "config.env").read_text().splitlines() if not line.startswith("#")]
+    environment = dict(line.split("=", 1) for line in knobs) | {"SEED": "7", "LOG_DIR": str(tmp_path), "RUN_ID": "r"}
+    environment |= {name.upper(): value for name, value in dataset.items()}
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=made, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = submission.read_log(tmp_path / "r.jsonl")
+    assert log["start"]["code_sha256"] == hashlib.sha256((made / "train_gpt.py").read_bytes()).hexdigest()
+    first = submission.read_log(next(made.glob("*.jsonl")))
+    assert {k: v for k, v in log["config"].items() if k not in submission.PLACES + ("seconds",)} == \
+        {k: v for k, v in first["config"].items() if k not in submission.PLACES + ("seconds",)}
+
+
+def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> list[str]:
+    """Copies of the runs' logs with a fault, as `submit` gets them; the artifacts stay where they are."""
+    for seed, run in zip(SEEDS, runs):
+        for suffix in (".jsonl", ".txt"):
+            shutil.copy(Path(run).with_suffix(suffix), folder / f"train_seed{seed}{suffix}")
+    plant(folder)
+    return [str(folder / f"train_seed{seed}.jsonl") for seed in SEEDS]
+
+
+@pytest.mark.parametrize("plant, words", [
+    (edit_log("start", code_sha256="f" * 64), "is not the code of"),
+    (edit_log("verdict", code_bytes=1), "submit with that"),
+    (edit_log("verdict", (0,)), "no log of a whole run"),
+    (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
+    (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
+    (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
+    (edit_log("verdict", (42,), illegal="C3: trained on it"), "marked illegal"),
+    (edit_log("start", ()), "refutes the score"),
+])
+def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: list[str], tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch, made: Path):
+    report = (made / "audit.txt").read_text()
+    monkeypatch.setattr(submission, "same_program", same_program)
+    if "refutes" not in words:
+        monkeypatch.setattr(submission, "dynamic_audit", lambda *_: report)
+    refuted = Finding("D1", "C1", False, "", "a later id changes a score")  # what finds it has its own tests
+    monkeypatch.setattr(audit, "audit", lambda *_: [refuted])
+    monkeypatch.setattr(audit, "rehearse", lambda *_: [])
+    with pytest.raises(AuditError, match=words):
+        submission.submit("x", altered(runs, tmp_path, plant), {**WHO, "ROOT": str(tmp_path / "records")})
+    assert not list((tmp_path / "records").rglob("*/*"))
+
+
+@pytest.mark.parametrize("number, given, words", [
+    (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
+    (3, {"AUTHOR": ""}, "AUTHOR= is missing"), (3, {"AUTOR": "x"}, "AUTOR: expected one of"),
+    (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
+def test_submit_says_what_it_lacks(number: int, given: dict[str, str], words: str, runs: list[str], tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
+    with pytest.raises(AuditError, match=re.escape(words)):
+        submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **given})
+    assert not list(tmp_path.iterdir())
+
+
+# -- other people's folders -----------------------------------------------------------------------------
+
+
+def foreign(folder: Path, **told: Any) -> Path:
+    """A folder in the shape of the published ones: a program and text logs of another kind."""
+    folder = folder / "track_10min_16mb" / "2026-04-27_Other"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# Other\n")
+    (folder / "train_gpt.py").write_text("import torch\n")
+    scores = {"42": 1.05989454, "0": 1.06124613, "1234": 1.06208695}
+    for seed, bpb in scores.items():
+        (folder / f"train_seed{seed}.log").write_text(
+            "4945/20000 train_loss: 2.3 train_time:599600ms\nTotal submission size quantized+brotli: 15897259 bytes\n"
+            f"quantized_ttt_phased val_loss:2.3194 val_bpb:{bpb:.8f} eval_time:508785ms\n")
+    values = dict(author="A", github_id="a", name="Other", blurb="b", date="2026-04-27", val_loss=2.32202732,
+                  val_bpb=1.06107587, bytes_total=15_907_550, bytes_code=13, seeds=[42, 0, 1234],
+                  seed_results={seed: {"val_bpb": bpb, "val_loss": bpb / 1.06107587 * 2.32202732,
+                                       "artifact_bytes": 15_907_550} for seed, bpb in scores.items()})
+    (folder / "submission.json").write_text(json.dumps({**values, **told}))
+    return folder
+
+
+def test_a_folder_of_another_program_is_judged_by_its_text_logs(tmp_path: Path):
+    folder = foreign(tmp_path)
+    assert [f for f in submission.check(folder) if not f.ok and not f.suspect] == []
+    for old, new, words in (("599600ms", "602048ms", "ruling I"), ("eval_time:508785", "eval_time:652000", "ruling J"),
+                            ("15897259", "16024793", "ruling Q"), ("val_bpb:1.0598", "val_bpb:1.0698", "in no log")):
+        path = folder / "train_seed42.log"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        bad = [f for f in submission.check(folder) if not f.ok and not f.suspect]
+        assert any(words in f.text for f in bad), (words, bad)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("told, words", [
+    (dict(val_loss=1.06107587 * 0.693147 / 0.2280), "wrongly counted bytes"),
+    (dict(bytes_total=16_024_793), "over the cap"), (dict(seeds=[42, 0]), "disagree"),
+    (dict(compliance={"three_seeds": True}, seeds=[42], seed_results={}), "than said"),
+])
+def test_known_faults_of_published_folders_are_named(told: dict[str, Any], words: str, tmp_path: Path):
+    bad = [f for f in submission.check(foreign(tmp_path, **told)) if not f.ok and not f.suspect]
+    assert any(words in f.text for f in bad), bad
+
+
+def test_the_command_line_answers_without_torch(tmp_path: Path):
+    code = "import sys; sys.path.insert(0, 'records'); import submission; status = submission.main(sys.argv[1:]); " \
+           "assert 'torch' not in sys.modules; sys.exit(status)"
+    for folder, status, words in ((foreign(tmp_path), 0, "package=pass"),
+                                  (Path("nowhere"), 2, "submission.py: nowhere: no such folder\n")):
+        done = subprocess.run([sys.executable, "-c", code, "check", str(folder)], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.returncode == status and words in done.stdout + done.stderr, done.stdout + done.stderr

@@ -1,0 +1,89 @@
+"""The published systems in records/ are configs of this program, and run.sh takes a folder's knobs as it says."""
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as tg
+
+SYSTEMS = sorted(path.parent.name for path in ROOT.glob("records/*/config.env"))
+
+
+def knobs(name: str) -> dict[str, str]:
+    lines = (ROOT / "records" / name / "config.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def test_all_systems_are_here():
+    assert {"pr1260", "pr1485", "pr1485_illegal", "pr1514", "pr1855", "pr2135"} <= set(SYSTEMS)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_is_a_config_under_the_cap(name: str):
+    """SDClip's size is predicted from Gaussian rows, to half a percent; the packer takes up what is over."""
+    cfg, warnings = tg.Config.from_env(knobs(name))
+    assert not warnings and set(knobs(name)) <= {knob.name for knob in tg.knobs()}
+    code = len(tg.shipped_source(ROOT / "train_gpt.py")) if name == "pr1855" else 52_000
+    assert sum(tg.predicted_bytes(cfg, code).values()) + code < 1.005 * cfg.artifact_bytes_cap
+    assert bool(tg.illegal(cfg)) == name.endswith("_illegal")
+    text = (ROOT / "records" / name / "README.md").read_text()
+    assert len(text.splitlines()) <= 25 and ("**Legal:**" in text or "ILLEGAL" in text)
+
+
+def test_the_twins_differ_in_how_they_adapt_alone():
+    illegal, legal = knobs("pr1485_illegal"), knobs("pr1485")
+    assert {k for k in illegal | legal if illegal.get(k) != legal.get(k)} <= {k for k in illegal | legal if "TTT" in k}
+
+
+def test_the_record_has_its_parameters():
+    import torch
+    with torch.device("meta"):
+        model = tg.GPT(tg.Config.from_env(knobs("pr1855"))[0])
+    assert sum(p.numel() for p in model.parameters()) == 35_945_671
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Path:
+    """run.sh in a folder of its own, with a Python that says what it was asked to do, and under which environment."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\ncase $1 in -VV) echo fake;; -c) echo 1;; *) echo RAN \"$@\"; env;; esac\n")
+    python.chmod(0o755)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "stamp").write_text((tmp_path / "requirements.txt").read_text() + "fake\n")
+    shutil.copytree(ROOT / "records" / "pr1260", tmp_path / "records" / "pr1260")
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["./run.sh", *arguments], cwd=folder, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin:/usr/local/bin", **environment})
+
+
+@pytest.mark.parametrize("verb, ran", [("train", "RAN train_gpt.py"), ("check", "RAN train_gpt.py --check")])
+def test_a_folder_gives_knobs_and_arguments_and_environment_come_first(verb: str, ran: str, shell: Path):
+    done = run(shell, verb, "records/pr1260", "EMA_DECAY=0.5", "SEED=7", MATRIX_LR="0.03")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and ran in lines, done.stderr
+    assert {"EMA_DECAY=0.5", "SEED=7", "MATRIX_LR=0.03", "VOCAB_SIZE=4096", "MUON_WD=0.085"} <= set(lines)
+    assert not any(re.match("MIXED_QUANT|N_INT6", line) for line in lines)
+    assert "EMA_DECAY=0.5" in run(shell, verb, "EMA_DECAY=0.5").stdout.splitlines()
+
+
+def test_check_of_a_submissions_folder_is_its_check(shell: Path):
+    (shell / "other").mkdir()
+    assert "RAN records/submission.py check other" in run(shell, "check", "other").stdout.splitlines()
+    shutil.copy(shell / "records/pr1260/config.env", shell / "other")
+    (shell / "other/train_gpt.py").touch()
+    assert "RAN records/submission.py check other" in run(shell, "check", "other").stdout.splitlines()
+
+
+def test_what_is_no_folder_is_said(shell: Path):
+    for verb in ("train", "check"):
+        done = run(shell, verb, "nowhere")
+        assert done.returncode == 2 and done.stderr == "run.sh: nowhere: no config.env there; expected a folder such " \
+                                                       "as records/pr1855\n"
