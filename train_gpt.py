@@ -2987,14 +2987,14 @@ class ShardedOptimizer:
         grads = [wait() for wait in coming]
         own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
         norm = (run.total(own.clone()) + flat.square().sum()).sqrt()
-        finite = torch.isfinite(norm)
-        self.skipped += ~finite
-        if run.is_cuda or not finite:  # a GPU is not waited for; a CPU is spared the pass
-            for g in (*grads, flat):
-                g.masked_fill_(~finite, 0)
         shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
         if shrink is not None:
             torch._foreach_mul_([*grads, flat], shrink)
+        broken = ~torch.isfinite(norm)
+        self.skipped += broken
+        if run.is_cuda or broken:  # a GPU is not waited for; a CPU is spared the pass
+            for g in (*grads, flat):
+                g.masked_fill_(broken, 0)
         for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
             p.grad = g.view_as(p)
         for group in self.adam.param_groups:

@@ -80,3 +80,115 @@ def test_two_ranks_go_on_where_one_stopped(whole, dataset, tmp_path, monkeypatch
     assert list(mine) == list(theirs)
     for step in mine:
         assert mine[step] == pytest.approx(theirs[step], abs=2e-4)
+
+
+def saved(folder: Path, dataset: dict, monkeypatch: pytest.MonkeyPatch, **knobs: object) -> None:
+    """Leave `r.ckpt` (step 4 of 6) and `r.previous.ckpt` (step 3) in the folder, as a periodic writer does."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        patch.setattr(tg.Checkpoints, "due", lambda self: len(events(folder, "train")) == 3)
+        assert tg.main([], environment(dataset, folder, **QUICK, **knobs)) == 128 + signal.SIGTERM
+    assert {p.name for p in folder.glob("*ckpt*")} == {"r.ckpt", "r.previous.ckpt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "length", "empty", "pickle", "head"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, whole, dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    saved(tmp_path, dataset, monkeypatch)
+    path = tmp_path / "r.ckpt"
+    good = path.read_bytes()
+    flipped = bytes([good[-5] ^ 1])
+    path.write_bytes({"cut": good[:-100], "bit": good[:-5] + flipped + good[-4:], "empty": b"",
+                      "length": (1 << 62).to_bytes(8, "little") + good[8:], "pickle": b"\x80\x04K\x01.",
+                      "head": good.replace(b'last', b'lost', 1)}[damage])
+    capsys.readouterr()
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
+    captured = capsys.readouterr()
+    (warning,) = [e["text"] for e in events(tmp_path, "warning") if "ckpt" in e["text"]]
+    assert str(path) in warning and "\n" not in warning and captured.err == "train_gpt.py: trained\n"
+    assert events(tmp_path, "resume")[-1]["path"] == str(tmp_path / "r.previous.ckpt")
+    assert trained(tmp_path) == trained(whole)
+    (tmp_path / "r.previous.ckpt").write_bytes(b"")
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err and "r.previous.ckpt" in err and err.count("\n") == 1
+
+
+def test_an_interrupted_write_leaves_the_checkpoint_before(dataset, tmp_path, capsys, monkeypatch):
+    """A full disk ends no training, and nothing half-written stays."""
+    import safetensors.torch
+    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    saved(tmp_path, dataset, monkeypatch)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
+
+    def full(tensors: dict, path: Path, head: dict) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert tg.main([], environment(dataset, tmp_path, resume="1", checkpoint_every=1e-9, **QUICK)) == 2
+    assert "trained" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")} == before
+    assert any("No space left" in e["text"] for e in events(tmp_path, "warning"))
+
+
+@pytest.mark.parametrize("knobs, expected", [
+    ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
+    ({"seed": 7}, "SEED=7, but"), ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
+    ({"resume": "0"}, "r.txt exists already")])
+def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, dataset, tmp_path, capsys, monkeypatch):
+    saved(tmp_path, dataset, monkeypatch)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
+    capsys.readouterr()
+    assert tg.main([], environment(dataset, tmp_path, **{"resume": "1", **QUICK, **knobs})) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")} == before
+
+
+def test_resume_auto_starts_anew_where_nothing_is_saved(whole, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    assert tg.main([], environment(dataset, tmp_path, resume="auto", **QUICK)) == 2
+    assert trained(tmp_path) == trained(whole) and not list(tmp_path.glob("*ckpt*"))
+
+
+# -- numbers -------------------------------------------------------------------------------------------
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """NaN in one entry of one gradient in these steps."""
+    step, calls = tg.ShardedOptimizer.step, []
+
+    def poisoned(self: tg.ShardedOptimizer, lr_scale: float, momentum: float) -> torch.Tensor:
+        if lr_scale:  # priming has rate 0
+            calls.append(1)
+        if lr_scale and len(calls) in steps:
+            self.named["tok_emb"].grad[3, 3] = torch.nan
+        return step(self, lr_scale, momentum)
+
+    monkeypatch.setattr(tg.ShardedOptimizer, "step", poisoned)
+
+
+def test_one_gradient_that_is_not_finite_costs_one_step(whole, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    plant(monkeypatch, 3)
+    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 2
+    mine, theirs = trained(tmp_path), trained(whole)
+    assert mine[2] == theirs[2] and mine[3][1] is None and mine[4][0] is not None and mine[4] != theirs[4]
+    assert [e.get("skipped") for e in events(tmp_path, "train")] == [None, None, 1, 1, 1]
+
+
+def test_too_many_such_steps_end_the_run(dataset, tmp_path, capsys, monkeypatch):
+    plant(monkeypatch, 2, 4, 5)
+    assert tg.main([], environment(dataset, tmp_path, max_skipped_steps=1, **QUICK)) == 3
+    err = capsys.readouterr().err
+    assert "not finite at step 4" in err and "in 2 steps" in err and err.count("\n") == 1
+
+
+def test_the_count_of_skipped_steps_goes_through_a_checkpoint(dataset, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant(patch, 2)
+        saved(tmp_path, dataset, patch, max_skipped_steps=1)
+    plant(monkeypatch, 1)
+    assert tg.main([], environment(dataset, tmp_path, resume="1", max_skipped_steps=1, **QUICK)) == 3
+    assert "not finite at step 5" in capsys.readouterr().err
