@@ -1,15 +1,14 @@
 """Checkpoints, signals and lost ranks: what was trained is not lost, and a run that cannot go on ends and says why."""
-import dataclasses
-import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT
 from test_main import environment, events, finish, start
 
 import train_gpt as tg
@@ -192,3 +191,98 @@ def test_the_count_of_skipped_steps_goes_through_a_checkpoint(dataset, tmp_path,
     plant(monkeypatch, 1)
     assert tg.main([], environment(dataset, tmp_path, resume="1", max_skipped_steps=1, **QUICK)) == 3
     assert "not finite at step 5" in capsys.readouterr().err
+
+
+# -- ranks ---------------------------------------------------------------------------------------------
+
+
+HANGS = """import os, sys, time
+import train_gpt as tg
+if os.environ["RANK"] == "1":
+    update, calls = tg.Ema.update, []
+    def forever(self):
+        update(self)
+        calls.append(1)
+        if len(calls) == 3:
+            time.sleep(1000)
+    tg.Ema.update = forever
+sys.exit(tg.main([], os.environ))
+"""
+
+
+def two_ranks(dataset: dict, folder: Path, script: str = "train_gpt.py") -> tuple[subprocess.Popen, list[int]]:
+    """A long run on two ranks that has begun to train, and the processes of its ranks."""
+    env = environment(dataset, folder, **{**QUICK, "iterations": 10 ** 6, "max_wallclock_seconds": 600,
+                                          "dist_timeout_seconds": 8})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+    deadline = time.monotonic() + 60
+    while not ((folder / "r.jsonl").exists() and trained(folder)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {dict(pair.split("=", 1) for pair in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in pair)
+             ["RANK"]: int(child) for child in children}
+    return process, [ranks["0"], ranks["1"]]
+
+
+def ended(process: subprocess.Popen, ranks: list[int], seconds: float) -> str:
+    """What a run said that must fail within these seconds and leave no process."""
+    _, err = process.communicate(timeout=seconds)
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks), err
+    return err
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
+
+
+@linux
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_run(victim: int, dataset, tmp_path):
+    """The other one names it, its place and what itself was doing."""
+    process, ranks = two_ranks(dataset, tmp_path)
+    os.kill(ranks[victim], signal.SIGKILL)
+    err = ended(process, ranks, 20)
+    (line,) = [line for line in err.splitlines() if line.startswith("train_gpt.py:")]
+    assert f"rank {1 - victim} ends in phase train step" in line
+    assert f"rank {victim} gives no sign of life" in line and "last in phase" in line
+    assert "Current thread" in err and "in train\n" in err
+
+
+@linux
+def test_a_stopped_rank_ends_the_run(dataset, tmp_path):
+    process, ranks = two_ranks(dataset, tmp_path)
+    os.kill(ranks[1], signal.SIGSTOP)
+    start = time.monotonic()
+    while Path(f"/proc/{ranks[0]}").exists():
+        assert time.monotonic() < start + 8, "the other rank still waits after DIST_TIMEOUT_SECONDS"
+        time.sleep(0.1)
+    os.kill(ranks[1], signal.SIGCONT)  # else torchrun waits 30 s before it kills
+    err = ended(process, ranks, 20)
+    assert "rank 0 ends in phase train step" in err and "rank 1 gives no sign of life" in err
+
+
+@linux
+def test_a_rank_that_hangs_ends_the_run_and_shows_where(dataset, tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    start = time.monotonic()
+    process, ranks = two_ranks(dataset, tmp_path, str(script))
+    err = ended(process, ranks, 40)
+    lines = [line for line in err.splitlines() if line.startswith("train_gpt.py: rank")]
+    assert {line.split()[2] for line in lines} == {"0", "1"} and len(lines) == 2
+    assert all("rank 0 failed in phase train step" in line for line in lines) and "in forever\n" in err
+    assert time.monotonic() < start + 40
+
+
+@linux
+def test_a_signal_to_torchrun_is_one_to_every_rank(dataset, tmp_path):
+    """One checkpoint, of one step, from which one rank goes on."""
+    process, ranks = two_ranks(dataset, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    err = ended(process, ranks, 20)
+    said = [line for line in err.splitlines() if line.startswith("train_gpt.py:")]
+    assert said and all("SIGTERM after step" in line and "RESUME=1 RUN_ID=r goes on from" in line for line in said)
+    (made,) = events(tmp_path, "checkpoint")
+    assert f"after step {made['step']}:" in said[0] and [p.name for p in tmp_path.glob("*ckpt*")] == ["r.ckpt"]
