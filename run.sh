@@ -11,6 +11,7 @@ usage() {
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh replay LOG [KNOB=..]   run again what a log tells of, from the log alone, and compare losses, artifact and score
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
@@ -128,6 +129,7 @@ TXT
     fi
     exec .venv/bin/python -m bench.all "$@"
     ;;
+  replay) setup; exec .venv/bin/python records/replay.py "$@" ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;

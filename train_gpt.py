@@ -41,6 +41,7 @@ import faulthandler
 import fnmatch
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -1555,6 +1556,11 @@ def manifest(folder: Path) -> dict[str, Any]:
         found = None
     require(isinstance(found, dict), f"{path}: not a JSON object; prepare the dataset again")
     return found
+
+
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 MAX_SHARED = 0.01
@@ -4722,6 +4728,11 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 # Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
 
 
+NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
+                      "dist_timeout_seconds".split())
+"""Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
+
+
 def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_bytes: int) -> None:
     """The header of the log: versions, device, kernels, config, layer plan, routes."""
     device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
@@ -4732,6 +4743,9 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
             code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16], code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
+    decisive = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NO_RESULT}
+    run.log("versions", config_sha256=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
+            **installed())
     run.record("config", dataclasses.asdict(cfg))
     run.write("config (* differs from the preset record)")
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
@@ -4750,6 +4764,15 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     run.log("model", parameters=sum(p.numel() for p in model.parameters()), tflop_step=tflop[0],
             tflop_step_looped=tflop[1],
             predicted_weight_bytes=sum(predicted_bytes(cfg, code_bytes).values()))
+
+
+def installed() -> dict[str, str]:
+    """Version of each package that can change a result or its bytes; those that are not there are left out."""
+    found = {}
+    for name in ("numpy", "sentencepiece", "brotli", "constriction", "triton", "flash-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def plan_text(plan: Sequence[Visit]) -> str:
@@ -5057,7 +5080,8 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
     with run.phase("load_train"):
         data = TrainData(cfg, run)
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
-                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run))
+                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run),
+                corpus=data.position(0)["corpus"], manifest_sha256=file_sha256(cfg.dataset_dir / "manifest.json"))
     figures = train(model, data, cfg, run)
     if cfg.prequant_ttt:
         with run.phase("prequant_ttt", "train"):
