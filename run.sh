@@ -11,7 +11,7 @@ usage() {
 ./run.sh check KNOB=value ...   validate the knobs, print layer plan, routes and predicted artifact size; no training
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
 ./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
-./run.sh replay LOG [KNOB=..]   run again what a log tells of, from the log alone, and compare losses, artifact and score
+./run.sh replay LOG [KNOB=..]   run again what a log tells of, from the log alone, and compare what comes out
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal

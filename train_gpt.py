@@ -4852,20 +4852,31 @@ class Checkpoints:
                  ) -> None:
         self.model, self.optimizer, self.ema, self.data, self.cfg, self.run = model, optimizer, ema, data, cfg, run
         self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
         self.stream = torch.cuda.Stream() if run.is_cuda else None
         self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in self.tensors().items()} \
             if run.is_cuda and cfg.checkpoint_every else {}  # allocated before the clock starts
 
     def knobs(self) -> dict[str, Any]:
-        """Those that decide how training goes on."""
-        return {f.name: getattr(self.cfg, f.name) for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs)
-                for f in dataclasses.fields(group) if f.name not in ("warmup_steps", "train_log_every")}
+        """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
+        names = [f.name for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs) for f in dataclasses.fields(group)]
+        return {name: getattr(self.cfg, name) for name in ("train_batch_tokens", *names)
+                if name not in ("warmup_steps", "train_log_every", "val_loss_every", "max_skipped_steps")}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, by name (a collective)."""
         named = [(name, p.detach()) for name, p in self.model.named_parameters()]
         return {**{f"weights.{name}": p for name, p in named}, **self.optimizer.tensors(),
                 **{f"average.{name}": a for (name, _), a in zip(named, self.ema.average)}}
+
+    def poll(self) -> list[int]:
+        """Whether too many steps were skipped, someone wants to stop, a checkpoint is due: all ranks get one answer.
+
+        No wait for the GPU: its count of skipped steps may be that of a while ago.
+        """
+        self.skipped.copy_(self.optimizer.skipped, non_blocking=True)
+        notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), self.due()]
+        return self.run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
 
     def due(self) -> bool:
         """Whether rank 0 wants one now."""
@@ -4965,7 +4976,8 @@ def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[s
             text, sha = head["state"], head["sha256"]
             state = json.loads(text)
             require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in STATE.items())
-                    and type(state["position"].get("row")) is int, f"{path}: its head is not a checkpoint's")
+                    and type(state["position"].get("row")) is int and state["position"]["row"] >= 0
+                    and len(state["stage"]) == 2, f"{path}: its head is not a checkpoint's")
             if state["knobs"] != knobs:
                 return state, {}
             kinds = {torch.float32: "F32", torch.int32: "I32"}
@@ -5007,7 +5019,6 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         step, changed, last = first, state.get("changed", -cfg.seq_change_warmup_steps), state.get("last", math.nan)
         now, loss = Stage(*state.get("stage", stage(cfg, 0.0))), None
         marked = (step, clock.seconds())  # step and seconds at the last log line
-        skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
         batches, run.graceful = data.steps(step), True
         while (frac := clock.frac(step)) < 1:
             bar.update(100 * frac - bar.n)
@@ -5041,14 +5052,12 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
-            if step % clock.every == 0:  # ranks agree without a wait for the GPU, whose count is that of a while ago
-                skipped.copy_(optimizer.skipped, non_blocking=True)
-                notes = [int(skipped) > cfg.max_skipped_steps, bool(run.stop), checkpoints.due()]
-                diverged, stop, due = run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
+            if step % clock.every == 0:
+                diverged, stop, due = checkpoints.poll()
                 if diverged:
                     raise DivergedError(
-                        f"loss or gradient is not finite at step {step} (frac {frac:.3f}), in {int(skipped)} steps so "
-                        f"far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {last:.4f} nats; lower "
+                        f"loss or gradient is not finite at step {step} (frac {frac:.3f}), in {int(optimizer.skipped)} "
+                        f"steps so far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {last:.4f} nats; lower "
                         f"MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
                 if stop or due:
                     keep()

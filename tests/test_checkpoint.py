@@ -62,6 +62,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, dataset, tmp_path, capsys, mon
     assert mine["train_seconds"] > events(tmp_path, "resume")[0]["elapsed"] > 0
 
 
+def test_outside_training_a_signal_ends_the_run_at_once(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tg, "calibrate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10))
+    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "train_gpt.py: SIGINT in phase calibrate\n"
+    assert not list(tmp_path.glob("*ckpt*"))
+
+
+def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path):
+    """As often as it can and with deterministic algorithms alone; the last file is that of the last step."""
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every=1e-9, deterministic=True, **QUICK)) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    assert trained(tmp_path) == trained(whole)
+    assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
+    assert [e["step"] for e in events(tmp_path, "checkpoint")] == [1, 2, 3, 4, 5, 6, 6]
+
+
 def test_a_finished_run_is_not_written_over(whole, dataset, capsys):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in whole.iterdir())
     assert tg.main([], environment(dataset, whole, resume="auto", **QUICK)) == 2
