@@ -116,7 +116,8 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
     parts: dict[str, Callable[[], object]] = {
         "data": step.read, "forward": step.forward, "backward": step.backward, "newton_schulz": step.newton_schulz,
         "optimizer": step.update, "ema": step.ema.update, "guards": step.guards, "checkpoint, begun": step.save,
-        "checkpoint, on disk": step.checkpoints.wait, "step": lambda: step.whole(batches)}
+        "step, one being written": lambda: step.whole(batches), "checkpoint, on disk": step.checkpoints.wait,
+        "step": lambda: step.whole(batches)}
     if not step.looped:  # what of a step does not shrink with its rows: bench/scaling.py draws the line through both
         few = tg.random_batch(-(-step.data.micro_rows // 8), cfg).to(run.device)
         parts["forward and backward, few rows"] = lambda: step.loss(few).backward()
