@@ -1,5 +1,6 @@
 """Checkpoints, signals and lost ranks: what was trained is not lost, and a run that cannot go on ends and says why."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,23 +98,32 @@ def test_two_ranks_go_on_where_one_stopped(whole, dataset, tmp_path, monkeypatch
         assert mine[step] == pytest.approx(theirs[step], abs=2e-4)
 
 
-def saved(folder: Path, dataset: dict, monkeypatch: pytest.MonkeyPatch, **knobs: object) -> None:
-    """Leave `r.ckpt` (step 4 of 6) and `r.previous.ckpt` (step 3) in the folder, as a periodic writer does."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def halted(dataset, tmp_path_factory) -> Path:
+    """What a run leaves that NaN hit in step 2 and SIGTERM in step 4: `r.ckpt`, and `r.previous.ckpt` of step 3."""
+    folder = tmp_path_factory.mktemp("halted")
+    with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 4)
+        plant(patch, 2)
         patch.setattr(tg.Checkpoints, "due", lambda self: len(events(folder, "train")) == 3)
-        assert tg.main([], environment(dataset, folder, **QUICK, **knobs)) == 128 + signal.SIGTERM
+        assert tg.main([], environment(dataset, folder, **QUICK)) == 128 + signal.SIGTERM
     assert {p.name for p in folder.glob("*ckpt*")} == {"r.ckpt", "r.previous.ckpt"}
+    return folder
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "length", "empty", "pickle", "head"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, whole, dataset, tmp_path, capsys, monkeypatch):
+def without_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends, with status 2, where training does."""
     monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
-    saved(tmp_path, dataset, monkeypatch)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "length", "pickle", "head"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, halted, dataset, tmp_path, capsys, monkeypatch):
+    without_artifact(monkeypatch)
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "r.ckpt"
     good = path.read_bytes()
     flipped = bytes([good[-5] ^ 1])
-    path.write_bytes({"cut": good[:-100], "bit": good[:-5] + flipped + good[-4:], "empty": b"",
+    path.write_bytes({"cut": good[:-100], "bit": good[:-5] + flipped + good[-4:],
                       "length": (1 << 62).to_bytes(8, "little") + good[8:], "pickle": b"\x80\x04K\x01.",
                       "head": good.replace(b'last', b'lost', 1)}[damage])
     capsys.readouterr()
@@ -122,18 +132,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, whole, da
     (warning,) = [e["text"] for e in events(tmp_path, "warning") if "ckpt" in e["text"]]
     assert str(path) in warning and "\n" not in warning and captured.err == "train_gpt.py: trained\n"
     assert events(tmp_path, "resume")[-1]["path"] == str(tmp_path / "r.previous.ckpt")
-    assert trained(tmp_path) == trained(whole)
+    assert [e["step"] for e in events(tmp_path, "train")] == [1, 2, 3, 4, 4, 5]  # from step 3, and the same again:
+    assert trained(tmp_path)[4] == trained(halted)[4]
     (tmp_path / "r.previous.ckpt").write_bytes(b"")
     assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
     err = capsys.readouterr().err
     assert str(path) in err and "r.previous.ckpt" in err and err.count("\n") == 1
 
 
-def test_an_interrupted_write_leaves_the_checkpoint_before(dataset, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_write_leaves_the_checkpoint_before(halted, dataset, tmp_path, capsys, monkeypatch):
     """A full disk ends no training, and nothing half-written stays."""
     import safetensors.torch
-    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
-    saved(tmp_path, dataset, monkeypatch)
+    without_artifact(monkeypatch)
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
 
     def full(tensors: dict, path: Path, head: dict) -> None:
@@ -151,8 +162,8 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(dataset, tmp_path, ca
     ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
     ({"seed": 7}, "SEED=7, but"), ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
     ({"resume": "0"}, "r.txt exists already")])
-def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, dataset, tmp_path, capsys, monkeypatch):
-    saved(tmp_path, dataset, monkeypatch)
+def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, halted, dataset, tmp_path, capsys):
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
     capsys.readouterr()
     assert tg.main([], environment(dataset, tmp_path, **{"resume": "1", **QUICK, **knobs})) == 2
@@ -162,7 +173,7 @@ def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, dataset, tmp
 
 
 def test_resume_auto_starts_anew_where_nothing_is_saved(whole, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    without_artifact(monkeypatch)
     assert tg.main([], environment(dataset, tmp_path, resume="auto", **QUICK)) == 2
     assert trained(tmp_path) == trained(whole) and not list(tmp_path.glob("*ckpt*"))
 
@@ -185,7 +196,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 def test_one_gradient_that_is_not_finite_costs_one_step(whole, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+    without_artifact(monkeypatch)
     plant(monkeypatch, 3)
     assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 2
     mine, theirs = trained(tmp_path), trained(whole)
@@ -200,10 +211,8 @@ def test_too_many_such_steps_end_the_run(dataset, tmp_path, capsys, monkeypatch)
     assert "not finite at step 4" in err and "in 2 steps" in err and err.count("\n") == 1
 
 
-def test_the_count_of_skipped_steps_goes_through_a_checkpoint(dataset, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        plant(patch, 2)
-        saved(tmp_path, dataset, patch, max_skipped_steps=1)
+def test_the_count_of_skipped_steps_goes_through_a_checkpoint(halted, dataset, tmp_path, capsys, monkeypatch):
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
     plant(monkeypatch, 1)
     assert tg.main([], environment(dataset, tmp_path, resume="1", max_skipped_steps=1, **QUICK)) == 3
     assert "not finite at step 5" in capsys.readouterr().err
@@ -229,7 +238,7 @@ sys.exit(tg.main([], os.environ))
 def two_ranks(dataset: dict, folder: Path, script: str = "train_gpt.py") -> tuple[subprocess.Popen, list[int]]:
     """A long run on two ranks that has begun to train, and the processes of its ranks."""
     env = environment(dataset, folder, **{**QUICK, "iterations": 10 ** 6, "max_wallclock_seconds": 600,
-                                          "dist_timeout_seconds": 8})
+                                          "dist_timeout_seconds": 6})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
@@ -254,15 +263,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 
 
 @linux
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_run(victim: int, dataset, tmp_path):
+def test_a_killed_rank_ends_the_run(dataset, tmp_path):
     """The other one names it, its place and what itself was doing."""
     process, ranks = two_ranks(dataset, tmp_path)
-    os.kill(ranks[victim], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGKILL)
     err = ended(process, ranks, 20)
     (line,) = [line for line in err.splitlines() if line.startswith("train_gpt.py:")]
-    assert f"rank {1 - victim} ends in phase train step" in line
-    assert f"rank {victim} gives no sign of life" in line and "last in phase" in line
+    assert "rank 1 ends in phase train step" in line
+    assert "rank 0 gives no sign of life" in line and "last in phase" in line
     assert "Current thread" in err and "in train\n" in err
 
 
@@ -272,7 +280,7 @@ def test_a_stopped_rank_ends_the_run(dataset, tmp_path):
     os.kill(ranks[1], signal.SIGSTOP)
     start = time.monotonic()
     while Path(f"/proc/{ranks[0]}").exists():
-        assert time.monotonic() < start + 8, "the other rank still waits after DIST_TIMEOUT_SECONDS"
+        assert time.monotonic() < start + 6, "the other rank still waits after DIST_TIMEOUT_SECONDS"
         time.sleep(0.1)
     os.kill(ranks[1], signal.SIGCONT)  # else torchrun waits 30 s before it kills
     err = ended(process, ranks, 20)
