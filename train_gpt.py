@@ -953,8 +953,12 @@ class Run:
         torch.use_deterministic_algorithms(cfg.deterministic)
         self.watch: Watch | None = None
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
-                                    timeout=datetime.timedelta(seconds=cfg.dist_timeout_seconds),
+            limit = datetime.timedelta(seconds=cfg.dist_timeout_seconds)
+            store = next(dist.rendezvous("env://", timeout=limit))[0]
+            # A restart of torchrun finds the store of the attempt before it: gloo would call ports that are closed.
+            store = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world, timeout=limit,
                                     device_id=self.device if self.is_cuda else None)
             self.watch = Watch(self, env)
         self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
