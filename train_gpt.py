@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # libgomp reads this once, when torch loads it: threads that spin a little before they sleep
-    # are 1.3 times as fast as those that sleep at once, and do not starve a busy machine (bench/LOG.md 2026-11-22)
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if __name__ == "__main__":  # What libraries read once. libgomp: threads that spin a little before they sleep are 1.3
+    # times as fast as those that sleep at once, and do not starve a busy machine (bench/LOG.md 2026-11-22).
+    # cuBLAS: DETERMINISTIC=1 needs a workspace of fixed size; this is the one that torch takes on an H100 anyway.
+    for variable in (("GOMP_SPINCOUNT", "2000"), ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")):
+        os.environ.setdefault(*variable)
 
 import ast
 import bisect
@@ -35,19 +37,24 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import faulthandler
 import fnmatch
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import io
 import json
 import math
 import platform
 import re
+import signal
 import struct
 import sys
 import textwrap
+import threading
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,6 +87,14 @@ class UserError(Exception):
 class DivergedError(UserError):
     """The loss is not finite any more."""
     exit_code = 3
+
+
+class StoppedError(UserError):
+    """The signal of that name ends the run; `exit_code` is what a shell expects of it."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name} {text}")
+        self.exit_code = 128 + signal.Signals[name]
 
 
 def require(ok: bool, message: str) -> None:
@@ -122,7 +137,13 @@ class RunKnobs:
     kernels: str = "auto"
     """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
     dist_timeout_seconds: float = 900.0
-    """A collective that waits longer than this ends the run."""
+    """A rank that keeps others waiting this long, or gives no sign of life for half of it, ends the run."""
+    checkpoint_every: float = 0.0
+    """Seconds of training between checkpoints (`<run_id>.ckpt` beside the artifact). 0: only on SIGTERM and SIGINT."""
+    resume: str = "0"
+    """0 | 1 | auto: go on from the checkpoint of RUN_ID, on any number of ranks. Auto: where there is one."""
+    deterministic: bool = False
+    """1: deterministic algorithms alone, or an error; bit-identical with MAX_WALLCLOCK_SECONDS=0 (CPUs always are)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +325,8 @@ class OptimizerKnobs:
     """AdamW's epsilon."""
     grad_clip_norm: float = 0.3
     """Largest global gradient norm, taken once after averaging over ranks. 0: no clipping."""
+    max_skipped_steps: int = 3
+    """A gradient that is not finite counts as zero; after more such steps than this in all, the run ends (status 3)."""
     ema_decay: float = 0.9965
     """Decay of the averaged weights that are shipped, per step. 0: ship the last weights."""
 
@@ -469,7 +492,7 @@ class EvalKnobs:
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
 CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
            "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3", "fa4"),
-           "kernels": ("auto", "triton", "plain"),
+           "kernels": ("auto", "triton", "plain"), "resume": ("0", "1", "auto"),
            "shuffle": ("window", "document", "coprime", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
            "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
@@ -506,7 +529,8 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "prequant_ttt_batch_seqs"):
             require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
-                     "seq_change_warmup_steps", "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
+                     "seq_change_warmup_steps", "checkpoint_every", "max_skipped_steps",
+                     "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
                      "xsa_last_n", "max_skips", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
                      "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
@@ -555,6 +579,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         require(self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
                 f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
                 f"{self.max_wallclock_seconds:g} to train in")
+        require(self.resume == "0" or bool(self.run_id), f"RESUME={self.resume}: set RUN_ID to the run to go on with")
 
     @property
     def dataset_dir(self) -> Path:
@@ -927,6 +952,10 @@ class Run:
         self.local_rank, self.local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         self.phases: list[Phase] = []
         self._inner: list[float] = []  # of each open phase: seconds of the phases inside it
+        self.place = "start"
+        """Phase, and step where it has some: what is told of a rank that is lost."""
+        self.stop, self.graceful = "", False
+        """Name of the signal that asks this run to end; whether someone looks at it, or it must end the run itself."""
         self.device = self._pick_device(cfg)
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             cfg.dtype, torch.bfloat16 if self.is_cuda or cpu_has_bf16_units() else torch.float32)
@@ -936,14 +965,23 @@ class Run:
         else:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(cfg.threads or max(1, cores // self.local_world))
+        torch.use_deterministic_algorithms(cfg.deterministic)
+        self.watch: Watch | None = None
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
-                                    timeout=datetime.timedelta(seconds=cfg.dist_timeout_seconds),
+            limit = datetime.timedelta(seconds=cfg.dist_timeout_seconds)
+            store = next(dist.rendezvous("env://", timeout=limit))[0]
+            # A restart of torchrun finds the store of the attempt before it: gloo would call ports that are closed.
+            store = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world, timeout=limit,
                                     device_id=self.device if self.is_cuda else None)
+            self.watch = Watch(self, env)
         self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
         self.run_id = self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
         self.log_path = Path(cfg.log_dir) / f"{self.run_id}.txt"
         self.artifact_path = Path(cfg.artifact_dir or cfg.log_dir) / f"{self.run_id}.bin"
+        self.checkpoint_paths = [self.artifact_path.with_suffix(end) for end in (".ckpt", ".previous.ckpt")]
+        self.resumes = False
         self._text: io.TextIOBase | None = None
         self._json: io.TextIOBase | None = None
         if log:
@@ -959,27 +997,41 @@ class Run:
         return torch.device("cuda", self.local_rank)
 
     def _open_log(self) -> None:
-        """Rank 0 creates both log files; an existing log is never written over."""
-        problem = ""
+        """Rank 0 creates both log files; an existing log is never written over, and continued by RESUME alone."""
+        problem, again = "", self.cfg.resume != "0"
         if self.is_main:
             files = [self.log_path, self.log_path.with_suffix(".jsonl"), self.artifact_path]
-            there = [str(path) for path in files if path.exists()]
+            there = [str(p) for p in ([self.artifact_path] if again else files + self.checkpoint_paths) if p.exists()]
+            self.resumes = again and any(path.exists() for path in self.checkpoint_paths)
             if there:
-                problem = f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID"
+                problem = f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID" + \
+                    (", or RESUME=1 to go on with that one" if there[0].endswith("ckpt") else "")
+            elif self.cfg.resume == "1" and not self.resumes:
+                problem = f"RESUME=1: no checkpoint {self.checkpoint_paths[0]}; RESUME=auto starts anew without one"
             else:
                 try:
                     for path in files:
                         path.parent.mkdir(parents=True, exist_ok=True)
-                    self._text, self._json = (open(path, "x", encoding="utf-8") for path in files[:2])
+                    self._text, self._json = (open(path, "a" if again else "x", encoding="utf-8") for path in files[:2])
                 except OSError as error:
                     problem = f"LOG_DIR={self.cfg.log_dir} ARTIFACT_DIR={self.cfg.artifact_dir}: cannot write: {error}"
-        problem = self.share(problem)
+        problem, self.resumes = self.share((problem, self.resumes))
         require(not problem, problem)
 
     def __enter__(self) -> Run:
+        wanted = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._handlers = {number: signal.signal(number, self._signalled) for number in wanted}
         return self
 
+    def _signalled(self, number: int, frame: object) -> None:
+        """Training ends after its step, with a checkpoint; anything else ends at once, as does what is asked twice."""
+        asked, self.stop = self.stop, signal.Signals(number).name
+        if asked or not self.graceful:
+            raise StoppedError(self.stop, f"in phase {self.place}")
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.watch is not None and error is not None and not isinstance(error, UserError):
+            self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
         for file in (self._text, self._json):
@@ -988,7 +1040,10 @@ class Run:
         if self.world > 1 and dist.is_initialized():
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
+            self.watch.done.set()
             dist.destroy_process_group()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     @property
     def is_main(self) -> bool:
@@ -1062,13 +1117,14 @@ class Run:
     def phase(self, name: str, budget: str = "none") -> Iterator[None]:
         """Everything inside is timed as `name` and charged to `budget`: train, eval or none."""
         self.synchronize()
-        start = time.perf_counter()
+        start, outside, self.place = time.perf_counter(), self.place, name
         self._inner.append(0.0)
         try:
             yield
         finally:
             if sys.exc_info()[0] is None:
                 self.synchronize()
+                self.place = outside
             took = time.perf_counter() - start
             inner, depth = self._inner.pop(), len(self._inner)
             self.phases.append(Phase(name, budget, start - self.started, took, depth, took - inner))
@@ -1076,6 +1132,11 @@ class Run:
                 self._inner[-1] += took
             else:
                 self.log("phase", name=name, budget=budget, phase_seconds=round(took, 3))
+
+    def went_before(self, name: str, budget: str, seconds: float) -> None:
+        """Take over the seconds of the run that this one goes on with: it began that much earlier."""
+        self.started -= seconds
+        self.phases.append(Phase(name, budget, 0.0, seconds, 0, seconds))
 
     def spent(self, budget: str) -> float:
         """Seconds charged to `budget`: of each of its phases what no phase inside has taken."""
@@ -1129,6 +1190,74 @@ class Run:
             return {"graphs": 0, "graph_breaks": 0}
         from torch._dynamo.utils import counters
         return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+
+
+class Watch:
+    """Looks after the other ranks, in a thread: none waits for long for one that is gone, and none is left behind.
+
+    Each rank leaves a sign of life in torchrun's store every second, with its place. One that gives none for half of
+    DIST_TIMEOUT_SECONDS (stopped, its machine lost), one that fails (also: a collective that took DIST_TIMEOUT_SECONDS)
+    and a store that is gone end all: each prints rank, place and stacks, and exits. What cannot, torchrun kills.
+    """
+
+    def __init__(self, run: Run, env: Mapping[str, str]) -> None:
+        self.run, self.limit, self.done = run, run.cfg.dist_timeout_seconds, threading.Event()
+        self.every = min(1.0, self.limit / 20)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                              timeout=datetime.timedelta(seconds=self.limit))
+        self.store = dist.PrefixStore(f"watch{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.keys = [f"rank {rank}" for rank in range(run.world)]
+        self.signs: dict[str, tuple[bytes, float]] = {}
+        self._sign()
+        self.store.wait(self.keys)
+        faulthandler.enable()  # NCCL's own guard aborts the process
+        threading.Thread(target=self._loop, daemon=True, name="watch").start()
+
+    def _sign(self) -> None:
+        self.store.set(self.keys[self.run.rank], f"{time.time():.1f} {self.run.place}")
+
+    def _loop(self) -> None:
+        while not self.done.wait(self.every):
+            try:
+                self._sign()
+                reason = self.store.get("failed").decode() if self.store.check(["failed"]) else \
+                    self.silent(self.limit / 2)
+            except RuntimeError as error:
+                reason = "" if self.done.is_set() else f"torchrun or rank 0 is gone ({str(error).splitlines()[0]})"
+            if reason:
+                self.end(reason)
+
+    def silent(self, limit: float) -> str:
+        """Who has given no sign of life for `limit` seconds, and where it was; empty: none."""
+        now = time.perf_counter()
+        for key, sign in zip(self.keys, self.store.multi_get(self.keys)):
+            if sign != self.signs.get(key, (b"", now))[0]:
+                self.signs[key] = sign, now
+        return "; ".join(f"{key} gives no sign of life for {now - at:.1f} s, last in phase " +
+                         sign.decode().split(" ", 1)[1] for key, (sign, at) in self.signs.items() if now - at > limit)
+
+    def fail(self, error: BaseException) -> None:
+        """This rank failed: find out whether because another is gone, tell the rest, and exit."""
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the rest as soon as it sees one dead
+            signal.signal(number, signal.SIG_IGN)
+        run, reason = self.run, ""
+        with contextlib.suppress(RuntimeError):
+            time.sleep(5 * self.every)  # a rank that is alive gives signs meanwhile
+            reason = self.silent(4 * self.every)
+        reason = reason or f"rank {run.rank} failed in phase {run.place}: {type(error).__name__}: " \
+            f"{(str(error) or '-').splitlines()[0]}"
+        with contextlib.suppress(RuntimeError):
+            self.store.set("failed", reason)
+        traceback.print_exception(error)
+        self.end(reason)
+
+    def end(self, reason: str) -> None:
+        """Print where this rank is, with the stack of every thread, and exit: nothing can be awaited any more."""
+        self.run.log("error", kind="lost", text=reason)
+        print(f"train_gpt.py: rank {self.run.rank} ends in phase {self.run.place}: {reason}", file=sys.stderr,
+              flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
 
 
 def cpu_has_bf16_units() -> bool:
@@ -1446,6 +1575,11 @@ def manifest(folder: Path) -> dict[str, Any]:
         found = None
     require(isinstance(found, dict), f"{path}: not a JSON object; prepare the dataset again")
     return found
+
+
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 MAX_SHARED = 0.01
@@ -2839,12 +2973,46 @@ class ShardedOptimizer:
     def reset(self) -> None:
         """Forget all momentum, as before the first step."""
         self.adam.state.clear()
+        for p in self.small:  # as AdamW makes them in its first step: a checkpoint finds them in any step
+            self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
+        self.skipped = torch.zeros((), dtype=torch.int32, device=self.run.device)
+        """Steps whose gradient was not finite, so far."""
         self.state = []
         for bank, _ in self.banks:
             slices = -(-bank.size(0) // self.run.world)
             momentum = bank.new_zeros(slices, *bank.shape[1:])
             second = momentum.new_zeros(*momentum.shape[:2], 1) if self.cfg.normuon_beta2 else None
             self.state.append((momentum, second))
+
+    def _shards(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, bank, this rank's slices) of Muon's states."""
+        for name, (bank, states) in zip((n for n in self.named if route(n).rule == "muon"), zip(
+                (bank for bank, _ in self.banks), self.state)):
+            for kind, own in zip(("momentum", "second"), states):
+                if own is not None:
+                    yield f"muon.{kind}.{name}", bank, own
+
+    def _replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what is the same on all ranks: AdamW's states and the count of skipped steps."""
+        yield "skipped", self.skipped
+        for name, p in self.named.items():
+            for kind, value in self.adam.state.get(p, {}).items():
+                yield f"adam.{kind}.{name}", value
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, whole on every rank (a collective), for a checkpoint that any number of ranks can read."""
+        return {**dict(self._replicas()),
+                **{name: self.run.all_gather(own)()[:bank.size(0)] for name, bank, own in self._shards()}}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with the state that `tensors` gave, maybe with other ranks."""
+        for name, value in self._replicas():
+            value.copy_(tensors[name])
+        for name, _, own in self._shards():
+            own.copy_(padded(tensors[name], self.run.world)[self.run.rank * len(own):][:len(own)])
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:
@@ -2863,6 +3031,11 @@ class ShardedOptimizer:
         shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
         if shrink is not None:
             torch._foreach_mul_([*grads, flat], shrink)
+        broken = ~torch.isfinite(norm)
+        self.skipped += broken
+        if run.is_cuda or broken:  # a GPU is not waited for; a CPU is spared the pass
+            for g in (*grads, flat):
+                g.masked_fill_(broken, 0)
         for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
             p.grad = g.view_as(p)
         for group in self.adam.param_groups:
@@ -2977,14 +3150,16 @@ class TrainClock:
     GPU_SYNC_STEPS = 8
     """Steps between measurements on a GPU, and the number of steps that the host may lead."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
+    def __init__(self, cfg: Config, run: Run, step: int = 0, elapsed: float = 0.0, each: float = 0.0) -> None:
+        """`step`, `elapsed` seconds and `each` step's: where a checkpoint goes on."""
         self.cfg, self.run = cfg, run
         self.budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 0.0
         self.every = self.GPU_SYNC_STEPS if run.is_cuda else 1
-        self.paused = 0.0
+        self.paused = -elapsed
         self.events: collections.deque[tuple[int, Any]] = collections.deque()
-        self.finished: collections.deque[tuple[int, float]] = collections.deque([(0, 0.0)], maxlen=2 * self.every)
-        self.at_step, self.elapsed, self.step_seconds = 0, 0.0, 0.0
+        known = [(step - 1, elapsed - each), (step, elapsed)] if each else [(step, elapsed)]
+        self.finished: collections.deque[tuple[int, float]] = collections.deque(known, maxlen=2 * self.every)
+        self.at_step, self.elapsed, self.step_seconds = step, elapsed, each
         run.synchronize()
         self.started = time.perf_counter()
         self.first_event = self._mark()
@@ -3038,6 +3213,11 @@ class TrainClock:
         yield
         self.run.synchronize()
         self.paused += time.perf_counter() - start
+
+    def state(self, step: int) -> dict[str, float]:
+        """What `__init__` takes to go on when `step` begins; without a wait for the GPU where there is a budget."""
+        elapsed = self.elapsed + (step - self.at_step) * self.step_seconds if self.budget else self.seconds()
+        return {"elapsed": elapsed, "each": self.step_seconds}
 
     def seconds(self) -> float:
         """Seconds since the start without pauses, everything finished."""
@@ -4033,21 +4213,30 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     return fits[1]
 
 
+def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
+    """`write(temporary)`, flushed to the disk, becomes `path`, and what was there `previous`; or nothing changes."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
     """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file."""
     problem, found = "", b""
     if run.is_main:
-        temporary = path.with_suffix(".tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_whole(path, lambda temporary: temporary.write_bytes(blob))
             found = path.read_bytes()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             problem = f"{path}: cannot write the artifact: {error}"
     run.agree(problem)
     return run.share(found)
@@ -4608,6 +4797,11 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 # Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
 
 
+NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
+                      "dist_timeout_seconds".split())
+"""Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
+
+
 def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_bytes: int) -> None:
     """The header of the log: versions, device, kernels, config, layer plan, routes."""
     device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
@@ -4618,6 +4812,9 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
             code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
+    decisive = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NO_RESULT}
+    run.log("versions", config_sha256=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
+            **installed())
     run.record("config", dataclasses.asdict(cfg))
     run.write("config (* differs from the preset record)")
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
@@ -4636,6 +4833,15 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
     run.log("model", parameters=sum(p.numel() for p in model.parameters()), tflop_step=tflop[0],
             tflop_step_looped=tflop[1],
             predicted_weight_bytes=sum(predicted_bytes(cfg, code_bytes).values()))
+
+
+def installed() -> dict[str, str]:
+    """Version of each package that can change a result or its bytes; those that are not there are left out."""
+    found = {}
+    for name in ("numpy", "sentencepiece", "brotli", "constriction", "triton", "flash-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def plan_text(plan: Sequence[Visit]) -> str:
@@ -4667,6 +4873,7 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     problem = ""
     try:
         import brotli  # noqa: F401
+        import safetensors  # noqa: F401
         import sentencepiece  # noqa: F401
     except ImportError as error:
         problem = f"package {error.name} is missing; pip install -r requirements.txt"
@@ -4701,6 +4908,158 @@ def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedO
     optimizer.reset()
 
 
+class Checkpoints:
+    """The files from which training goes on: `<run_id>.ckpt`, and the one before it.
+
+    Safetensors: a JSON head and raw tensors, nothing that could run; SHA-256 of all of it is in the head. Tensors are
+    whole, so that any number of ranks can go on. A step waits for a copy on its device alone: a thread brings that to
+    pinned memory on a stream of its own, and writes. Only rank 0 writes and reads. No random state is kept: after
+    initialisation nothing draws from it.
+    """
+
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, ema: Ema, data: TrainData, cfg: Config, run: Run
+                 ) -> None:
+        self.model, self.optimizer, self.ema, self.data, self.cfg, self.run = model, optimizer, ema, data, cfg, run
+        self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
+        self.stream = torch.cuda.Stream() if run.is_cuda else None
+        self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in self.tensors().items()} \
+            if run.is_cuda and cfg.checkpoint_every else {}  # allocated before the clock starts
+
+    def knobs(self) -> dict[str, Any]:
+        """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
+        names = [f.name for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs) for f in dataclasses.fields(group)]
+        return {name: getattr(self.cfg, name) for name in ("train_batch_tokens", *names)
+                if name not in ("warmup_steps", "train_log_every", "val_loss_every", "max_skipped_steps")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name (a collective)."""
+        named = [(name, p.detach()) for name, p in self.model.named_parameters()]
+        return {**{f"weights.{name}": p for name, p in named}, **self.optimizer.tensors(),
+                **{f"average.{name}": a for (name, _), a in zip(named, self.ema.average)}}
+
+    def poll(self) -> list[int]:
+        """Whether too many steps were skipped, someone wants to stop, a checkpoint is due: all ranks get one answer.
+
+        No wait for the GPU: its count of skipped steps may be that of a while ago.
+        """
+        self.skipped.copy_(self.optimizer.skipped, non_blocking=True)
+        notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), self.due()]
+        return self.run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
+
+    def due(self) -> bool:
+        """Whether rank 0 wants one now."""
+        return self.run.is_main and 0 < self.cfg.checkpoint_every <= time.perf_counter() - self.written
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin to write the state before `step`, with JSON values; training may go on at once. A collective."""
+        self.wait()
+        self.written, tensors = time.perf_counter(), self.tensors()
+        if not self.run.is_main:
+            return
+        head = json.dumps({**state, "position": self.data.position(step), "knobs": self.knobs()})
+        copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
+        self.pending = self.pool.submit(self._write, step, copies, ready, head)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], ready: Any, head: str) -> None:
+        from safetensors.torch import save_file
+        start, (path, previous) = time.perf_counter(), self.run.checkpoint_paths
+        if ready is not None:
+            with torch.cuda.stream(self.stream):
+                ready.synchronize()
+                tensors = {name: self.pinned[name].copy_(t, non_blocking=True) if self.pinned else t.cpu()
+                           for name, t in tensors.items()}
+                self.stream.synchronize()
+        write_whole(path, lambda temporary: save_file(tensors, temporary, {
+            "state": head, "sha256": digest_of(tensors, head)}), previous)
+        self.run.log("checkpoint", step=step, path=str(path), bytes=path.stat().st_size,
+                     write_seconds=time.perf_counter() - start)
+
+    def wait(self) -> str:
+        """Until the file that is being written is whole; why it could not be written, or nothing."""
+        try:
+            if self.pending is not None:
+                self.pending.result()
+            return ""
+        except Exception as error:  # a full disk ends no training
+            problem = f"{self.run.checkpoint_paths[0]}: checkpoint not written: {error}"
+            self.run.log("warning", text=f"{problem}; the one before is as it was")
+            return problem
+        finally:
+            self.pending = None
+
+    def end_run(self, step: int) -> None:
+        """Raise `StoppedError` with what to do next, once the file is whole."""
+        problem, run = self.run.share(self.wait()), self.run
+        raise StoppedError(run.stop or "SIGTERM", f"after step {step}: " + (
+            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {run.checkpoint_paths[0]}"))
+
+    def load(self) -> tuple[int, dict[str, Any]]:
+        """The step to go on with, and the state given to `save`. `UserError` where no file is whole or knobs differ."""
+        here, problems, state, found = self.tensors(), [], None, {}
+        for path in self.run.checkpoint_paths if self.run.is_main else ():
+            if path.exists() and state is None:
+                try:
+                    state, found = read_checkpoint(path, here, self.knobs())
+                    self.run.log("resume", path=str(path), **{k: v for k, v in state.items() if k != "knobs"})
+                except UserError as error:
+                    problems.append(str(error))
+                    self.run.log("warning", text=problems[-1])
+        state, problems = self.run.share((state, problems))
+        require(state is not None, "; ".join(problems))
+        for name, value in self.knobs().items():
+            require(state["knobs"].get(name) == value, f"{name.upper()}={show(value)}, but the checkpoint was made "
+                    f"with {show(state['knobs'].get(name))}; set that back, or start anew with another RUN_ID")
+        step = self.data.seek(state["position"])
+        with torch.no_grad():
+            for name, value in here.items():  # what is no view of the live state is loaded below
+                here[name] = self.run.broadcast(value.copy_(found[name]) if found else value)
+        self.optimizer.load(here)
+        return step, state
+
+
+def digest_of(tensors: Mapping[str, Tensor], head: str) -> str:
+    """SHA-256 of the head, and of names, types, shapes and bytes of CPU tensors."""
+    sha = hashlib.sha256(head.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+STATE = {"position": dict, "knobs": dict, "stage": list, "changed": int, "last": float, "elapsed": float, "each": float}
+"""What a checkpoint holds beside tensors."""
+
+
+def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[str, Any]
+                    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and CPU tensors of a file with the `expected` names, types and shapes; else `UserError`, one line.
+
+    Of a run with other knobs the state alone.
+    """
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:  # holds the head's length and every offset against the file's size
+            head, listed = file.metadata(), {name: file.get_slice(name) for name in file.keys()}
+            text, sha = head["state"], head["sha256"]
+            state = json.loads(text)
+            require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in STATE.items())
+                    and type(state["position"].get("row")) is int and state["position"]["row"] >= 0
+                    and len(state["stage"]) == 2, f"{path}: its head is not a checkpoint's")
+            if state["knobs"] != knobs:
+                return state, {}
+            kinds = {torch.float32: "F32", torch.int32: "I32"}
+            require({name: (part.get_dtype(), part.get_shape()) for name, part in listed.items()} ==
+                    {name: (kinds[t.dtype], list(t.shape)) for name, t in expected.items()},
+                    f"{path}: its tensors are not those of this run")
+            tensors = {name: file.get_tensor(name) for name in listed}
+        require(digest_of(tensors, text) == sha, f"{path}: damaged (the checksum does not fit)")
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {error})".replace("\n", " ")) from None
+    return state, tensors
+
+
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     """Train within the budget and leave the averaged weights in the model; returns steps, seconds, last loss."""
     def loss_of(plan: Sequence[Visit]) -> Callable[[Batch], Tensor]:
@@ -4716,13 +5075,23 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         prime(losses, optimizer, data, cfg, run)
     primed = run.graphs()["graphs"]
     ema, val = Ema(model, cfg.ema_decay), None
+    checkpoints = Checkpoints(model, optimizer, ema, data, cfg, run)
+    first, state = checkpoints.load() if run.resumes else (0, {})
+    if first:
+        run.went_before("train_before", "train", state["elapsed"])
+
+    def keep() -> None:
+        checkpoints.save(step, {"changed": changed, "last": last, "stage": list(now), **clock.state(step)})
+
     with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
-        clock = TrainClock(cfg, run)
-        step, changed, last, now = 0, -cfg.seq_change_warmup_steps, math.nan, stage(cfg, 0.0)
-        marked = (0, 0.0)  # step and seconds at the last log line
-        batches = data.steps()
+        clock = TrainClock(cfg, run, first, state.get("elapsed", 0.0), state.get("each", 0.0))
+        step, changed, last = first, state.get("changed", -cfg.seq_change_warmup_steps), state.get("last", math.nan)
+        now, loss = Stage(*state.get("stage", stage(cfg, 0.0))), None
+        marked = (step, clock.seconds())  # step and seconds at the last log line
+        batches, run.graceful = data.steps(step), True
         while (frac := clock.frac(step)) < 1:
             bar.update(100 * frac - bar.n)
+            run.place = f"train step {step + 1}"
             if (new := stage(cfg, frac)) != now:
                 changed = step if new.seq_len != now.seq_len else changed
                 now = new
@@ -4736,16 +5105,14 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             norm = optimizer.step(scale, muon_momentum(cfg, step))
             ema.update()
             step += 1
-            if step <= 5 or step % cfg.train_log_every == 0 or (not run.is_cuda and not math.isfinite(norm.item())):
+            if step <= 5 or step % cfg.train_log_every == 0:
                 total, seconds = float(run.total(loss)), clock.seconds()
-                if not math.isfinite(total) or not math.isfinite(norm.item()):
-                    raise DivergedError(f"the loss is not finite at step {step} (frac {frac:.3f}); last good: "
-                                        f"{last:.4f} nats; lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR")
                 each = (seconds - marked[1]) / (step - marked[0])
                 run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
                         lr_scale=scale, ms_per_step=1000 * each,
-                        tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds)
-                last, marked = total, (step, seconds)
+                        tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds,
+                        **({"skipped": int(optimizer.skipped)} if optimizer.skipped else {}))
+                last, marked = total if math.isfinite(total) else last, (step, seconds)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
                 before = run.graphs()["graphs"]
                 with clock.pause(), run.phase("val_probe"):
@@ -4754,18 +5121,36 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
+            if step % clock.every == 0:
+                diverged, stop, due = checkpoints.poll()
+                if diverged:
+                    raise DivergedError(
+                        f"loss or gradient is not finite at step {step} (frac {frac:.3f}), in {int(optimizer.skipped)} "
+                        f"steps so far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {last:.4f} nats; lower "
+                        f"MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
+                if stop or due:
+                    keep()
+                if stop:
+                    checkpoints.end_run(step)
         batches.close()
-        last, seconds = float(run.total(loss)) if step else last, clock.seconds()
+        run.graceful, total, seconds = False, math.nan if loss is None else float(run.total(loss)), clock.seconds()
+        last = total if math.isfinite(total) else last
+        stop = any(run.gather(run.stop))
+        if stop or cfg.checkpoint_every:
+            keep()
+        if stop:
+            checkpoints.end_run(step)
+        checkpoints.wait()
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
-    if not math.isfinite(last):
-        raise DivergedError(f"the loss is not finite at step {step}, the last one")
+    if not all(torch.isfinite(average).all() for average in ema.average):
+        raise DivergedError(f"the averaged weights are not finite at step {step}, the last one")
     compiled = run.graphs()
     run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds, graph_breaks=compiled["graph_breaks"],
             recompiles=compiled["graphs"] - primed,
             tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
             **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
     ema.load_into_model()
-    return {"steps": step, "train_loss": last}
+    return {"steps": step, "train_loss": last, **({"resumed_at": first} if first else {})}
 
 
 def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, dict[str, Any]]:
@@ -4773,7 +5158,8 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
     with run.phase("load_train"):
         data = TrainData(cfg, run)
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
-                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run))
+                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run),
+                corpus=data.position(0)["corpus"], manifest_sha256=file_sha256(cfg.dataset_dir / "manifest.json"))
     figures = train(model, data, cfg, run)
     if cfg.prequant_ttt:
         with run.phase("prequant_ttt", "train"):

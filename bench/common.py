@@ -155,8 +155,9 @@ def setting(env: Mapping[str, str], documents: int = 8192) -> Iterator[tuple[tg.
         if not cfg.data_path:
             ids = made_up_ids(web_lengths(documents), cfg.vocab_size)
             write_shard(Path(folder) / "fineweb_train_000000.bin", ids)
-        cfg = dataclasses.replace(cfg, data_path=cfg.data_path or folder, train_batch_tokens=cfg.micro_batch_tokens
-                                  // cfg.train_seq_len * cfg.train_seq_len * int(env.get("WORLD_SIZE", 1)))
+        tokens = cfg.micro_batch_tokens // cfg.train_seq_len * cfg.train_seq_len * int(env.get("WORLD_SIZE", 1))
+        cfg = dataclasses.replace(cfg, data_path=cfg.data_path or folder, artifact_dir=folder,
+                                  train_batch_tokens=tokens)
         with tg.Run(cfg, env, log=False) as run:
             yield cfg, run
 

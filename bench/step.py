@@ -50,6 +50,7 @@ class TrainStep:
         model, plan = self.model, self.plan
         self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
         self.optimizer, self.ema = tg.ShardedOptimizer(self.model, cfg, run), tg.Ema(self.model, cfg.ema_decay)
+        self.checkpoints = tg.Checkpoints(self.model, self.optimizer, self.ema, self.data, cfg, run)
         named = list(self.model.named_parameters())
         banks = [p.detach() for name, p in named if tg.route(name).rule == "muon"]
         self.own = [torch.randn_like(bank[:-(-len(bank) // run.world)]) for bank in banks]
@@ -83,7 +84,16 @@ class TrainStep:
 
     def update(self) -> None:
         """Collectives, clipping, Muon with its Newton-Schulz, AdamW; at a rate that leaves the weights nearly alone."""
-        self.optimizer.step(1e-6, self.cfg.muon_momentum)
+        self.norm = self.optimizer.step(1e-6, self.cfg.muon_momentum)
+
+    def guards(self) -> None:
+        """What of a step looks for NaN, signals and due checkpoints; the agreement a GPU has every few steps alone."""
+        self.optimizer.skipped += ~torch.isfinite(self.norm)
+        self.checkpoints.poll()
+
+    def save(self) -> None:
+        """What training waits for when a checkpoint begins; the one before is on the disk already."""
+        self.checkpoints.save(self.number, {})
 
     def whole(self, batches: Iterator[list[tg.Batch]]) -> None:
         """As `train` does it, with the next batches read by a thread; notes how long it waited for them."""
@@ -105,7 +115,9 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
     batches = step.data.steps(1)
     parts: dict[str, Callable[[], object]] = {
         "data": step.read, "forward": step.forward, "backward": step.backward, "newton_schulz": step.newton_schulz,
-        "optimizer": step.update, "ema": step.ema.update, "step": lambda: step.whole(batches)}
+        "optimizer": step.update, "ema": step.ema.update, "guards": step.guards, "checkpoint, begun": step.save,
+        "step, one being written": lambda: step.whole(batches), "checkpoint, on disk": step.checkpoints.wait,
+        "step": lambda: step.whole(batches)}
     if not step.looped:  # what of a step does not shrink with its rows: bench/scaling.py draws the line through both
         few = tg.random_batch(-(-step.data.micro_rows // 8), cfg).to(run.device)
         parts["forward and backward, few rows"] = lambda: step.loss(few).backward()

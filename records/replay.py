@@ -1,0 +1,118 @@
+"""Runs again what a log says was run, and compares: does the same code give the same losses, artifact and score?
+
+    python records/replay.py LOG.jsonl [KNOB=value ...]        (./run.sh replay LOG)
+
+Everything comes from the log: every knob, and the number of processes (all on this machine). Knobs given here replace
+the log's, such as DATA_PATH where the data lie elsewhere. The new log is `logs/<run_id>-replay-<time>.jsonl`, in the
+LOG_DIR of the log. Exit status: 0 the same, 1 something differs, 2 it cannot be run.
+
+A CPU repeats a budget in steps (MAX_WALLCLOCK_SECONDS=0) bit for bit, on the same packages and kind of processor; a GPU
+with DETERMINISTIC=1. A budget in seconds ends after another number of steps each time.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from summary import events, last
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+GIVEN = {"start": ("code_sha256", "python", "torch", "device", "world", "dtype", "threads", "compile", "attention",
+                   "fused"),
+         "versions": ("numpy", "sentencepiece", "brotli", "constriction", "triton", "flash-attn"),
+         "train_data": ("corpus", "manifest_sha256")}
+"""What should be the same before anything runs, by event."""
+FOUND = {"train_end": ("steps", "loss_nats"), "artifact": ("sha256",),
+         "verdict": ("artifact_bytes", "ledger_sha256", "ladder", "val_loss", "val_bpb")}
+"""What is compared."""
+ELSEWHERE = ("run_id", "resume", "checkpoint_every")
+"""Knobs that say where files lie or when they are written, and are no part of the result."""
+
+
+class ReplayError(Exception):
+    """One line for the user; exit status 2."""
+
+
+def knobs_of(found: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Environment with every knob of the logged run."""
+    config = last(found, "config")
+    if config is None or last(found, "start") is None:
+        raise ReplayError(f"{path}: no log of train_gpt.py: it names no knobs; give the run's .jsonl")
+    if last(found, "verdict") is None:
+        raise ReplayError(f"{path}: the run has no verdict to compare with (unfinished, or it failed)")
+    return {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in config.items()
+            if name not in ("seconds", "event", *ELSEWHERE)}
+
+
+def start(env: Mapping[str, str], world: int) -> int:
+    """Run the program with this environment on so many processes; its exit status."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}") if world > 1 else ()
+    return subprocess.run([sys.executable, *launcher, str(SCRIPT)], env=env).returncode
+
+
+def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]],
+                names: Mapping[str, Sequence[str]]) -> list[tuple[str, Any, Any]]:
+    """(event.field, value then, value now) of what is not the same; a run without such an event has None."""
+    pairs = [(f"{event}.{name}", *((last(found, event) or {}).get(name) for found in (then, now)))
+             for event, fields in names.items() for name in fields]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def losses(found: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Logged training loss, nats a token, by step."""
+    return {e["step"]: e["loss_nats"] for e in found if e["event"] == "train"}
+
+
+def report(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:
+    """Lines for the reader, and whether the results are the same."""
+    lines = [f"  made with another {name}: {a} then, {b} now" for name, a, b in differences(then, now, GIVEN)]
+    wrong = [f"  {name} differs: {a} then, {b} now" for name, a, b in differences(then, now, FOUND)]
+    a, b = losses(then), losses(now)
+    other = [step for step in sorted({*a, *b}) if a.get(step) != b.get(step)]
+    if other:
+        gap = max((abs(a[s] - b[s]) for s in other if a.get(s) is not None and b.get(s) is not None), default=0.0)
+        wrong.append(f"  {len(other)} of {len({*a, *b})} logged losses differ, first at step {other[0]}, at most by "
+                     f"{gap:.2g} nats")
+    config = last(now, "config") or {}
+    if wrong and config["max_wallclock_seconds"]:
+        lines.append(f"  MAX_WALLCLOCK_SECONDS={config['max_wallclock_seconds']:g}: a budget in seconds repeats the "
+                     f"method, not the numbers; they hang on the speed of the machine")
+    if last(then, "adaptation_cut") or last(now, "adaptation_cut"):
+        lines.append("  EVAL_SECONDS_BUDGET cut adaptation short, at a place that hangs on the speed of the machine")
+    bpb = [last(found, "verdict")["val_bpb"] for found in (then, now)]
+    lines += wrong or [f"  the same: {len(a)} logged losses, " + ", ".join(
+        f"{event}.{name}" for event, fields in FOUND.items() for name in fields)]
+    return [f"val_bpb {bpb[0]:.6f} then, {bpb[1]:.6f} now ({bpb[1] - bpb[0]:+.6f})", *lines], not wrong
+
+
+def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Exit status, see above."""
+    try:
+        if not arguments or "=" in arguments[0] or not all("=" in pair for pair in arguments[1:]):
+            raise ReplayError("expected LOG.jsonl [KNOB=value ...]")
+        path = Path(arguments[0]).with_suffix(".jsonl")
+        if not path.is_file():
+            raise ReplayError(f"{path}: no such log")
+        then = events(path)
+        knobs = knobs_of(then, path)
+        knobs["RUN_ID"] = f"{last(then, 'start')['run_id']}-replay-{time.strftime('%Y%m%d-%H%M%S')}"
+        knobs.update(pair.split("=", 1) for pair in arguments[1:])
+        clean = {name: value for name, value in env.items() if name not in {*knobs, *(n.upper() for n in ELSEWHERE)}}
+        status = start({**clean, **knobs}, last(then, "start")["world"])
+        if status:
+            raise ReplayError(f"the run ended with status {status}, see above")
+        lines, same = report(then, events(Path(knobs["LOG_DIR"]) / f"{knobs['RUN_ID']}.jsonl"))
+    except ReplayError as error:
+        print(f"replay.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(["", *lines]))
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

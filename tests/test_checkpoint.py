@@ -1,0 +1,312 @@
+"""Checkpoints, signals and lost ranks: what was trained is not lost, and a run that cannot go on ends and says why."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_main import environment, events, finish, start
+
+import train_gpt as tg
+
+QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_tilt_enabled=False,
+             eval_ladder="", train_seq_schedule="16@0.3,32@1", seq_change_warmup_steps=3, enable_looping_at=0.4,
+             iterations=6, normuon_beta2=0.9, eval_stride=0)
+"""A run in which everything that has a memory changes: loop, row length, its warm-up, momentum, average."""
+
+
+def trained(folder: Path) -> dict[int, tuple]:
+    """Loss, gradient norm and rate of each step that is in the log."""
+    return {e["step"]: (e["loss_nats"], e["grad_norm"], e["lr_scale"]) for e in events(folder, "train")}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "SIGTERM") -> None:
+    """This process gets the signal during a step's average."""
+    update, calls = tg.Ema.update, []
+
+    def signalled(self: tg.Ema) -> None:
+        update(self)
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(tg.Ema, "update", signalled)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory) -> Path:
+    """Folder of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert tg.main([], environment(dataset, folder, **QUICK)) == 0
+    return folder
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole, dataset, tmp_path, capsys, monkeypatch):
+    """SIGTERM writes a checkpoint and says how to go on; then losses, artifact and score are those of one run."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "SIGTERM after step 3: RESUME=1 RUN_ID=r goes on from" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.ckpt", "r.jsonl", "r.txt"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 0
+    assert trained(tmp_path) == trained(whole) and set(trained(whole)) >= {1, 2, 3, 4, 5}
+    assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
+    mine, theirs = (events(folder, "verdict")[0] for folder in (tmp_path, whole))
+    assert mine["val_loss"] == theirs["val_loss"] and mine["resumed_at"] == 3 and "resumed_at" not in theirs
+    assert mine["train_seconds"] > events(tmp_path, "resume")[0]["elapsed"] > 0
+
+
+def test_outside_training_a_signal_ends_the_run_at_once(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tg, "calibrate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10))
+    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "train_gpt.py: SIGINT in phase calibrate\n"
+    assert not list(tmp_path.glob("*ckpt*"))
+
+
+def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path):
+    """As often as it can and with deterministic algorithms alone; the last file is that of the last step."""
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every=1e-9, deterministic=True, **QUICK)) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    assert trained(tmp_path) == trained(whole)
+    assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
+    assert [e["step"] for e in events(tmp_path, "checkpoint")] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_finished_run_is_not_written_over(whole, dataset, capsys):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in whole.iterdir())
+    assert tg.main([], environment(dataset, whole, resume="auto", **QUICK)) == 2
+    assert "r.bin exists already" in capsys.readouterr().err
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in whole.iterdir())
+
+
+def test_two_ranks_go_on_where_one_stopped(whole, dataset, tmp_path, monkeypatch):
+    """The same global batches: losses and weights as of one rank, but for the order of fp32 sums."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        tg.main([], environment(dataset, tmp_path, **QUICK))
+    finish(start(environment(dataset, tmp_path, resume="1", **QUICK), "--standalone", "--nproc_per_node=2"))
+    mine, theirs = trained(tmp_path), trained(whole)
+    assert list(mine) == list(theirs)
+    for step in mine:
+        assert mine[step] == pytest.approx(theirs[step], abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def halted(dataset, tmp_path_factory) -> Path:
+    """What a run leaves that NaN hit in step 2 and SIGTERM in step 4: `r.ckpt`, and `r.previous.ckpt` of step 3."""
+    folder = tmp_path_factory.mktemp("halted")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        plant(patch, 2)
+        patch.setattr(tg.Checkpoints, "due", lambda self: len(events(folder, "train")) == 3)
+        assert tg.main([], environment(dataset, folder, **QUICK)) == 128 + signal.SIGTERM
+    assert {p.name for p in folder.glob("*ckpt*")} == {"r.ckpt", "r.previous.ckpt"}
+    return folder
+
+
+def without_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends, with status 2, where training does."""
+    monkeypatch.setattr(tg, "fit_to_cap", lambda *args: (_ for _ in ()).throw(tg.UserError("trained")))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "length", "pickle", "head"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, halted, dataset, tmp_path, capsys, monkeypatch):
+    without_artifact(monkeypatch)
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "r.ckpt"
+    good = path.read_bytes()
+    flipped = bytes([good[-5] ^ 1])
+    path.write_bytes({"cut": good[:-100], "bit": good[:-5] + flipped + good[-4:],
+                      "length": (1 << 62).to_bytes(8, "little") + good[8:], "pickle": b"\x80\x04K\x01.",
+                      "head": good.replace(b'last', b'lost', 1)}[damage])
+    capsys.readouterr()
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
+    captured = capsys.readouterr()
+    (warning,) = [e["text"] for e in events(tmp_path, "warning") if "ckpt" in e["text"]]
+    assert str(path) in warning and "\n" not in warning and captured.err == "train_gpt.py: trained\n"
+    assert events(tmp_path, "resume")[-1]["path"] == str(tmp_path / "r.previous.ckpt")
+    assert [e["step"] for e in events(tmp_path, "train")] == [1, 2, 3, 4, 4, 5]  # from step 3, and the same again:
+    assert trained(tmp_path)[4] == trained(halted)[4]
+    (tmp_path / "r.previous.ckpt").write_bytes(b"")
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err and "r.previous.ckpt" in err and err.count("\n") == 1
+
+
+def test_an_interrupted_write_leaves_the_checkpoint_before(halted, dataset, tmp_path, capsys, monkeypatch):
+    """A full disk ends no training, and nothing half-written stays."""
+    import safetensors.torch
+    without_artifact(monkeypatch)
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
+
+    def full(tensors: dict, path: Path, head: dict) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    assert tg.main([], environment(dataset, tmp_path, resume="1", checkpoint_every=1e-9, **QUICK)) == 2
+    assert "trained" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")} == before
+    assert any("No space left" in e["text"] for e in events(tmp_path, "warning"))
+
+
+@pytest.mark.parametrize("knobs, expected", [
+    ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
+    ({"seed": 7}, "SEED=7, but"), ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
+    ({"resume": "0"}, "r.txt exists already")])
+def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, halted, dataset, tmp_path, capsys):
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")}
+    capsys.readouterr()
+    assert tg.main([], environment(dataset, tmp_path, **{"resume": "1", **QUICK, **knobs})) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")} == before
+
+
+def test_resume_auto_starts_anew_where_nothing_is_saved(whole, dataset, tmp_path, monkeypatch):
+    without_artifact(monkeypatch)
+    assert tg.main([], environment(dataset, tmp_path, resume="auto", **QUICK)) == 2
+    assert trained(tmp_path) == trained(whole) and not list(tmp_path.glob("*ckpt*"))
+
+
+# -- numbers -------------------------------------------------------------------------------------------
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """NaN in one entry of one gradient in these steps."""
+    step, calls = tg.ShardedOptimizer.step, []
+
+    def poisoned(self: tg.ShardedOptimizer, lr_scale: float, momentum: float) -> torch.Tensor:
+        if lr_scale:  # priming has rate 0
+            calls.append(1)
+        if lr_scale and len(calls) in steps:
+            self.named["tok_emb"].grad[3, 3] = torch.nan
+        return step(self, lr_scale, momentum)
+
+    monkeypatch.setattr(tg.ShardedOptimizer, "step", poisoned)
+
+
+def test_one_gradient_that_is_not_finite_costs_one_step(whole, dataset, tmp_path, monkeypatch):
+    without_artifact(monkeypatch)
+    plant(monkeypatch, 3)
+    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 2
+    mine, theirs = trained(tmp_path), trained(whole)
+    assert mine[2] == theirs[2] and mine[3][1] is None and mine[4][0] is not None and mine[4] != theirs[4]
+    assert [e.get("skipped") for e in events(tmp_path, "train")] == [None, None, 1, 1, 1]
+
+
+def test_too_many_such_steps_end_the_run(dataset, tmp_path, capsys, monkeypatch):
+    plant(monkeypatch, 2, 4, 5)
+    assert tg.main([], environment(dataset, tmp_path, max_skipped_steps=1, **QUICK)) == 3
+    err = capsys.readouterr().err
+    assert "not finite at step 4" in err and "in 2 steps" in err and err.count("\n") == 1
+
+
+def test_the_count_of_skipped_steps_goes_through_a_checkpoint(halted, dataset, tmp_path, capsys, monkeypatch):
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    plant(monkeypatch, 1)
+    assert tg.main([], environment(dataset, tmp_path, resume="1", max_skipped_steps=1, **QUICK)) == 3
+    assert "not finite at step 5" in capsys.readouterr().err
+
+
+# -- ranks ---------------------------------------------------------------------------------------------
+
+
+HANGS = """import os, sys, time
+import train_gpt as tg
+if os.environ["RANK"] == "1":
+    update, calls = tg.Ema.update, []
+    def forever(self):
+        update(self)
+        calls.append(1)
+        if len(calls) == 3:
+            time.sleep(1000)
+    tg.Ema.update = forever
+sys.exit(tg.main([], os.environ))
+"""
+
+
+def two_ranks(dataset: dict, folder: Path, script: str = "train_gpt.py") -> tuple[subprocess.Popen, list[int]]:
+    """A long run on two ranks that has begun to train, and the processes of its ranks."""
+    env = environment(dataset, folder, **{**QUICK, "iterations": 10 ** 6, "max_wallclock_seconds": 600,
+                                          "dist_timeout_seconds": 6})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+    deadline = time.monotonic() + 60
+    while not ((folder / "r.jsonl").exists() and trained(folder)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {dict(pair.split("=", 1) for pair in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in pair)
+             ["RANK"]: int(child) for child in children}
+    return process, [ranks["0"], ranks["1"]]
+
+
+def ended(process: subprocess.Popen, ranks: list[int], seconds: float) -> str:
+    """What a run said that must fail within these seconds and leave no process."""
+    _, err = process.communicate(timeout=seconds)
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks), err
+    return err
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
+
+
+@linux
+def test_a_killed_rank_ends_the_run(dataset, tmp_path):
+    """The other one names it, its place and what itself was doing."""
+    process, ranks = two_ranks(dataset, tmp_path)
+    os.kill(ranks[0], signal.SIGKILL)
+    err = ended(process, ranks, 20)
+    (line,) = [line for line in err.splitlines() if line.startswith("train_gpt.py:")]
+    assert "rank 1 ends in phase train step" in line
+    assert "rank 0 gives no sign of life" in line and "last in phase" in line
+    assert "Current thread" in err and "in train\n" in err
+
+
+@linux
+def test_a_stopped_rank_ends_the_run(dataset, tmp_path):
+    process, ranks = two_ranks(dataset, tmp_path)
+    os.kill(ranks[1], signal.SIGSTOP)
+    start = time.monotonic()
+    while Path(f"/proc/{ranks[0]}").exists():
+        assert time.monotonic() < start + 6, "the other rank still waits after DIST_TIMEOUT_SECONDS"
+        time.sleep(0.1)
+    os.kill(ranks[1], signal.SIGCONT)  # else torchrun waits 30 s before it kills
+    err = ended(process, ranks, 20)
+    assert "rank 0 ends in phase train step" in err and "rank 1 gives no sign of life" in err
+
+
+@linux
+def test_a_rank_that_hangs_ends_the_run_and_shows_where(dataset, tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    start = time.monotonic()
+    process, ranks = two_ranks(dataset, tmp_path, str(script))
+    err = ended(process, ranks, 40)
+    lines = [line for line in err.splitlines() if line.startswith("train_gpt.py: rank")]
+    assert {line.split()[2] for line in lines} == {"0", "1"} and len(lines) == 2
+    assert all("rank 0 failed in phase train step" in line for line in lines) and "in forever\n" in err
+    assert time.monotonic() < start + 40
+
+
+@linux
+def test_a_signal_to_torchrun_is_one_to_every_rank(dataset, tmp_path):
+    """One checkpoint, of one step, from which one rank goes on."""
+    process, ranks = two_ranks(dataset, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    err = ended(process, ranks, 20)
+    said = [line for line in err.splitlines() if line.startswith("train_gpt.py:")]
+    assert said and all("SIGTERM after step" in line and "RESUME=1 RUN_ID=r goes on from" in line for line in said)
+    (made,) = events(tmp_path, "checkpoint")
+    assert f"after step {made['step']}:" in said[0] and [p.name for p in tmp_path.glob("*ckpt*")] == ["r.ckpt"]
