@@ -4179,7 +4179,8 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             octaves = quantizer.octaves_for(wanted)
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
             trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
-            slope = (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2
+            # Towards a bit a weight it falls; nothing can be told from codes that are nearly all 0.
+            slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
             octaves += (len(trial) - rest - wanted / 8) / slope
             finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
     else:

@@ -135,22 +135,28 @@ class Tuner:
         held = lock(sweep.own / f"{state.job.key}.worker")
         live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
         told: set[int] = set()
+
+        def probed() -> bool:
+            """Report new probes to the study; whether there were any."""
+            log = self.folder / f"{state.run_id}.jsonl"
+            probes = [e for e in events(log) if e["event"] == "val_probe"] if log.is_file() else []
+            news = {e["step"]: e["val_bpb"] for e in probes if e["step"] not in told}
+            for step, bpb in news.items():
+                trial.report(bpb, step)
+            told.update(news)
+            return bool(news)
+
         try:
             with live or contextlib.nullcontext():
                 while sweep.step():
-                    log = self.folder / f"{state.run_id}.jsonl"
-                    probes = [e for e in events(log) if e["event"] == "val_probe"] if log.is_file() else []
-                    news = {e["step"]: e["val_bpb"] for e in probes if e["step"] not in told}
-                    for step, bpb in news.items():
-                        trial.report(bpb, step)
-                    told |= set(news)
-                    if news and trial.should_prune():
+                    if probed() and trial.should_prune():
                         sweep.stop()
                         self.study.tell(trial, state=TrialState.PRUNED)
                         return
                     if live:
                         live.update(sweep.view())
                     time.sleep(poll)
+            probed()  # the last ones may have come with the end; later trials are held against them
             if state.status == "done":
                 self.study.tell(trial, state.bpb)
             else:
