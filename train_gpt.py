@@ -374,7 +374,8 @@ class QuantKnobs:
     trellis_states: int = 4
     """QUANT=waterfill: states of the trellis that the codes of a row follow, 4 or 8. 1: none, plain rounding."""
     codec: str = "auto"
-    """Coder of the codes: range (package constriction) | brotli | auto: range where installed, or what is smaller."""
+    """Coder of the codes: range (package constriction) | brotli | auto: range where that is installed, and of small
+    streams the smaller of both."""
     matrix_bits: int = 6
     """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
     n_int6_layers: int = 0
@@ -1577,9 +1578,13 @@ def manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def file_sha256(path: Path) -> str | None:
-    """SHA-256 of a file, None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; reads it in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 MAX_SHARED = 0.01
@@ -1640,7 +1645,7 @@ def tokenizer_path(cfg: Config) -> Path:
     else:
         path = Path(cfg.data_dir) / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
     require(path.is_file(), f"{path}: no such tokenizer; set TOKENIZER_PATH or prepare the dataset")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     require(tied.get("sha256", digest) == digest,
             f"{path}: SHA-256 {digest[:12]}..., but the shards in {cfg.dataset_dir} were made with "
             f"{str(tied.get('sha256'))[:12]}...; set TOKENIZER_PATH to that model or prepare the data again")
@@ -4150,8 +4155,8 @@ def predicted_bytes(cfg: Config, code_bytes: int) -> dict[str, int]:
 def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run: Run) -> bytes:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
 
-    One unit multiplies all steps. Where the cap binds it is found from entropies and finished with true sizes, until at
-    most a thousandth of the cap is left. Raises `UserError` when nothing fits.
+    One unit multiplies all steps. Where the cap binds it is guessed from entropies and the packed size of nearest
+    codes, and finished with true sizes, until at most a thousandth of the cap is left. `UserError` when nothing fits.
     """
     cap = cfg.artifact_bytes_cap - code_bytes
     codec = pick_codec(cfg.codec)
@@ -4160,8 +4165,8 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
     def packed(tensors: Mapping[str, Quantized], octaves: float, states: int) -> bytes:
-        mark = illegal(cfg)
-        return run.share(pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset, mark) if run.is_main else b"")
+        return run.share(b"" if not run.is_main else pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset,
+                                                          illegal(cfg)))
 
     def attempt(octaves: float) -> bytes:
         with run.phase("gptq", "train"):
@@ -4179,7 +4184,7 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             octaves = quantizer.octaves_for(wanted)
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
             trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
-            # Towards a bit a weight it falls; nothing can be told from codes that are nearly all 0.
+            # Less than a bit a weight where many codes are 0; where nearly all are, nothing can be told from them.
             slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
             octaves += (len(trial) - rest - wanted / 8) / slope
             finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
@@ -4810,7 +4815,7 @@ def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_by
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name,
             fused=model.kernels.fused,
-            code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), code_bytes=code_bytes)
+            code_sha256=file_sha256(Path(__file__)), code_bytes=code_bytes)
     for warning in warnings:
         run.log("warning", text=warning)
     decisive = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NO_RESULT}
@@ -5157,10 +5162,10 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
 def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, dict[str, Any]]:
     """Train, quantize, pack and write: (the artifact as read back from disk, figures for the verdict)."""
     with run.phase("load_train"):
-        data = TrainData(cfg, run)
+        data, said = TrainData(cfg, run), cfg.dataset_dir / "manifest.json"
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
                 rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run),
-                corpus=data.position(0)["corpus"], manifest_sha256=file_sha256(cfg.dataset_dir / "manifest.json"))
+                corpus=data.position(0)["corpus"], manifest_sha256=file_sha256(said) if said.is_file() else None)
     figures = train(model, data, cfg, run)
     if cfg.prequant_ttt:
         with run.phase("prequant_ttt", "train"):

@@ -8,7 +8,6 @@ a time; memory does not depend on their number.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import re
@@ -30,6 +29,7 @@ from train_gpt import (
     TokenBytes,
     TokenStream,
     UserError,
+    file_sha256,
     load_sentencepiece,
     open_shard,
     require,
@@ -64,15 +64,6 @@ def shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_manifest(directory: Path) -> dict[str, Any]:
