@@ -1300,6 +1300,13 @@ def open_shard(path: Path) -> np.ndarray:
         np.empty(0, dtype="<u2")
 
 
+def pieces(shard: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    """A shard's ids in order, `size` at a time, read past the map: its pages would count as this process's memory."""
+    for start in range(0, len(shard), size):
+        yield np.fromfile(shard.filename, shard.dtype, min(size, len(shard) - start),  # type: ignore[attr-defined]
+                          offset=SHARD_HEADER_BYTES + 2 * start)
+
+
 class TokenStream:
     """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
 
@@ -1330,7 +1337,7 @@ class TokenStream:
     def check(self, vocab_size: int, part: int = 0, parts: int = 1) -> str:
         """What is wrong with the ids of shards part, part+parts, ...: a message, or "" if nothing is."""
         for path, shard in list(zip(self.paths, self.shards))[part::parts]:
-            top = int(shard.max()) if len(shard) else 0
+            top = max((int(ids.max()) for ids in pieces(shard)), default=0)
             if top >= vocab_size:
                 return f"{path}: holds id {top}, but VOCAB_SIZE={vocab_size}: another tokenizer's shard, or damaged"
         if part == 0 and not any((s[:1 << 20] == BOS_ID).any() for s in self.shards):
@@ -1347,17 +1354,24 @@ class TokenStream:
     def document_keys(self, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """(key [documents] uint64, length [documents] int64) of the documents that start in shards part, part+parts...
 
-        A key is the sum of one random number per id: equal documents have equal keys wherever they stand, others
-        practically never do. A document that runs on into the next shard has the key of its first part.
+        A key is the sum of place times a random number for the id: equal documents have equal keys wherever they stand,
+        others practically never do. A document that runs on into the next shard has the key of its first part.
         """
         mix = np.random.default_rng(0).integers(0, 2**64 - 1, 1 << 16, dtype=np.uint64)
         keys, lengths = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
         for shard in self.shards[part::parts]:
-            starts = np.append(np.flatnonzero(shard == BOS_ID), len(shard))
-            for first in range(0, len(starts) - 1, 1024):  # in pieces: a key takes four times the memory of an id
-                some = starts[first:first + 1025]
-                keys.append(np.add.reduceat(mix[shard[some[0]:some[-1]]], some[:-1] - some[0]))
-                lengths.append(np.diff(some))
+            before, sums, sizes, begins = 0, [], [], []  # ids of the open document so far; of each piece's documents
+            for ids in pieces(shard, 1 << 17):
+                edges = np.union1d(0, np.flatnonzero(ids == BOS_ID))
+                begins.append(ids[edges] == BOS_ID)
+                sizes.append(np.diff(edges, append=len(ids)))
+                place = np.arange(1, 1 + len(ids)) - np.repeat(edges, sizes[-1])
+                place[:sizes[-1][0]] += 0 if begins[-1][0] else before
+                sums.append(np.add.reduceat(mix[ids] * place.view(np.uint64), edges))
+                before = place[-1]
+            if len(first := np.flatnonzero(np.concatenate([*begins, [False]]))):
+                keys.append(np.add.reduceat(np.concatenate(sums), first))
+                lengths.append(np.add.reduceat(np.concatenate(sizes), first))
         return np.concatenate(keys), np.concatenate(lengths)
 
 
@@ -1599,7 +1613,7 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
     is not trained on. `UserError` with the remedy; else the counts, for the log.
 
     Validation stays closed until the artifact is written: of its documents only the keys are known, which `prepare.py`
-    left in val_documents.npy ([documents, 2] uint64: key, length). Each rank looks through its training shards.
+    left in val_keys.npy ([documents, 2] uint64: key, length). Each rank looks through its training shards.
     """
     folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
     streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
@@ -1612,7 +1626,7 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
         for name, tokens in sorted(listed ^ found):
             where = "on disk" if (name, tokens) in found else "in manifest.json"
             raise UserError(f"{folder}/{name}: of {tokens:,} tokens only {where}; fetch or prepare the data again")
-    path, verify = folder / "val_documents.npy", f"`python data/prepare.py verify {folder}`"
+    path, verify = folder / "val_keys.npy", f"`python data/prepare.py verify {folder}`"
     if not path.is_file():
         run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
         return {}
@@ -3533,7 +3547,8 @@ class Quantizer:
                 self.plain[name] = Quantized(stored, codes.to(torch.int16).cpu(), rows.cpu())
             else:
                 self.plain[name] = Quantized(stored, values.half().cpu())
-        self.weights = sum(values.numel() for matrices in jobs.values() for _, values in matrices)
+        # Zeros cost next to nothing: a hashed table's rows that no text has met are no reason for finer steps.
+        self.weights = max(1, sum(int(values.count_nonzero()) for matrices in jobs.values() for _, values in matrices))
         self.stacks = []
         for (_, stored, less), matrices in jobs.items():
             mine = matrices[run.rank::run.world]
@@ -3626,8 +3641,9 @@ class Quantizer:
         for _, _, _, weights, _, _, rows, columns, _ in self.stacks:
             least = 1e-3 * weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
             steps = row_steps(rows, float(self.trellis.density))
-            logs += (weights.abs().clamp_min(least).log2() - steps.log2().unsqueeze(-1)
-                     - column_steps(columns).log2().unsqueeze(1)).sum(dtype=torch.float64)
+            ratios = weights.abs().clamp_min(least).log2() - steps.log2().unsqueeze(-1) - \
+                column_steps(columns).log2().unsqueeze(1)
+            logs += ratios.masked_fill(weights == 0, 0.0).sum(dtype=torch.float64)
         # Gaussian codes of deviation s: log2 s + 2.05 bits, and the mean of log2 |code| is log2 s - 0.92.
         guess = float(self.run.total(logs)) / self.weights + 2.97 - bits / self.weights
         low, high = guess - 3, guess + 6
@@ -4186,7 +4202,7 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
             # Less than a bit a weight where many codes are 0; where nearly all are, nothing can be told from them.
             slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
-            octaves += (len(trial) - rest - wanted / 8) / slope
+            octaves += max(-1.0, (len(trial) - rest - wanted / 8) / slope)
             finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
     else:
         finest = 0.0  # SDClip's bits set the size

@@ -66,10 +66,10 @@ from documents import (
     worker_tokenizer,
 )
 from tqdm import tqdm
-from verify import FORMAT, file_sha256, load_manifest, load_tokenizer, shown, verify
+from verify import FORMAT, TokenStream, documents_of, file_sha256, load_manifest, load_tokenizer, shown, verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import BOS_ID, SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError, open_shard, require
+from train_gpt import SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError, require
 
 # ----------------------------------------------------------------------------------------------------
 # 1 Errors, options
@@ -665,18 +665,17 @@ def stage(title: str, note: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def compressors(
-    files: Iterable[Path], tokenizer: sentencepiece.SentencePieceProcessor, num_bytes: int, transform: str = "none"
+    directory: Path, tokenizer: sentencepiece.SentencePieceProcessor, num_bytes: int, transform: str = "none"
 ) -> dict[str, dict[str, float]] | None:
-    """What general-purpose compressors make of the very text that is scored: the documents of these shards,
-    decoded and joined by line ends. None over MAX_COMPRESSED_TEXT_BYTES.
+    """What general-purpose compressors make of the very text that is scored: the validation documents, decoded and
+    joined by line ends. None over MAX_COMPRESSED_TEXT_BYTES.
 
     `num_bytes` is what the score divides by: the documents' bytes without those line ends.
     """
     if num_bytes > MAX_COMPRESSED_TEXT_BYTES:
         return None
-    ids = np.concatenate([open_shard(path) for path in files])
-    starts = np.flatnonzero(ids == BOS_ID)
-    texts = (tokenizer.decode(ids[a + 1 : b].tolist()) for a, b in zip(starts, np.append(starts[1:], len(ids))))
+    documents = itertools.chain.from_iterable(documents_of(TokenStream(directory, "fineweb_val")))
+    texts = (tokenizer.decode(ids.tolist()) for ids in documents)
     if operators := caseops(transform):
         texts = map(operators.decode, texts)
     text = "\n".join(texts).encode()
@@ -887,8 +886,7 @@ def build_dataset(
             spool.close()
     val = manifest["val"]
     with stage("compressors", f"xz and brotli on {val['bytes'] / 1e6:,.1f} MB of validation text", seconds):
-        val_files = [built / entry["name"] for entry in val["files"]]
-        manifest["compressors"] = compressors(val_files, load_tokenizer(model), val["bytes"], options.transform)
+        manifest["compressors"] = compressors(built, load_tokenizer(model), val["bytes"], options.transform)
     (built / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     with stage("verify", "read everything back", seconds):
         for check in verify(built, model):

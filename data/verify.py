@@ -32,6 +32,7 @@ from train_gpt import (
     file_sha256,
     load_sentencepiece,
     open_shard,
+    pieces,
     require,
 )
 from train_gpt import manifest as read_manifest
@@ -46,8 +47,8 @@ before normalisation, has 151,074,309."""
 BYTES_PER_TOKEN = {("sp", 1024): 2.436, ("sp", 4096): 3.322, ("sp", 8192): 3.7266, ("caseops", 8192): 3.1572}
 """Of the official validation split, from the records' logs (1024 and 4096: medians of many submissions)."""
 
-PIECE = 1 << 22
-"""Ids that are looked at together; the tables widen each to 8 bytes."""
+BATCH_IDS = 1 << 19
+"""Ids of the documents that are decoded together."""
 
 
 class Check(NamedTuple):
@@ -123,8 +124,7 @@ def examine(path: Path, entry: Mapping[str, Any] | None, vocab_size: int, tables
         return Shard(problem="the header's unused words are not zero: damaged")
     documents = special = text_bytes = 0
     before = BOS_ID
-    for start in range(0, len(ids), PIECE):
-        part = np.asarray(ids[start : start + PIECE])
+    for part in pieces(ids):
         if (highest := int(part.max())) >= vocab_size:
             return Shard(problem=f"id {highest} is outside the vocabulary of {vocab_size}")
         documents += int(np.count_nonzero(part == BOS_ID))
@@ -138,11 +138,11 @@ def examine(path: Path, entry: Mapping[str, Any] | None, vocab_size: int, tables
 
 
 def documents_of(stream: TokenStream) -> Iterator[list[np.ndarray]]:
-    """Documents of a stream without their BOS, in batches of about PIECE / 8 ids."""
+    """Documents of a stream without their BOS, in batches of about BATCH_IDS."""
     starts = np.append(stream.document_starts(), len(stream))
     first = 0
     while first < len(starts) - 1:
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + PIECE // 8, side="right")) - 1)
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + BATCH_IDS, side="right")) - 1)
         ids = stream.read(int(starts[first]), int(starts[last]))
         yield [part[1:] for part in np.split(ids, starts[first + 1 : last] - starts[first])]
         first = last
@@ -278,13 +278,13 @@ def together(
 
 
 def save_keys(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(key, length) of each validation document, which it leaves in val_documents.npy: by them training sees whether it
+    """(key, length) of each validation document, which it leaves in val_keys.npy: by them training sees whether it
     has a validation document without opening validation."""
     keys, lengths = TokenStream(directory, "fineweb_val").document_keys()
-    new = directory / "val_documents.new.npy"
+    new = directory / "val_keys.new.npy"
     with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
         np.save(new, np.stack([keys, lengths.astype(np.uint64)], axis=1))
-        os.replace(new, directory / "val_documents.npy")
+        os.replace(new, directory / "val_keys.npy")
     return keys, lengths
 
 
