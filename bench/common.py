@@ -18,6 +18,7 @@ import torch
 
 import train_gpt as tg
 
+ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 """One line of a table and of the JSON."""
 
@@ -134,6 +135,16 @@ def write_shard(path: Path, ids: np.ndarray) -> None:
     header = np.zeros(tg.SHARD_HEADER_BYTES // 4, dtype="<i4")
     header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(ids)
     path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+
+
+def small_data(folder: Path, env: Mapping[str, str], train: int, val: int) -> dict[str, str]:
+    """Knobs of a dataset of the first documents, about so many ids, of DATA_PATH or the demo's (`run.sh data demo`)."""
+    source = Path(env.get("DATA_PATH") or ROOT / "data" / "datasets" / "demo_sp1024")
+    for split, count in (("train", train), ("val", val)):
+        stream = tg.TokenStream(source, f"fineweb_{split}")
+        ends = np.append(stream.document_starts()[1:], len(stream))
+        write_shard(folder / f"fineweb_{split}_000000.bin", stream.read(0, int(max(ends[0], *ends[ends <= count]))))
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(data_path=str(source))))}
 
 
 def made_up_val(lengths: np.ndarray, vocab_size: int) -> tg.ValData:
