@@ -63,6 +63,7 @@ def drawn(number: int) -> dict[str, str]:
             new = rng.choice(TEXTS[name])
         else:
             scale = rng.choice([0, 0.25, 0.5, 0.9, 1.1, 2, 4], p=[0.1, 0.1, 0.25, 0.1, 0.1, 0.25, 0.1])
+            scale = min(scale, 2) if types[name] is int else scale  # four times the width is sixteen times the work
             new = types[name](value * scale if value else rng.choice([0.1, 1, 3, 50]))
         wanted = knobs | {name.upper(): tg.show(new)}
         try:
