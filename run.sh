@@ -87,13 +87,20 @@ take_knobs() {
   done
 }
 
-# The knobs of a folder's config.env that the environment does not set itself.
+# The knobs of a folder's config.env that the environment does not set itself. Whoever wrote that file decides no more
+# than knobs: a name is looked up in train_gpt.py before it is expanded or exported (LD_PRELOAD, a[$(command)]).
 take_folder() {
-  local line name
+  local line name known
   [ -f "$1/config.env" ] || fail "$1: no config.env there; expected a folder such as records/pr1855"
-  while read -r line; do
+  [ "$(wc -c <"$1/config.env")" -le 65536 ] || fail "$1/config.env: over 64 KiB; expected lines KNOB=value"
+  known=" $(sed -nE -e 's/^    ([a-z0-9_]+): (bool|int|float|str) = .*/\1/p' -e '/^RENAMED/,/^KNOB_PREFIXES/p' \
+    train_gpt.py | grep -oE '^[a-z0-9_]+$|[A-Z][A-Z0-9_]+' | tr '[:lower:]\n' '[:upper:] ')"
+  while read -r line || [ -n "$line" ]; do
+    [[ -n $line && $line != \#* ]] || continue
     name=${line%%=*}
-    [[ -z $line || $line == \#* || -n ${!name+set} ]] || take_knobs "$line"
+    [[ $line == *=* && $name =~ ^[A-Z0-9_]+$ && $known == *" $name "* ]] ||
+      fail "$1/config.env: $(printf %q "${line:0:80}"): expected KNOB=value (./run.sh knobs lists them)"
+    [ -n "${!name+set}" ] || take_knobs "$line"
   done <"$1/config.env"
 }
 
