@@ -1644,7 +1644,8 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
     tied = manifest(cfg.dataset_dir).get("tokenizer") or {}
-    require(isinstance(tied, dict) and all(isinstance(tied.get(k, ""), str) for k in ("path", "sha256")),
+    require(isinstance(tied, dict) and all(isinstance(text := tied.get(k, ""), str) and len(text) < 256
+                                           for k in ("path", "sha256")),
             f"{cfg.dataset_dir}/manifest.json: `tokenizer` must hold a path and a sha256; prepare the dataset again")
     if cfg.tokenizer_path:
         path = Path(cfg.tokenizer_path)

@@ -88,7 +88,8 @@ SHAPES = [(6, 70), (3, 130)]
 
 def read_codes(coder: str, data: bytes, folder: Path) -> object:
     """A stream of codes; its first byte chooses the trellis."""
-    return tg.CODERS[coder][1](data[1:], SHAPES, (1, 4, 8)[data[0] % 3] if data else 1)
+    found = tg.CODERS[coder][1](data[1:], SHAPES, (1, 4, 8)[data[0] % 3] if data else 1)
+    return [matrix.tobytes() for matrix in found]
 
 
 def read_histograms(data: bytes, folder: Path) -> object:
@@ -100,8 +101,8 @@ def read_histograms(data: bytes, folder: Path) -> object:
     edges = [3, *itertools.accumulate(sizes, initial=3)][1:]
     parts = [brotli.compress(data[a:b].ljust(b - a, b"\1"), quality=0) for a, b in zip(edges, edges[1:])]
     words = data[edges[-1]:len(data) - (len(data) - edges[-1]) % 4]
-    return tg.range_unpack(struct.pack("<7I", *map(len, parts), num_kept, num_escaped, len(words)) + b"".join(parts) +
-                           words, SHAPES, states)
+    head = struct.pack("<7I", *map(len, parts), num_kept, num_escaped, len(words))
+    return [matrix.tobytes() for matrix in tg.range_unpack(head + b"".join(parts) + words, SHAPES, states)]
 
 
 def read_shard(data: bytes, folder: Path) -> object:
