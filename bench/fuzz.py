@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import fnmatch
 import functools
 import hashlib
@@ -203,7 +204,7 @@ def read_config(data: bytes, folder: Path) -> object:
         for name in ("run.sh", "train_gpt.py"):
             shutil.copy(ROOT / name, folder)
         python = folder / ".venv" / "bin" / "python"
-        python.write_text('#!/bin/sh\n[ "$1" = -VV ] || env -0 >given/environment\n')
+        python.write_text('#!/bin/sh\n[ "$1" = -VV ] || env >given/environment\n')
         python.chmod(0o755)
     (folder / "given" / "environment").unlink(missing_ok=True)
     (folder / "given" / "config.env").write_bytes(data)
@@ -215,7 +216,7 @@ def read_config(data: bytes, folder: Path) -> object:
     tg.require(done.returncode != 2, done.stderr.decode(errors="replace").rstrip("\n"))
     if done.returncode:
         raise BrokenPromise(f"run.sh ended with {done.returncode}: {done.stderr[:200]!r}")
-    lines = (folder / "given" / "environment").read_bytes().split(b"\0")
+    lines = (folder / "given" / "environment").read_bytes().splitlines()
     given = dict(line.decode(errors="replace").partition("=")[::2] for line in lines)
     odd = {name for name in given if name.lower() not in vars(tg.Config()) and name not in
            ("", "PATH", "PWD", "OLDPWD", "SHLVL", "_", *tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES, *tg.SPECIAL)
@@ -231,21 +232,24 @@ def read_config(data: bytes, folder: Path) -> object:
 @functools.lru_cache(None)
 def artifacts() -> list[bytes]:
     """Of a small model with random codes: by the range coder with a trellis, by Brotli without; no digests."""
-    found = []
-    for coder, states in (("range", 8), ("brotli", 1)):
-        rng, tensors = np.random.default_rng(0), {}
-        for name, values, parameter in tg.GPT(SMALL).tensors():
-            stored, shape = tg.route(parameter).stored, tuple(values.shape)
-            steps = [torch.from_numpy(rng.integers(-9, 9, size).astype(np.int8)) for size in (shape[:-1], shape[-1:])]
-            if stored == "fp16":
-                tensors[name] = tg.Quantized(stored, values.half())
-            elif stored == "int8":
-                tensors[name] = tg.Quantized(stored, torch.from_numpy(rng.integers(-99, 99, shape, dtype=np.int16)),
-                                             steps[0])
-            else:
-                tensors[name] = tg.Quantized(stored, torch.from_numpy(some_codes(rng, [shape], states)[0]), *steps)
-        found.append(tg.pack(tensors, 0.02, states, coder, SMALL, "demo")[:-tg.DIGEST_BYTES])
-    return found
+    return [tg.pack(some_tensors(SMALL, states, 0), 0.02, states, coder, SMALL, "demo")[:-tg.DIGEST_BYTES]
+            for coder, states in (("range", 8), ("brotli", 1))]
+
+
+def some_tensors(model: tg.ModelKnobs, states: int, seed: int) -> dict[str, tg.Quantized]:
+    """What a quantizer could have made of such a model: random codes and steps."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, values, parameter in tg.GPT(model).tensors():
+        stored, shape = tg.route(parameter).stored, tuple(values.shape)
+        steps = [torch.from_numpy(rng.integers(-9, 9, size).astype(np.int8)) for size in (shape[:-1], shape[-1:])]
+        if stored == "fp16":
+            tensors[name] = tg.Quantized(stored, torch.from_numpy(rng.normal(size=shape).astype("<f2")))
+        elif stored == "int8":
+            tensors[name] = tg.Quantized(stored, torch.from_numpy(rng.integers(-127, 128, shape, dtype=np.int16)),
+                                         steps[0])
+        else:
+            tensors[name] = tg.Quantized(stored, torch.from_numpy(some_codes(rng, [shape], states)[0]), *steps)
+    return tensors
 
 
 def some_codes(rng: np.random.Generator, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
@@ -510,13 +514,14 @@ def json_mutant(rng: random.Random, data: bytes) -> bytes:
             holder, key = rng.choice(there)
             kind = rng.randrange(5)
             if kind < 2:
-                holder[key] = rng.choice(ODD)
+                holder[key] = copy.deepcopy(rng.choice(ODD))
             elif kind == 2:
                 del holder[key]
             elif kind == 3:
-                holder[key] = json.loads(json.dumps((lambda h, k: h[k])(*rng.choice(there))))
+                other, place = rng.choice(there)
+                holder[key] = copy.deepcopy(other[place])
             elif isinstance(holder, list):
-                holder.insert(key, json.loads(json.dumps(holder[key])))
+                holder.insert(key, copy.deepcopy(holder[key]))
             else:
                 holder[rng.choice(["x", "", key.upper(), "val_bpb"])] = holder.pop(key)
         return b"\n".join(json.dumps(line).encode() for line in lines)
