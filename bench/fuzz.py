@@ -302,7 +302,7 @@ def tokenizers() -> list[bytes]:
     found = []
     for kind in ("bpe", "unigram"):
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(tg.help_text().splitlines()[:99]), model_writer=(file := io.BytesIO()),
+            sentence_iterator=iter((ROOT / "run.sh").read_text().splitlines()), model_writer=(file := io.BytesIO()),
             model_type=kind, vocab_size=400, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             hard_vocab_limit=False, num_threads=1, minloglevel=2, normalization_rule_name="identity")
         found.append(file.getvalue())
