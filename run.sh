@@ -34,6 +34,7 @@ usage() {
                                 caseops TRAIN VAL | scaling [JSON]
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
+./run.sh lock                   make requirements.lock: the hashes of what setup installs (needs the package index)
 ./run.sh help                   this text
 
 PYTHON=python3.12 ./run.sh ...  another interpreter for .venv (3.10 or newer)
@@ -43,6 +44,28 @@ TXT
 }
 
 fail() { echo "run.sh: $*" >&2; exit 2; }
+
+sha256='import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())'
+
+install() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" ||
+    fail "the installation failed (see above); once the cause is mended, the same command tries again"
+}
+
+# Hashes of all platforms' files for Python 3.10 and newer, of all that is needed but torch and what comes with it.
+lock() {
+  local room
+  room=$(mktemp -d)
+  install --target "$room" uv==0.13.9
+  {
+    echo "# Made by ./run.sh lock from the requirements.txt whose SHA-256 is"
+    echo "# of $(.venv/bin/python -c "$sha256")"
+    grep -vE '^(torch|triton)==' requirements.txt | PYTHONPATH=$room .venv/bin/python -m uv pip compile - --quiet \
+      --universal --python-version 3.10 --generate-hashes --no-header --no-annotate
+  } >"$room/requirements.lock" || fail "no lock was made, see above"
+  mv "$room/requirements.lock" requirements.lock
+  rm -r "$room"
+}
 
 # Makes .venv if its Python or requirements.txt are not the ones it was made from. A Python that has torch 2.9 or newer
 # already (a GPU image, say) lends it to .venv, so that its CUDA build is kept.
@@ -58,7 +81,7 @@ setup() {
   if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$(cat requirements.txt; "$python" -VV)" ]; then
     return 0
   fi
-  local site="" wanted=requirements.txt
+  local site="" wanted=requirements.txt hash
   if "$python" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9))' 2>/dev/null
   then
     site=--system-site-packages
@@ -73,8 +96,15 @@ setup() {
     wanted=.venv/requirements.txt
     grep -vE '^(torch|triton)==' requirements.txt >"$wanted"
   fi
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted" ||
-    fail "the installation failed (see above); once the cause is mended, the same command tries again"
+  # First what is pinned to its files' hashes, in requirements.lock; then torch, if it is wanted: builds for CPUs, CUDA
+  # and ROCm share a version, not a hash, and which one a machine needs its own index says.
+  hash=$(.venv/bin/python -c "$sha256")
+  if grep -qs "^# of $hash$" requirements.lock; then
+    install --require-hashes -r requirements.lock
+  else
+    echo "run.sh: requirements.lock was not made from this requirements.txt: installing without hashes" >&2
+  fi
+  install -r "$wanted"
   (cat requirements.txt; .venv/bin/python -VV) >.venv/stamp
 }
 
@@ -87,13 +117,20 @@ take_knobs() {
   done
 }
 
-# The knobs of a folder's config.env that the environment does not set itself.
+# The knobs of a folder's config.env that the environment does not set itself. Whoever wrote that file decides no more
+# than knobs: a name is looked up in train_gpt.py before it is expanded or exported (LD_PRELOAD, a[$(command)]).
 take_folder() {
-  local line name
+  local line name known
   [ -f "$1/config.env" ] || fail "$1: no config.env there; expected a folder such as records/pr1855"
-  while read -r line; do
+  [ "$(wc -c <"$1/config.env")" -le 65536 ] || fail "$1/config.env: over 64 KiB; expected lines KNOB=value"
+  known=" $(sed -nE -e 's/^    ([a-z0-9_]+): (bool|int|float|str) = .*/\1/p' -e '/^RENAMED/,/^KNOB_PREFIXES/p' \
+    train_gpt.py | grep -oE '^[a-z0-9_]+$|[A-Z][A-Z0-9_]+' | tr '[:lower:]\n' '[:upper:] ')"
+  while read -r line || [ -n "$line" ]; do
+    [[ -n $line && $line != \#* ]] || continue
     name=${line%%=*}
-    [[ -z $line || $line == \#* || -n ${!name+set} ]] || take_knobs "$line"
+    [[ $line == *=* && $name =~ ^[A-Z0-9_]+$ && $known == *" $name "* ]] ||
+      fail "$1/config.env: $(printf %q "${line:0:80}"): expected KNOB=value (./run.sh knobs lists them)"
+    [ -n "${!name+set}" ] || take_knobs "$line"
   done <"$1/config.env"
 }
 
@@ -183,6 +220,7 @@ TXT
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
   test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
   setup) setup ;;
+  lock) setup; lock ;;
   help | -h | --help) usage ;;
   *) usage >&2; fail "'$verb': no such verb" ;;
 esac

@@ -109,6 +109,11 @@ def ensure(ok: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def one_line(text: object) -> str:
+    """What a foreign file says, as it may be shown: no control characters, 300 characters at most."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:300])
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunKnobs:
     """Run: what to do, where, and what to leave behind"""
@@ -1586,7 +1591,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     require(isinstance(found, dict), f"{path}: not a JSON object; prepare the dataset again")
     return found
@@ -1619,21 +1624,24 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
     streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
     if "val" in said:
         try:
-            listed = {(f["name"], f["tokens"]) for split in streams for f in said[split]["files"]}
-        except (KeyError, TypeError):
+            listed = {(str(f["name"]), int(f["tokens"])) for split in streams for f in said[split]["files"]}
+        except (ArithmeticError, KeyError, TypeError, ValueError):
             raise UserError(f"{folder}/manifest.json: damaged; fetch or prepare the data again") from None
         found = {(p.name, len(ids)) for s in streams.values() for p, ids in zip(s.paths, s.shards)}
         for name, tokens in sorted(listed ^ found):
             where = "on disk" if (name, tokens) in found else "in manifest.json"
-            raise UserError(f"{folder}/{name}: of {tokens:,} tokens only {where}; fetch or prepare the data again")
+            raise UserError(f"{folder}/{one_line(name)}: of {tokens:,} tokens only {where}; fetch or prepare the data "
+                            f"again")
     path, verify = folder / "val_keys.npy", f"`python data/prepare.py verify {folder}`"
     if not path.is_file():
         run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
         return {}
     try:
-        keys, lengths = np.load(path, allow_pickle=False).T
-    except (EOFError, ValueError):
+        rows = np.load(path, allow_pickle=False)
+        ensure(rows.dtype == np.uint64 and rows.ndim == 2 and rows.shape[1] == 2, "not what save_keys writes")
+    except Exception:  # NumPy's reader lets out what its tokenizer and its zip reader come across
         raise UserError(f"{path}: damaged; delete it and run {verify}") from None
+    keys, lengths = rows.T
     require(lengths.sum() == len(streams["val"]), f"{path}: of {int(lengths.sum()):,} tokens, validation has "
             f"{len(streams['val']):,}; delete it and run {verify}")
     if len(keys) != VAL_DOCUMENTS and "val" not in said:
@@ -1650,7 +1658,8 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
     tied = manifest(cfg.dataset_dir).get("tokenizer") or {}
-    require(isinstance(tied, dict) and all(isinstance(tied.get(k, ""), str) for k in ("path", "sha256")),
+    require(isinstance(tied, dict) and all(isinstance(text := tied.get(k, ""), str) and len(text) < 256
+                                           for k in ("path", "sha256")),
             f"{cfg.dataset_dir}/manifest.json: `tokenizer` must hold a path and a sha256; prepare the dataset again")
     if cfg.tokenizer_path:
         path = Path(cfg.tokenizer_path)
@@ -1679,8 +1688,10 @@ def load_sentencepiece(path: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
     try:
         sp = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        for i in range(sp.vocab_size()):
+            sp.id_to_piece(i)
+    except (OSError, RuntimeError, ValueError) as error:  # a piece, or the message, may be no UTF-8
+        raise UserError(f"{path}: not a SentencePiece model ({one_line(error)})") from None
     require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
     return sp
 
@@ -3699,11 +3710,11 @@ def brotli_unpack(data: bytes, size: int) -> bytes:
         out += reader.process(data, output_buffer_limit=size + 1)
         while not reader.is_finished() and len(out) <= size:
             more = reader.process(b"", output_buffer_limit=size + 1 - len(out))
-            require(bool(more), "artifact: a stream is truncated")
+            require(bool(more), "a stream is truncated")
             out += more
     except brotli.error:
-        raise UserError("artifact: a stream is damaged") from None
-    require(len(out) == size and reader.is_finished(), f"artifact: a stream does not hold the {size} bytes it claims")
+        raise UserError("a stream is damaged") from None
+    require(len(out) == size and reader.is_finished(), f"a stream does not hold the {size} bytes it claims")
     return bytes(out)
 
 
@@ -3873,19 +3884,19 @@ def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> l
     try:
         import constriction
     except ImportError:
-        raise UserError("artifact: its codes need the package constriction; pip install -r requirements.txt") from None
+        raise UserError("its codes need the package constriction; pip install -r requirements.txt") from None
     head = struct.calcsize("<7I")
-    require(len(data) >= head, "artifact: a range-coded stream is truncated")
+    require(len(data) >= head, "a range-coded stream is truncated")
     *lengths, num_kept, num_escaped, num_words = struct.unpack_from("<7I", data)
     total = sum(rows * cols for rows, cols in shapes)
     require(head + sum(lengths) + num_words == len(data) and num_words % 4 == 0 and 0 < num_kept <= 1024
-            and num_escaped <= total, "artifact: a range-coded stream does not fit its lengths")
+            and num_escaped <= total, "a range-coded stream does not fit its lengths")
     edges = np.cumsum([head, *lengths])
     num_tables = num_kept * Trellis.of(states).density
     raw = [brotli_unpack(data[a:b], size) for a, b, size in zip(edges, edges[1:], (
         sum(rows + cols + 1 for rows, cols in shapes), 2 * num_kept, 2 * num_tables * (ESCAPE + 1), 2 * num_escaped))]
     kept = np.frombuffer(raw[1], dtype="<i2").astype(np.int64)
-    require(bool((np.diff(kept) > 0).all()), "artifact: the classes of a range-coded stream are not ascending")
+    require(bool((np.diff(kept) > 0).all()), "the classes of a range-coded stream are not ascending")
     joined = join_classes(to_lanes(classes_of(raw[0], shapes), NO_CLASS, states), kept)
     tables = np.frombuffer(join_bytes(raw[2]), dtype="<u2").reshape(num_tables, ESCAPE + 1)
     used = [np.flatnonzero(table) for table in tables]
@@ -3897,23 +3908,23 @@ def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> l
         order, sizes = contexts_of(line, walk, num_kept)
         parts = []
         for model, symbols, count in zip(models, used, sizes[:-1].tolist()):
-            require(len(symbols) > 0 or count == 0, "artifact: a class of codes has no histogram")
+            require(len(symbols) > 0 or count == 0, "a class of codes has no histogram")
             if model is None or not count:
                 parts.append(np.full(count, symbols[0] if len(symbols) else 0, dtype=np.int32))
                 continue
             try:
                 parts.append(decoder.decode(model, count))
             except (AssertionError, ValueError) as error:  # what the package raises for bytes nobody encoded
-                raise UserError("artifact: a range-coded stream is damaged") from error
+                raise UserError("a range-coded stream is damaged") from error
         flat = np.concatenate([*parts, np.zeros(sizes[-1], dtype=np.int32)])
         large = flat == ESCAPE
         taken, before = taken + int(large.sum()), taken
-        require(taken <= num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
+        require(taken <= num_escaped, "a range-coded stream has the wrong number of large codes")
         flat[large] = escapes[before:taken]
         some = np.empty(len(flat), dtype=np.int16)
         some[order] = unzigzag(flat)
         lanes[turn] = walk.codes(some)
-    require(taken == num_escaped, "artifact: a range-coded stream has the wrong number of large codes")
+    require(taken == num_escaped, "a range-coded stream has the wrong number of large codes")
     return from_lanes(lanes, shapes, states)
 
 
@@ -4035,23 +4046,31 @@ def size_table(artifact: Artifact, weight_bytes: int, code_bytes: int) -> list[s
 
 
 def unpack(blob: bytes, source: str = "artifact") -> Artifact:
-    """Read an artifact. Raises `UserError` for anything but bytes that `pack` could have written."""
+    """Read an artifact. Raises `UserError`, one line, for anything but bytes that `pack` could have written."""
+    try:
+        return read_artifact(blob)
+    except UserError as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
+
+
+def read_artifact(blob: bytes) -> Artifact:
+    """`unpack` without the file's name in its errors."""
     fixed = ARTIFACT_HEAD.size
     require(len(blob) > fixed + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
-            f"{source}: not an artifact of this program")
+            "not an artifact of this program")
     _, version, head_bytes = ARTIFACT_HEAD.unpack_from(blob)
-    require(version == ARTIFACT_VERSION, f"{source}: format version {version}, this program reads {ARTIFACT_VERSION}")
+    require(version == ARTIFACT_VERSION, f"format version {version}, this program reads {ARTIFACT_VERSION}")
     body = memoryview(blob)[:-DIGEST_BYTES]
     require(hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() == blob[-DIGEST_BYTES:],
-            f"{source}: truncated or damaged (the checksum does not fit); copy it again")
-    require(4 < head_bytes <= len(body) - fixed, f"{source}: the header is longer than the file")
+            "truncated or damaged (the checksum does not fit); copy it again")
+    require(4 < head_bytes <= len(body) - fixed, "the header is longer than the file")
     (header_bytes,) = struct.unpack_from("<I", body, fixed)
-    require(header_bytes <= MAX_HEADER_BYTES, f"{source}: a header of {header_bytes} bytes is not plausible")
+    require(header_bytes <= MAX_HEADER_BYTES, f"a header of {header_bytes} bytes is not plausible")
     try:
         header = json.loads(brotli_unpack(bytes(body[fixed + 4:fixed + head_bytes]), header_bytes))
         types = typing.get_type_hints(ModelKnobs)
         require(all(type(value) is types[name] for name, value in dict(header["model"]).items()),
-                f"{source}: a knob in the header has a value that is none of its kind")
+                "a knob in the header has a value that is none of its kind")
         model = ModelKnobs(**header["model"])
         with torch.device("meta"):
             expected = [[name, route(parameter).stored, list(values.shape)]
@@ -4059,11 +4078,11 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
         preset, illegal = str(header["preset"]), str(header["illegal"])
         listed = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
         unit, states = float(header["unit"]), header["trellis"]
-        require(type(states) is int and states in (1, 4, 8), f"{source}: a trellis of {states!r} states is not known")
-        require(1e-12 < unit < 1e12, f"{source}: a unit of {unit:g} for its steps is not plausible")
-        require(header["tensors"] == expected, f"{source}: its tensors are not those of its model")
+        require(type(states) is int and states in (1, 4, 8), f"a trellis of {states!r} states is not known")
+        require(1e-12 < unit < 1e12, f"a unit of {unit:g} for its steps is not plausible")
+        require(header["tensors"] == expected, "its tensors are not those of its model")
     except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{source}: the header cannot be read ({type(error).__name__})") from None
+        raise UserError(f"the header cannot be read ({type(error).__name__})") from None
     need: dict[str, int] = collections.defaultdict(int)
     for _, stored, shape in expected:
         for stream, size in stream_parts(stored, shape):
@@ -4071,10 +4090,10 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     require({name: raw for name, _, raw, _ in listed} == dict(need) and len(listed) == len(need)
             and all(coder in CODERS and (coder == "brotli" or name.startswith("gptq:")) for name, coder, _, _ in listed)
             and fixed + head_bytes + sum(size for *_, size in listed) == len(body),
-            f"{source}: its streams do not fit its tensors")
+            "its streams do not fit its tensors")
     padded = sum(math.prod(shape[:-1]) * (shape[-1] + SEGMENT) for _, _, shape in expected if shape)
     require(max(padded, sum(need.values())) <= MAX_RAW_BYTES,
-            f"{source}: {sum(need.values()):,} bytes of tensors is not plausible")
+            f"{sum(need.values()):,} bytes of tensors is not plausible")
     raw, matrices, at = {}, {}, fixed + head_bytes
     for name, coder, length, size in listed:
         data, at = bytes(body[at:at + size]), at + size
@@ -4101,7 +4120,7 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             quantized = Quantized(stored, torch.from_numpy(codes.astype(np.int16).reshape(shape)),
                                   torch.from_numpy(rows.copy()), columns)
         tensors[name] = quantized.dequantize(unit)
-        require(bool(torch.isfinite(tensors[name]).all()), f"{source}: {name} holds values that are not finite")
+        require(bool(torch.isfinite(tensors[name]).all()), f"{name} holds values that are not finite")
     streams = {name: Stream(length // (2 if name == "fp16" or name.startswith("gptq:") else 1), size, entropy[name])
                for name, _, length, size in listed}
     return Artifact(model, preset, illegal, tensors, streams)
@@ -5077,8 +5096,8 @@ def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[s
                     f"{path}: its tensors are not those of this run")
             tensors = {name: file.get_tensor(name) for name in listed}
         require(digest_of(tensors, text) == sha, f"{path}: damaged (the checksum does not fit)")
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {error})".replace("\n", " ")) from None
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {one_line(error)})") from None
     return state, tensors
 
 

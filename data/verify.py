@@ -31,6 +31,7 @@ from train_gpt import (
     UserError,
     file_sha256,
     load_sentencepiece,
+    one_line,
     open_shard,
     pieces,
     require,
@@ -114,6 +115,8 @@ def examine(path: Path, entry: Mapping[str, Any] | None, vocab_size: int, tables
         ids = open_shard(path)
     except FileNotFoundError:
         return Shard(problem="missing")
+    except OSError as error:
+        return Shard(problem=f"cannot be read ({error.strerror})")
     except UserError as error:
         return Shard(problem=str(error).removeprefix(f"{path}: "))
     if entry and len(ids) != entry["tokens"]:
@@ -158,8 +161,8 @@ def verify(directory: Path, model: Path | None = None) -> list[Check]:
     manifest = read_manifest(directory)
     try:
         return checks(directory, manifest, model or default_tokenizer(directory, manifest))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'manifest.json'}: damaged ({type(error).__name__}: {error});"
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory / 'manifest.json'}: damaged ({type(error).__name__}: {one_line(error)});"
                         " fetch or prepare the dataset again with --force") from error
 
 

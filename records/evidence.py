@@ -182,16 +182,29 @@ def literal(node: ast.AST) -> bytes | None:
     return None
 
 
+UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError, tokenize.TokenError)
+"""What Python's parser and tokenizer raise for a source that is none, or is nested without end."""
+LARGEST_SOURCE = 1 << 25
+"""Bytes of a source or log, unpacked; the cap is half of it."""
+
+
 def unwrapped(source: bytes) -> bytes:
-    """The program inside a self-extracting wrapper (LZMA or zlib in a literal), else the source itself."""
-    with contextlib.suppress(SyntaxError, ValueError):
+    """The program inside a self-extracting wrapper (LZMA or zlib in a literal), else the source itself.
+
+    Raises `AuditError` for one that unpacks to more than LARGEST_SOURCE.
+    """
+    with contextlib.suppress(*UNREADABLE):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and called(node).endswith("decompress") and node.args:
                 data = literal(node.args[0])
-                for codec in (lzma, zlib):
+                for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj()):
                     with contextlib.suppress(lzma.LZMAError, zlib.error):
                         if data:
-                            return codec.decompress(data)
+                            found = reader.decompress(data, LARGEST_SOURCE + 1)
+                            if len(found) > LARGEST_SOURCE:
+                                raise AuditError(f"a wrapper unpacks to more than {LARGEST_SOURCE:,} bytes")
+                            if reader.eof:
+                                return found
     return source
 
 
@@ -297,7 +310,7 @@ def local_sources(script: Path) -> list[Path]:
         if path in found:
             continue
         found.append(path)
-        with contextlib.suppress(SyntaxError, ValueError):
+        with contextlib.suppress(*UNREADABLE):
             for node in ast.walk(ast.parse(unwrapped(path.read_bytes()))):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
                     [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
@@ -314,8 +327,8 @@ def static_sources(script: Path) -> list[Finding]:
             tree = ast.parse(source, feature_version=(3, 10))
             lines = newer_fstrings(source.decode("utf-8", "replace"))
             problem = f"line {lines[0]}: an f-string that needs Python 3.12" if lines else ""
-        except (SyntaxError, ValueError, tokenize.TokenError) as error:
-            tree, problem = ast.Module([], []), f"line {getattr(error, 'lineno', 0)}: {str(error).splitlines()[0]}"
+        except UNREADABLE as error:
+            tree, problem = ast.Module([], []), f"line {getattr(error, 'lineno', 0)}: {error or type(error).__name__}"
         findings.append(Finding("S1", "accounting", not problem, path.name, problem or "parses as Python 3.10"))
         hits = scan(tree)
         findings += [Finding("S2", h.condition, False, f"{path.name}:{h.line}", f"{h.text}: ruling {h.ruling}",
@@ -434,7 +447,8 @@ def table(findings: Sequence[Finding], conditions: Sequence[str] = CONDITIONS) -
     lines = [f"{'probe':5s} {'condition':10s} {'verdict':8s} figures"]
     for f in findings:
         verdict = "pass" if f.ok else "suspect" if f.suspect else "FAIL"
-        lines.append(f"{f.code:5s} {f.condition:10s} {verdict:8s} {f.figures}  {f.text}")
+        text = f"{f.code:5s} {f.condition:10s} {verdict:8s} {f.figures}  {f.text}"
+        lines.append("".join(c if c.isprintable() else " " for c in text))  # it may quote foreign files
     return "\n".join([*lines, verdict_line(findings, conditions)])
 
 

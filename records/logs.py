@@ -53,9 +53,13 @@ def scored_log(path: Path) -> Scored | None:
         return None
     if started := last(found, "start"):
         knobs["code_sha256"] = started.get("code_sha256")
-    return Scored(verdict.get("run_id") or path.stem, verdict["val_bpb"], verdict["bytes"] / verdict["tokens"],
-                  {k: v for k, v in knobs.items() if k not in PRIVATE | {"seconds", "event"}},
-                  verdict.get("illegal") or "", path)
+    try:
+        return Scored(str(verdict.get("run_id") or path.stem), float(verdict["val_bpb"]),
+                      verdict["bytes"] / verdict["tokens"],
+                      {k: v for k, v in knobs.items() if k not in PRIVATE | {"seconds", "event"}},
+                      str(verdict.get("illegal") or ""), path)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a log as known ({type(error).__name__}: {error})") from None
 
 
 def scored_submission(path: Path) -> list[Scored]:
@@ -69,7 +73,7 @@ def scored_submission(path: Path) -> list[Scored]:
             prefix = "" if "val_bpb" in row else "ttt_"
             bpb, loss = float(row[f"{prefix}val_bpb"]), float(row.get(f"{prefix}val_loss", math.nan))
             found.append(Scored(f"seed {seed}", bpb, loss / (bpb * math.log(2)), {}, "", None))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"{path}: not a submission.json as known ({type(error).__name__}: {error}); give the scores "
                          f"themselves, such as A=1.0574,1.0573,1.0581") from None
     if not found:

@@ -17,13 +17,15 @@ RUNGS = {"ema": "averaged weights, before quantization", "quantized": "from the 
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """The events of one JSON-lines log; a line that a crash cut short is dropped."""
+    """The events of one JSON-lines log; what is none, such as a line that a crash cut short, is dropped."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            found.append(event)
     return found
 
 
@@ -80,7 +82,10 @@ def main(arguments: list[str]) -> int:
             if not logs:
                 raise ValueError("logs/: no run yet; ./run.sh makes one")
             path = logs[-1]
-        print(table(path))
+        try:
+            print(table(path))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a log as known ({type(error).__name__}: {error})") from None
         return 0
     except ValueError as error:
         print(f"summary.py: {error}", file=sys.stderr)

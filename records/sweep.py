@@ -26,11 +26,11 @@ import heapq
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -286,7 +286,7 @@ class Sweep:
         taken = {run.slot for run in self.running}
         for index, place in enumerate(self.places):
             name = re.sub(r"\W", "_", place.get("CUDA_VISIBLE_DEVICES", "cpu"))
-            path = self.own / f"on-{socket.gethostname()}-{self.env.get('SLURM_JOB_ID', '')}-{name}.lock"
+            path = self.own / f"on-{platform.node()}-{self.env.get('SLURM_JOB_ID', '')}-{name}.lock"
             if index not in taken and (held := lock(path)) is not None:
                 return held, index
         return None, -1
@@ -301,7 +301,7 @@ class Sweep:
             process = subprocess.Popen(self.command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out,
                                        stderr=subprocess.STDOUT, pass_fds=held, start_new_session=True)
         append(self.record, "start", key=state.job.key, run_id=state.run_id, knobs=state.job.knobs, pid=process.pid,
-               host=socket.gethostname(), place=self.places[index])
+               host=platform.node(), place=self.places[index])
         state.status, state.started = "running", time.monotonic()
         self.running.append(Running(state, process, held, index))
         self.news.append(state)

@@ -51,7 +51,7 @@ def shell(tmp_path: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\ncase $1 in -VV) echo fake;; -c) echo 1;; *) echo RAN \"$@\"; env;; esac\n")
     python.chmod(0o755)
-    for name in ("run.sh", "requirements.txt"):
+    for name in ("run.sh", "requirements.txt", "train_gpt.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv" / "stamp").write_text((tmp_path / "requirements.txt").read_text() + "fake\n")
     shutil.copytree(ROOT / "records" / "pr1260", tmp_path / "records" / "pr1260")

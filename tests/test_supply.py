@@ -1,0 +1,200 @@
+"""What the program is made of and talks to: pinned files, known licences, no network but in `data/prepare.py download`.
+
+    PYTHONPATH=tests python tests/test_supply.py        writes LICENSES.md anew, from what is installed
+"""
+import ast
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from conftest import ROOT, TINY
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+BUILDS = {"torch", "triton"}
+"""Not in the lock: their builds for CPUs, CUDA and ROCm share a version and have different files."""
+PYTHONS, MACHINES = ("3.10", "3.11", "3.12", "3.13"), (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
+NETWORK = {"socket", "ssl", "socketserver", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "asyncio", "webbrowser",
+           "requests", "httpx", "httpx2", "urllib3", "aiohttp", "huggingface_hub", "hf_xet", "anyio", "wandb"}
+
+# -- pinned files ---------------------------------------------------------------------------------------
+
+
+def locked() -> list[tuple[Requirement, list[str]]]:
+    """(pin, SHA-256 of its files) of every entry of requirements.lock."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.M).replace("\\\n", "")
+    return [(Requirement(line.split("--hash")[0].strip()), re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
+            for line in text.splitlines()]
+
+
+def applies(pin: Requirement, python: str, system: str, machine: str) -> bool:
+    """Whether a pin is for such a machine."""
+    return pin.marker is None or pin.marker.evaluate({
+        "python_version": python, "python_full_version": f"{python}.1", "platform_system": system, "platform_machine":
+        machine, "sys_platform": system.lower(), "implementation_name": "cpython", "os_name": "posix", "extra": "",
+        "platform_python_implementation": "CPython"})
+
+
+def test_the_lock_was_made_from_these_requirements():
+    digest = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
+    assert f"\n# of {digest}\n" in (ROOT / "requirements.lock").read_text(), "run ./run.sh lock"
+
+
+def test_every_machine_gets_the_pinned_versions_with_hashes():
+    """One version of each package wherever the program runs; that of requirements.txt where it is named there."""
+    entries = locked()
+    assert len(entries) > 50 and all(hashes for _, hashes in entries)
+    for python in PYTHONS:
+        for machine in MACHINES:
+            wanted = {canonicalize_name(p.name): str(p.specifier) for p in PINS if applies(p, python, *machine)}
+            found = [(canonicalize_name(p.name), str(p.specifier)) for p, _ in entries if applies(p, python, *machine)]
+            assert len(dict(found)) == len(found)
+            assert wanted.items() - set(found) == {(n, v) for n, v in wanted.items() if n in BUILDS}
+
+
+def test_neither_names_an_index():
+    for name in ("requirements.txt", "requirements.lock"):
+        assert not re.search(r"://|--(extra-)?index|--find-links|^-", (ROOT / name).read_text(), flags=re.M)
+
+
+def test_setup_installs_by_hash_where_the_lock_fits_and_says_where_not(tmp_path: Path):
+    """Its Python says what it would do; the interpreter it comes from has no torch to lend."""
+    for name in ("run.sh", "requirements.txt", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+  *hashlib*) exec {sys.executable} "$@" ;;
+  *"import torch"*) exit 1 ;;
+  "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip"*) shift 3; echo PIP "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+
+    def setup() -> subprocess.CompletedProcess:
+        shutil.rmtree(tmp_path / ".venv", ignore_errors=True)
+        return subprocess.run(["./run.sh", "setup"], cwd=tmp_path, capture_output=True, text=True,
+                              env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
+
+    lines = setup().stdout.splitlines()
+    assert [line.split()[-3:] for line in lines] == [["--require-hashes", "-r", "requirements.lock"],
+                                                     ["--disable-pip-version-check", "-r", "requirements.txt"]]
+    with (tmp_path / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    done = setup()
+    assert "--require-hashes" not in done.stdout and "installing without hashes" in done.stderr
+
+
+# -- licences -------------------------------------------------------------------------------------------
+
+
+def licence(found: metadata.Distribution) -> str:
+    """In the words of the package's own metadata: the expression, else the classifiers, else a text's first lines."""
+    said = found.metadata
+    classified = [c.rpartition(" :: ")[2] for c in said.get_all("Classifier") or () if c.startswith("License")]
+    files = [file.read_text() for file in found.files or () if ".dist-info/licenses/" in str(file)]
+    text = [line.strip() for line in (said.get("License") or "".join(files[:1])).splitlines() if line.strip()]
+    return said.get("License-Expression") or ", ".join(classified) or ", ".join(text[:2])
+
+
+def licences() -> str:
+    """LICENSES.md: what requirements.txt asks for, and what that needs on the machine where this runs."""
+    wanted, rows = [canonicalize_name(pin.name) for pin in PINS], {}
+    direct = set(wanted)
+    while wanted:
+        name = wanted.pop()
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another platform
+        if name not in rows:
+            rows[name] = (found.version.split("+")[0], licence(found))
+            needs = [Requirement(line) for line in found.requires or ()]
+            wanted += [canonicalize_name(r.name) for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+    lines = [f"| {'**' * (n in direct)}{n}{'**' * (n in direct)} | {version} | {text.replace('|', '/')} |"
+             for n, (version, text) in sorted(rows.items())]
+    return "\n".join([
+        "# Licences of what this program needs", "",
+        "The program itself is under the licence in `LICENSE`. Packages that `requirements.txt` names are bold, the",
+        "others are needed by them; the words are their own metadata's, under Linux with Python "
+        f"{sys.version_info.major}.{sys.version_info.minor}. torch's", "builds for CUDA also bring NVIDIA's libraries, "
+        "under NVIDIA's licences. Nothing of this is part of the counted bytes.", "",
+        "| package | version | licence |", "|---|---|---|", *lines, "",
+        "Made by `PYTHONPATH=tests .venv/bin/python tests/test_supply.py`.", ""])
+
+
+def test_every_requirement_has_a_licence_on_the_list():
+    rows = {row[0].strip(" *"): row[1:] for line in (ROOT / "LICENSES.md").read_text().splitlines()
+            if len(row := [cell.strip() for cell in line.strip("|").split("|")]) == 3}
+    for name in {canonicalize_name(pin.name) for pin in PINS}:
+        version, text = rows[name]
+        assert text and version in {str(pin.specifier)[2:] for pin in PINS if canonicalize_name(pin.name) == name}
+
+
+# -- network --------------------------------------------------------------------------------------------
+
+
+def test_only_the_download_imports_what_can_reach_a_network():
+    for path in [ROOT / "train_gpt.py", *(p for f in ("data", "records", "bench") for p in (ROOT / f).glob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
+            n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        reaching = {name for name in imported if name.split(".")[0] in NETWORK}
+        assert bool(reaching) == (path == ROOT / "data" / "download.py"), f"{path}: {reaching}"
+
+
+GUARD = """
+import os, sys
+
+def watch(event, values):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        where = values[1] if event == "socket.connect" else values[0]
+        where = where[0] if isinstance(where, tuple) else where
+        if where not in ("localhost", "127.0.0.1", "::1", None) and not str(where).startswith("/"):
+            with open(os.environ["REACHED"], "a") as file:
+                file.write(f"{event} {where}\\n")
+            raise OSError(f"the network is off: {event} {where}")
+
+sys.addaudithook(watch)
+"""
+
+
+def off(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+    """A Python command without a network: none in its namespace where Linux lets us, and attempts are written down."""
+    (folder / "guard").mkdir(exist_ok=True)
+    (folder / "guard" / "sitecustomize.py").write_text(GUARD)
+    alone = ["unshare", "-rn"] if shutil.which("unshare") and not subprocess.run(
+        ["unshare", "-rn", "true"], capture_output=True).returncode else []
+    return subprocess.run([*alone, sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={
+        "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "guard"),
+        "REACHED": str(folder / "reached"), "PYTHONDONTWRITEBYTECODE": "1", **env})
+
+
+def test_text_becomes_a_scored_artifact_without_a_network(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    for number, part in enumerate((ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")):
+        (tmp_path / "text" / f"{number}.txt").write_text(part, encoding="utf-8")
+    knobs = {name.upper(): value for name, value in TINY.items()} | {
+        "DATA_PATH": str(tmp_path / "datasets" / "t_sp512"), "LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "r",
+        "TTT": "none", "EVAL_LADDER": "", "NGRAM_TILT_ENABLED": "0", "ITERATIONS": "2"}
+    for command in (["data/prepare.py", "text", str(tmp_path / "text"), "--name", "t", "--vocab-size", "512",
+                     "--val-share", "0.2", "--workers", "1", "--out", str(tmp_path)],
+                    ["train_gpt.py"], ["records/summary.py", str(tmp_path / "logs" / "r.jsonl")]):
+        done = off(tmp_path, *command, **knobs)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert not (tmp_path / "reached").exists()
+
+
+def test_the_guard_sees_who_calls_out(tmp_path: Path):
+    done = off(tmp_path, "-c", "import urllib.request; urllib.request.urlopen('http://192.0.2.1', timeout=2)")
+    assert done.returncode and "192.0.2.1" in (tmp_path / "reached").read_text()
+
+
+if __name__ == "__main__":
+    (ROOT / "LICENSES.md").write_text(licences(), encoding="utf-8")
