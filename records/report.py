@@ -73,8 +73,9 @@ class Section(NamedTuple):
 
 
 def stages(run: Run) -> list[tuple[int, str]]:
-    """(first step, what runs from there on): how many visits and how long the rows are."""
-    later = [(e["step"], f"{e['visits']} visits, rows of {e['seq_len']:,}") for e in run.all("stage")]
+    """(first step, what runs from there on): how many visits, how long the rows, and whether weights are rounded."""
+    later = [(e["step"], f"{e['visits']} visits, rows of {e['seq_len']:,}" + ", rounded" * bool(e.get("rounded")))
+             for e in run.all("stage")]
     return [(0, "from the start"), *later]
 
 
