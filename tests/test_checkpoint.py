@@ -16,8 +16,8 @@ import train_gpt as tg
 
 QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_tilt_enabled=False,
              eval_ladder="", train_seq_schedule="16@0.3,32@1", seq_change_warmup_steps=3, enable_looping_at=0.4,
-             iterations=6, normuon_beta2=0.9, eval_stride=0)
-"""A run in which everything that has a memory changes: loop, row length, its warm-up, momentum, average."""
+             iterations=6, normuon_beta2=0.9, eval_stride=0, quant="sdclip", qat_start=0.5)
+"""A run in which everything that has a memory changes: loop, row length, its warm-up, rounding, momentum, average."""
 
 
 def trained(folder: Path) -> dict[int, tuple]:
