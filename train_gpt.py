@@ -43,6 +43,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import json
@@ -51,6 +52,7 @@ import platform
 import re
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -143,6 +145,10 @@ class RunKnobs:
     """Seconds of training between checkpoints (`<run_id>.ckpt` beside the artifact). 0: only on SIGTERM and SIGINT."""
     resume: str = "0"
     """0 | 1 | auto: go on from the checkpoint of RUN_ID, on any number of ranks. Auto: where there is one."""
+    wandb: bool = False
+    """1: Weights & Biases gets the events of the log too, by `records/mirror.py` (its WANDB_MODE=offline and so on)."""
+    tensorboard: bool = False
+    """1: the same for TensorBoard, in LOG_DIR/tensorboard."""
     deterministic: bool = False
     """1: deterministic algorithms alone, or an error; bit-identical with MAX_WALLCLOCK_SECONDS=0 (CPUs always are)."""
 
@@ -186,8 +192,7 @@ class ModelKnobs:
     mlp_mult: float = 4.0
     """MLP width F as a multiple of D."""
     mlp_rank: int = 0
-    """Rank of the MLP's matrices: each is a product of two that meet in so many channels, which saves weights and FLOPs
-    below F D / (F + D). 0: none, whole matrices. It did not pay where it was tried (bench/LOG.md)."""
+    """Each MLP matrix is a product of two of this rank: less to store and compute below F D / (F + D). 0: whole."""
     mlp_slope: float = 0.5
     """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
     ln_scale: bool = True
@@ -356,6 +361,8 @@ class ScheduleKnobs:
     """Shorter rows at first: length@end,... with ends as fractions of the budget (1024@0.1,2048@0.7,3072@1, #2014)."""
     seq_change_warmup_steps: int = 0
     """Steps over which the learning rates rise again after the row length has changed (#2014: 32)."""
+    qat_start: float = 1.0
+    """Fraction of the budget from which training sees matrices rounded as QUANT=sdclip stores them (QAT). 1: never."""
     warmup_steps: int = 20
     """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
     train_log_every: int = 500
@@ -383,14 +390,10 @@ class QuantKnobs:
     """Coder of the codes: range (package constriction) | brotli | auto: range where that is installed, and of small
     streams the smaller of both."""
     matrix_bits: int = 6
-    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
+    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8. 2 is ternary (clips near 1.2, QAT_START)."""
     n_int6_layers: int = 0
     """QUANT=sdclip: matrices that get MATRIX_BITS, those of the largest trace of the Hessian (#1260); the others get
     one bit less. 0: all get MATRIX_BITS. The trace ranks by depth rather than by need."""
-    qat_start: float = 1.0
-    """QUANT=sdclip: fraction of the budget from which training sees its banks rounded as they will be stored, gradients
-    passing straight through (quantization-aware training). For few bits: at MATRIX_BITS=2 codes are -1, 0 and 1, as in
-    BitNet b1.58, and clips of about 1.2 fit. 1: never."""
     embed_bits: int = 7
     """QUANT=sdclip: bits of the codes of the embedding, 2..8."""
     attn_clip_sigmas: float = 13.0
@@ -1000,6 +1003,7 @@ class Run:
         self.resumes = False
         self._text: io.TextIOBase | None = None
         self._json: io.TextIOBase | None = None
+        self._mirror: subprocess.Popen | None = None
         if log:
             self._open_log()
 
@@ -1053,6 +1057,10 @@ class Run:
         for file in (self._text, self._json):
             if file is not None:
                 file.close()
+        if self._mirror is not None:
+            self._mirror.stdin.close()  # it copies what is left, and ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._mirror.wait(30)
         if self.world > 1 and dist.is_initialized():
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
@@ -1179,6 +1187,22 @@ class Run:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._json.write(json.dumps({"seconds": seconds, "event": event, **finite}) + "\n")
             self._json.flush()
+
+    def start_mirror(self) -> str:
+        """Rank 0 starts what copies the log to WANDB and TENSORBOARD; returns what is missing for it, or nothing.
+
+        A process of its own, which can neither delay nor end this one, also where a signal ends both.
+        """
+        wanted = [name for name in ("wandb", "tensorboard") if getattr(self.cfg, name) and self.is_main]
+        script = Path(__file__).resolve().with_name("records") / "mirror.py"
+        if wanted and not script.is_file():
+            self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {self._json.name} later")
+        elif missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+            return f"{missing[0].upper()}=1: not installed here; {sys.executable} -m pip install {' '.join(missing)}"
+        elif wanted:
+            self._mirror = subprocess.Popen([sys.executable, str(script), self._json.name, *wanted, "--follow"],
+                                            stdin=subprocess.PIPE, start_new_session=True)
+        return ""
 
     def write(self, line: str) -> None:
         """One line for readers only, on screen and in the text log of rank 0."""
@@ -4895,7 +4919,7 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 
 
 NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
-                      "dist_timeout_seconds".split())
+                      "dist_timeout_seconds wandb tensorboard".split())
 """Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
 
 
@@ -4975,7 +4999,7 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
         import sentencepiece  # noqa: F401
     except ImportError as error:
         problem = f"package {error.name} is missing; pip install -r requirements.txt"
-    run.agree(problem)
+    run.agree(problem or run.start_mirror())
     pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
@@ -5027,6 +5051,7 @@ class Checkpoints:
     def knobs(self) -> dict[str, Any]:
         """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
         names = [f.name for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs) for f in dataclasses.fields(group)]
+        names += ("matrix_bits", "attn_clip_sigmas", "mlp_clip_sigmas") if self.cfg.qat_start < 1 else ()
         return {name: getattr(self.cfg, name) for name in ("train_batch_tokens", *names)
                 if name not in ("warmup_steps", "train_log_every", "val_loss_every", "max_skipped_steps")}
 
