@@ -1193,7 +1193,8 @@ class Run:
 
         A process of its own, which can neither delay nor end this one, also where a signal ends both.
         """
-        wanted = [name for name in ("wandb", "tensorboard") if getattr(self.cfg, name) and self.is_main]
+        asked = {"wandb": self.cfg.wandb, "tensorboard": self.cfg.tensorboard}
+        wanted = [name for name, on in asked.items() if on and self.is_main]
         script = Path(__file__).resolve().with_name("records") / "mirror.py"
         if wanted and not script.is_file():
             self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {self._json.name} later")

@@ -160,7 +160,8 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(halted, dataset, tmp_
 
 @pytest.mark.parametrize("knobs, expected", [
     ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
-    ({"seed": 7}, "SEED=7, but"), ({"matrix_bits": 3}, "MATRIX_BITS=3, but"), ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
+    ({"seed": 7}, "SEED=7, but"), ({"matrix_bits": 3}, "MATRIX_BITS=3, but"),
+    ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
     ({"resume": "0"}, "r.txt exists already")])
 def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, halted, dataset, tmp_path, capsys):
     shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
