@@ -334,8 +334,8 @@ SECTIONS = (
             "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
             draw_clock, rows_clock, 3.4),
     Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.", draw_bytes, rows_bytes),
-    Section("step", "Step time", "Between two log lines. Dotted: the recurrence starts, or rows grow.", draw_step,
-            rows_step),
+    Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
+            draw_step, rows_step),
     Section("lr", "Learning rate", "Dashed: as planned over the budget. Dots: as it was. Dots that end early are a run "
             "that ended before its schedule.", draw_lr, rows_lr),
 )
