@@ -25,6 +25,7 @@ usage() {
 ./run.sh submit NAME RUN ...    the folder of a submission from the logs of its runs (AUTHOR=.. GITHUB_ID=..)
 ./run.sh check FOLDER           every check on the folder of a submission, also other people's; exit 1 if it fails
 ./run.sh replay LOG [KNOB=..]   run again what a log tells of, from the log alone, and compare what comes out
+./run.sh mirror RUN wandb|tensorboard   copy a run's log there (WANDB=1, TENSORBOARD=1: while it trains)
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
@@ -211,6 +212,7 @@ TXT
     ;;
   report) setup; exec .venv/bin/python records/report.py "$@" ;;
   submit) setup; exec .venv/bin/python records/submission.py submit "$@" ;;
+  mirror) setup; exec .venv/bin/python records/mirror.py "$@" ;;
   replay) setup; exec .venv/bin/python records/replay.py "$@" ;;
   show) setup; exec .venv/bin/python records/summary.py "$@" ;;
   doctor) setup; exec .venv/bin/python records/doctor.py "$@" ;;

@@ -34,6 +34,7 @@ import ast
 import bisect
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -42,6 +43,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import json
@@ -50,6 +52,7 @@ import platform
 import re
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -147,6 +150,10 @@ class RunKnobs:
     """Seconds of training between checkpoints (`<run_id>.ckpt` beside the artifact). 0: only on SIGTERM and SIGINT."""
     resume: str = "0"
     """0 | 1 | auto: go on from the checkpoint of RUN_ID, on any number of ranks. Auto: where there is one."""
+    wandb: bool = False
+    """1: Weights & Biases gets the events of the log too, by `records/mirror.py` (its WANDB_MODE=offline and so on)."""
+    tensorboard: bool = False
+    """1: the same for TensorBoard, in LOG_DIR/tensorboard."""
     deterministic: bool = False
     """1: deterministic algorithms alone, or an error; bit-identical with MAX_WALLCLOCK_SECONDS=0 (CPUs always are)."""
 
@@ -189,6 +196,8 @@ class ModelKnobs:
     """Key/value heads K; must divide NUM_HEADS."""
     mlp_mult: float = 4.0
     """MLP width F as a multiple of D."""
+    mlp_rank: int = 0
+    """Each MLP matrix is a product of two of this rank: less to store and compute below F D / (F + D). 0: whole."""
     mlp_slope: float = 0.5
     """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
     ln_scale: bool = True
@@ -260,6 +269,8 @@ class ModelKnobs:
                 f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {self.head_dim}")
         require(0 <= self.mlp_slope <= 1, f"MLP_SLOPE={self.mlp_slope}: expected 0..1")
         require(self.mlp_dim >= 2, f"MLP_MULT={self.mlp_mult}: the MLP would have fewer than two units")
+        require(0 <= self.mlp_rank <= self.model_dim,
+                f"MLP_RANK={self.mlp_rank}: expected 0 (whole matrices) or at most MODEL_DIM={self.model_dim}")
         require(1 <= self.gate_window <= self.model_dim,
                 f"GATE_WINDOW={self.gate_window}: expected 1..MODEL_DIM={self.model_dim}")
         require(self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers,
@@ -355,6 +366,8 @@ class ScheduleKnobs:
     """Shorter rows at first: length@end,... with ends as fractions of the budget (1024@0.1,2048@0.7,3072@1, #2014)."""
     seq_change_warmup_steps: int = 0
     """Steps over which the learning rates rise again after the row length has changed (#2014: 32)."""
+    qat_start: float = 1.0
+    """Fraction of the budget from which training sees matrices rounded as QUANT=sdclip stores them (QAT). 1: never."""
     warmup_steps: int = 20
     """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
     train_log_every: int = 500
@@ -382,7 +395,7 @@ class QuantKnobs:
     """Coder of the codes: range (package constriction) | brotli | auto: range where that is installed, and of small
     streams the smaller of both."""
     matrix_bits: int = 6
-    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8."""
+    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8. 2 is ternary (clips near 1.2, QAT_START)."""
     n_int6_layers: int = 0
     """QUANT=sdclip: matrices that get MATRIX_BITS, those of the largest trace of the Hessian (#1260); the others get
     one bit less. 0: all get MATRIX_BITS. The trace ranks by depth rather than by need."""
@@ -547,11 +560,14 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
                      "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
-        for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness"):
+        for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness", "qat_start"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
         require(self.trellis_states in (1, 4, 8), f"TRELLIS_STATES={self.trellis_states}: expected 1 (none), 4 or 8")
         require(not self.n_int6_layers or self.matrix_bits > 2, f"N_INT6_LAYERS={self.n_int6_layers}: the others get "
                 f"one bit less than MATRIX_BITS={self.matrix_bits}, and 2 is the least")
+        require(self.qat_start == 1 or self.quant == "sdclip" and not self.n_int6_layers,
+                f"QAT_START={self.qat_start}: training knows the steps of QUANT=sdclip N_INT6_LAYERS=0 alone; "
+                f"set these, or QAT_START=1")
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
         for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
@@ -720,6 +736,8 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "no record ever trained this scale; here there is none"),
     ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA INT5_LAYERS",
      "QUANT chooses the steps by what an error costs; there is no separate correction"),
+    ("LATE_QAT* QAT QAT_ENABLED QAT_THRESHOLD QAT_FRACTION QAT_START_FRAC QAT_BITS QAT_AFTER_STEP",
+     "QAT_START says from when on training sees rounded matrices"),
     ("COMPRESSOR", "CODEC chooses the coder of the codes; no external program is needed"),
     ("GATED_ATTN_QUANT_GATE", "gates are always stored in int8 with one scale a row"),
     ("FUSED_CE_ENABLED", "the kernels are chosen by what the machine has; see the log"),
@@ -741,7 +759,7 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
      "every shard of DATA_PATH is used, and every target is scored"),
     ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
     ("MATCHED_FINEWEB_*", "this is a variable of the data scripts"),
-    ("INT4_* INT6_* LATE_QAT* QAT QAT_* MTP_* MLP_HIDDEN MLP_GROUPS EMBED_DIM EMA_ENABLED EVAL_BATCH_SEQS "
+    ("INT4_* INT6_* MTP_* MLP_HIDDEN MLP_GROUPS EMBED_DIM EMA_ENABLED EVAL_BATCH_SEQS "
      "EVAL_DEPTH_RECURRENCE FP16_EMBED_EXPORT GPTQ_RESERVE_MS LOOP_PHASE2_AT LORA_RANK POST_GPTQ_EVAL_ONLY ROPE_TYPE "
      "BIGRAM_HASH TARGET_MB USE_GPTQ USE_ZSTD VAL_MAX_TOKENS YARN_MAX_LEN ACTIVATION ADAM_LR ATTN_PROJ_TYPE "
      "BATCH_SCHEDULE_FRACTION BATCH_TOKENS_START BITNET_* CHURN_LOG_EVERY COMPILE_MODE CORR_WEIGHT_LR DIFF_ATTN "
@@ -990,6 +1008,7 @@ class Run:
         self.resumes = False
         self._text: io.TextIOBase | None = None
         self._json: io.TextIOBase | None = None
+        self._mirror: subprocess.Popen | None = None
         if log:
             self._open_log()
 
@@ -1043,6 +1062,10 @@ class Run:
         for file in (self._text, self._json):
             if file is not None:
                 file.close()
+        if self._mirror is not None:
+            self._mirror.stdin.close()  # it copies what is left, and ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._mirror.wait(30)
         if self.world > 1 and dist.is_initialized():
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
@@ -1169,6 +1192,23 @@ class Run:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._json.write(json.dumps({"seconds": seconds, "event": event, **finite}) + "\n")
             self._json.flush()
+
+    def start_mirror(self) -> str:
+        """Rank 0 starts what copies the log to WANDB and TENSORBOARD; returns what is missing for it, or nothing.
+
+        A process of its own, which can neither delay nor end this one, also where a signal ends both.
+        """
+        asked = {"wandb": self.cfg.wandb, "tensorboard": self.cfg.tensorboard}
+        wanted = [name for name, on in asked.items() if on and self.is_main]
+        script = Path(__file__).resolve().with_name("records") / "mirror.py"
+        if wanted and not script.is_file():
+            self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {self._json.name} later")
+        elif missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+            return f"{missing[0].upper()}=1: not installed here; {sys.executable} -m pip install {' '.join(missing)}"
+        elif wanted:
+            self._mirror = subprocess.Popen([sys.executable, str(script), self._json.name, *wanted, "--follow"],
+                                            stdin=subprocess.PIPE, start_new_session=True)
+        return ""
 
     def write(self, line: str) -> None:
         """One line for readers only, on screen and in the text log of rank 0."""
@@ -2362,7 +2402,8 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
             "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
     if able and cfg.kernels != "plain":
         try:
-            return kernels._replace(fused="triton", **triton_kernels())
+            kernels = kernels._replace(fused="triton", **triton_kernels())
+            return kernels._replace(fused="triton but the MLP", mlp=None) if cfg.mlp_rank else kernels
         except ImportError as error:
             require(cfg.kernels == "auto", f"KERNELS=triton: cannot be imported here ({error}); use auto")
     return kernels
@@ -2428,21 +2469,28 @@ def num_skips(cfg: ModelKnobs) -> int:
 class Weights:
     """How a block reads its matrices: cast once a forward, q, k and v joined, channel scales multiplied in.
 
-    Names: `qkv` [N*H + 2*K*H, D], `o` [D, N*H], `up` [F, D], `down` [D, F] of each block, `head` [V, D].
+    Names: `qkv` [N*H + 2*K*H, D], `o` [D, N*H], `up` [F, D], `down` [D, F] of each block, `head` [V, D]; with a rank r
+    `up_in` [r, D], `up` [F, r], `down_in` [r, F], `down` [D, r].
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         layers = model.cfg.num_layers
-        qo, kv = model.qo_bank.to(dtype).unbind(), model.kv_bank.to(dtype).unbind()
-        up, down = model.mlp_up_bank.to(dtype).unbind(), model.mlp_down_bank.to(dtype).unbind()
         self.dtype, self.table = dtype, model.tok_emb
+        qo, kv = self.cast("qo_bank", model.qo_bank).unbind(), self.cast("kv_bank", model.kv_bank).unbind()
         self.matrices = {("head", 0): model.tok_emb.to(dtype)}
         for i in range(layers):
             self.matrices["qkv", i] = torch.cat([qo[i], kv[i], kv[layers + i]])
             # Channel scales go into the matrices: the same product, without a pass over the activations.
             self.matrices["o", i] = qo[layers + i] * model.attn_scale[i].to(dtype).unsqueeze(1)
-            self.matrices["up", i] = up[i]
-            self.matrices["down", i] = down[i] * model.mlp_scale[i].to(dtype).unsqueeze(1)
+        for name in model.mlp_products:
+            bank = f"mlp_{name}_bank"
+            for i, matrix in enumerate(self.cast(bank, getattr(model, bank)).unbind()):
+                scale = model.mlp_scale[i].to(dtype).unsqueeze(1)
+                self.matrices[name, i] = matrix * scale if name == "down" else matrix
+
+    def cast(self, name: str, bank: Tensor) -> Tensor:
+        """The values of a bank in the dtype of the forward."""
+        return bank.to(self.dtype)
 
     plain = True
     """Whether its products may be fused with what surrounds them: nobody listens to `linear` or adds to it."""
@@ -2738,8 +2786,13 @@ class GPT(nn.Module):
         # at zero, so that every block starts as the identity.
         self.qo_bank = nn.Parameter(torch.cat([orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
         self.kv_bank = nn.Parameter(orthogonal(2 * layers, kv_dim, dim))
-        self.mlp_up_bank = nn.Parameter(orthogonal(layers, cfg.mlp_dim, dim))
-        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_dim))
+        self.mlp_up_bank = nn.Parameter(orthogonal(layers, cfg.mlp_dim, cfg.mlp_rank or dim))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_rank or cfg.mlp_dim))
+        self.mlp_products = ("up", "down")
+        if cfg.mlp_rank:
+            self.mlp_products = ("up_in", "up", "down_in", "down")
+            self.mlp_up_in_bank = nn.Parameter(orthogonal(layers, cfg.mlp_rank, dim))
+            self.mlp_down_in_bank = nn.Parameter(orthogonal(layers, cfg.mlp_rank, cfg.mlp_dim))
         self.q_gain = nn.Parameter(torch.full((layers, cfg.num_heads), cfg.qk_gain_init))
         self.attn_scale, self.mlp_scale = nn.Parameter(ones(layers, dim)), nn.Parameter(ones(layers, dim))
         self.resid_mix = nn.Parameter(torch.stack([ones(layers, dim), torch.zeros(layers, dim)], dim=1))
@@ -2755,14 +2808,16 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(ones(layers, 2, 2))
         self.kernels = Kernels(sdpa_attention())
         """The references; `pick_kernels` has faster ones."""
+        self.lattice: dict[str, Tensor] = {}
+        """Row step codes of the matrices that lie on their codes' lattice already (`settle`)."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, values, parameter it belongs to) of all that an artifact holds; banks are split into matrices.
 
-        A matrix's name says which input it reads: blocks.<i>.{q,k,v,o,up,down}.
+        A matrix's name says which input it reads: blocks.<i>.{q,k,v,o,up,down}, with a rank also {up_in,down_in}.
         """
         layers = self.cfg.num_layers
-        banks = {"qo_bank": ("q", "o"), "kv_bank": ("k", "v"), "mlp_up_bank": ("up",), "mlp_down_bank": ("down",)}
+        banks = {"qo_bank": ("q", "o"), "kv_bank": ("k", "v"), **{f"mlp_{n}_bank": (n,) for n in self.mlp_products}}
         for name, parameter in self.named_parameters():
             if name not in banks:
                 yield name, parameter.detach(), name
@@ -2806,10 +2861,12 @@ class GPT(nn.Module):
 
     def mlp(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
         """MLP of one visit on its normed input."""
-        slope, w = self.cfg.mlp_slope, step.w
+        slope, rank, w = self.cfg.mlp_slope, self.cfg.mlp_rank, step.w
         if self.kernels.mlp is not None and w.plain:
             return self.kernels.mlp(n, w.matrices["up", visit.block], w.matrices["down", visit.block], slope)
-        return w.linear("down", visit, self.kernels.leaky_relu_squared(w.linear("up", visit, n), slope), side=n)
+        wide = w.linear("up", visit, w.linear("up_in", visit, n) if rank else n)
+        post = self.kernels.leaky_relu_squared(wide, slope)
+        return w.linear("down", visit, w.linear("down_in", visit, post) if rank else post, side=n)
 
     def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights, past: NoPast = NO_PAST) -> Tensor:
         """[R, T - past.lead, D]: the normed input of the output matrix. The only forward there is."""
@@ -2854,9 +2911,10 @@ class GPT(nn.Module):
             return self.kernels.head_nats(hidden_MD, w.matrices["head", 0], targets_M, self.cfg.logit_softcap)
         return self.kernels.cross_entropy(w.linear("head", None, hidden_MD), targets_M, self.cfg.logit_softcap)
 
-    def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype) -> Tensor:
+    def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype,
+                   weights: Callable[[GPT, torch.dtype], Weights] = Weights) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
-        w = Weights(self, dtype)
+        w = weights(self, dtype)
         return self.losses(self.hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten(), w).sum()
 
 
@@ -2903,7 +2961,7 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("qo_bank kv_bank", "muon", "matrix_lr", "muon_wd", "gptq:attn"),
-    Route("mlp_up_bank mlp_down_bank", "muon", "matrix_lr", "muon_wd", "gptq:mlp"),
+    Route("mlp_*bank", "muon", "matrix_lr", "muon_wd", "gptq:mlp"),
     Route("tok_emb", "adam", "tied_embed_lr", "embed_wd", "gptq:embed"),
     Route("bigram.table", "adam", "tied_embed_lr", "embed_wd", "int8"),
     Route("bigram.proj gate.weight", "adam", "scalar_lr", "adam_wd", "int8"),
@@ -3148,18 +3206,32 @@ class Stage(NamedTuple):
     """What one stretch of training runs: each is a graph of its own."""
     looped: bool
     seq_len: int
+    rounded: bool
+    """Whether it sees its matrices as they will be stored (QAT_START)."""
 
 
 def stage(cfg: Config, frac: float) -> Stage:
     """The stage at a used fraction of the budget."""
     return Stage(cfg.num_loops > 0 and frac >= cfg.enable_looping_at,
-                 next(length for length, end in seq_schedule(cfg) if frac < end))
+                 next(length for length, end in seq_schedule(cfg) if frac < end), frac >= cfg.qat_start < 1)
+
+
+def stage_starts(cfg: Config) -> list[float]:
+    """Fractions of the budget at which a stage may begin, in order."""
+    starts = {0.0, cfg.enable_looping_at, cfg.qat_start, *(end for _, end in seq_schedule(cfg))}
+    return sorted(start for start in starts if start < 1)
 
 
 def stages(cfg: Config) -> list[Stage]:
     """Every stage of a run, in order."""
-    starts = sorted({0.0, cfg.enable_looping_at, *(end for _, end in seq_schedule(cfg))})
-    return list(dict.fromkeys(stage(cfg, start) for start in starts if start < 1))
+    return list(dict.fromkeys(stage(cfg, start) for start in stage_starts(cfg)))
+
+
+def stage_loss(model: GPT, at: Stage, cfg: Config, run: Run) -> Callable[[Batch], Tensor]:
+    """The loss that a stage differentiates, compiled where the run compiles."""
+    plan = layer_plan(cfg, at.looped)
+    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if at.rounded else Weights
+    return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype, weights))
 
 
 def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
@@ -3453,14 +3525,14 @@ def gptq(weight_KRC: Tensor, inputs: Tensor, outputs: Tensor | None, row_KR: Ten
     return codes.to(torch.int16)
 
 
-INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up", "down": "down"}
-"""Last part of a stored matrix's name -> the product of `Weights.linear` whose input it reads."""
+INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv"}
+"""Last part of a stored matrix's name -> the product of `Weights.linear` whose input it reads, where names differ."""
 
 
 def hessian_key(name: str) -> tuple[str, int]:
     """(product, block) that recorded the input of a stored matrix: blocks.3.k -> (qkv, 3); tok_emb -> (head, 0)."""
     parts = name.split(".")
-    return (INPUT_OF[parts[2]], int(parts[1])) if parts[0] == "blocks" else ("head", 0)
+    return (INPUT_OF.get(parts[2], parts[2]), int(parts[1])) if parts[0] == "blocks" else ("head", 0)
 
 
 class Calibration(NamedTuple):
@@ -3517,6 +3589,51 @@ def waterfill_steps(cost_KR: Tensor, scale_KC: Tensor, softness: float) -> tuple
     row = torch.exp(-0.5 * softness * (cost.log() - cost.log().mean(-1, keepdim=True)))
     level = (cost * row.square()).mean(-1, keepdim=True)  # columns: scale^2 / scale^2
     return row / level.sqrt(), scale_KC
+
+
+def sdclip_steps(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+    """int8 step codes [..., R] of rows [..., R, C]; the largest code of so many bits stands for `sigmas` deviations."""
+    # A row of nearly one value has almost no spread: its step must still reach its values.
+    largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
+    return step_codes(largest / (2 ** (bits - 1) - 1), ROW_OFFSET)
+
+
+def on_lattice(weights: Tensor, bits: int, sigmas: float) -> tuple[Tensor, Tensor]:
+    """(`weights` rounded to SDClip's codes, step codes of their rows)."""
+    rows, top = sdclip_steps(weights, bits, sigmas), 2 ** (bits - 1) - 1
+    steps = row_steps(rows, 1.0).unsqueeze(-1)
+    return (weights / steps).round().clamp(-top, top) * steps, rows
+
+
+def bank_grids(model: GPT, cfg: Config) -> dict[str, tuple[int, float]]:
+    """(bits, clip) of the codes of every bank."""
+    families = {name: route(name) for name, _ in model.named_parameters()}
+    return {name: cfg.grid(row.stored.removeprefix("gptq:")) for name, row in families.items() if row.rule == "muon"}
+
+
+class RoundedWeights(Weights):
+    """Plain weights whose banks are read as the artifact will hold them; gradients pass straight through (QAT).
+
+    The straight-through estimator of Bengio et al. 2013. Steps are SDClip's of the current weights.
+    """
+
+    def __init__(self, grids: Mapping[str, tuple[int, float]], model: GPT, dtype: torch.dtype) -> None:
+        self.grids = grids
+        super().__init__(model, dtype)
+
+    def cast(self, name: str, bank: Tensor) -> Tensor:
+        return (on_lattice(bank.detach(), *self.grids[name])[0] + (bank - bank.detach())).to(self.dtype)
+
+
+@torch.no_grad()
+def settle(model: GPT, cfg: Config) -> GPT:
+    """The same model, its banks moved to what `RoundedWeights` reads of them; GPTQ will find them on its lattice."""
+    grids = bank_grids(model, cfg)
+    for name, values, parameter in model.tensors():
+        if parameter in grids:
+            rounded, model.lattice[name] = on_lattice(values, *grids[parameter])
+            values.copy_(rounded)
+    return model
 
 
 class Stack(NamedTuple):
@@ -3597,12 +3714,10 @@ class Quantizer:
             rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
             return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** 15 - 4)  # cosets add 2
         bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
-        top = 2 ** (bits - less - 1) - 1
-        # A row of nearly one value has almost no spread: its step must still reach its values.
-        largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
         columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)
-        rows = step_codes(largest / top, ROW_OFFSET)
-        return Stack(stored, names, order, weights, inputs, outputs, rows, columns, top)
+        settled, bits = [self.model.lattice[name] for name in names if name in self.model.lattice], bits - less
+        rows = torch.stack(settled) if settled else sdclip_steps(weights, bits, sigmas)
+        return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** (bits - 1) - 1)
 
     def _cost(self, name: str) -> tuple[Tensor, Tensor]:
         """(Hessian [C, C], Fisher information [R, R] or its diagonal [R]) of an error in a stored matrix."""
@@ -4175,8 +4290,9 @@ def predicted_bytes(cfg: Config, code_bytes: int) -> dict[str, int]:
             bits = 8.0
             if stream.startswith("gptq:"):
                 width, sigmas = cfg.grid(stream.removeprefix("gptq:"))
+                top = 2 ** (width - 1) - 1
                 bits = cfg.bits_per_weight if cfg.quant == "waterfill" else \
-                    max(0.1, 2.05 + math.log2((2 ** (width - 1) - 1) / sigmas))
+                    min(max(0.1, 2.05 + math.log2(top / sigmas)), math.log2(2 * top + 1))
                 size /= 2  # raw codes have two bytes
             total[stream] += size * bits / 8
     excess = sum(total.values()) + code_bytes - cfg.artifact_bytes_cap
@@ -4839,7 +4955,7 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 
 
 NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
-                      "dist_timeout_seconds".split())
+                      "dist_timeout_seconds wandb tensorboard".split())
 """Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
 
 
@@ -4904,7 +5020,8 @@ def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> fl
     """
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
     keys = sum(min(context, visit.window or context) for visit in plan)
-    products = 2 * dim * (2 * dim + 2 * kv_dim + 2 * cfg.mlp_dim)
+    mlp = cfg.mlp_rank * (dim + cfg.mlp_dim) if cfg.mlp_rank else dim * cfg.mlp_dim
+    products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * mlp
     bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
     return len(plan) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
 
@@ -4918,7 +5035,7 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
         import sentencepiece  # noqa: F401
     except ImportError as error:
         problem = f"package {error.name} is missing; pip install -r requirements.txt"
-    run.agree(problem)
+    run.agree(problem or run.start_mirror())
     pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
@@ -4970,6 +5087,7 @@ class Checkpoints:
     def knobs(self) -> dict[str, Any]:
         """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
         names = [f.name for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs) for f in dataclasses.fields(group)]
+        names += ("matrix_bits", "attn_clip_sigmas", "mlp_clip_sigmas") if self.cfg.qat_start < 1 else ()
         return {name: getattr(self.cfg, name) for name in ("train_batch_tokens", *names)
                 if name not in ("warmup_steps", "train_log_every", "val_loss_every", "max_skipped_steps")}
 
@@ -5087,7 +5205,7 @@ def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[s
             state = json.loads(text)
             require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in STATE.items())
                     and type(state["position"].get("row")) is int and state["position"]["row"] >= 0
-                    and len(state["stage"]) == 2, f"{path}: its head is not a checkpoint's")
+                    and len(state["stage"]) == len(Stage._fields), f"{path}: its head is not a checkpoint's")
             if state["knobs"] != knobs:
                 return state, {}
             kinds = {torch.float32: "F32", torch.int32: "I32"}
@@ -5103,14 +5221,11 @@ def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[s
 
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
     """Train within the budget and leave the averaged weights in the model; returns steps, seconds, last loss."""
-    def loss_of(plan: Sequence[Visit]) -> Callable[[Batch], Tensor]:
-        return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
-
     for length, _ in seq_schedule(cfg):
         require(data.micro_rows * cfg.train_seq_len % length == 0, f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: a "
                 f"forward has {data.micro_rows * cfg.train_seq_len} tokens here, which rows of {length} do not divide; "
                 f"change MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} or the schedule")
-    losses = {at: loss_of(layer_plan(cfg, at.looped)) for at in stages(cfg)}
+    losses = {at: stage_loss(model, at, cfg, run) for at in stages(cfg)}
     optimizer = ShardedOptimizer(model, cfg, run)
     with run.phase("prime"):
         prime(losses, optimizer, data, cfg, run)
@@ -5136,7 +5251,8 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             if (new := stage(cfg, frac)) != now:
                 changed = step if new.seq_len != now.seq_len else changed
                 now = new
-                run.log("stage", step=step, frac=frac, visits=len(layer_plan(cfg, now.looped)), seq_len=now.seq_len)
+                run.log("stage", step=step, frac=frac, visits=len(layer_plan(cfg, now.looped)), seq_len=now.seq_len,
+                        rounded=now.rounded)
             loss = torch.zeros((), device=run.device)
             for batch in next(batches):
                 part = losses[now](batch.to(run.device).in_rows(now.seq_len)) / cfg.train_batch_tokens
@@ -5158,7 +5274,8 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 before = run.graphs()["graphs"]
                 with clock.pause(), run.phase("val_probe"):
                     val = val or ValData.load(cfg, run)
-                    score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
+                    probed = settle(copy.deepcopy(model), cfg) if now.rounded else model
+                    score = evaluate(probed, val, cfg.eval_seq_len, cfg, run, "probe")
                 primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
@@ -5191,6 +5308,8 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
             **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
     ema.load_into_model()
+    if now.rounded:
+        settle(model, cfg)
     return {"steps": step, "train_loss": last, **({"resumed_at": first} if first else {})}
 
 

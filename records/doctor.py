@@ -214,6 +214,11 @@ def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
         yield Line("failure", "data", str(error), f"./run.sh data {made}" if made else "see data/README.md")
 
 
+def stage_name(at: Any) -> str:
+    """Key of a stage in what `measure` found: loop@row length@rounded."""
+    return f"{at.looped:d}@{at.seq_len}@{at.rounded:d}"
+
+
 def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
     """Seconds of a training step in each stage of a run, `name: seconds`, within about `seconds` after compiling."""
     rows = -(-cfg.train_rows // run.world)
@@ -222,8 +227,7 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
     optimizer, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
     batch, found = tg.random_batch(micro, cfg), {}
     for at in tg.stages(cfg):
-        plan = tg.layer_plan(cfg, at.looped)
-        loss = run.compiled(lambda batch, plan=plan: model.total_loss(batch, plan, run.dtype))
+        loss = tg.stage_loss(model, at, cfg, run)
 
         def steps(count: int, at: Any = at, loss: Any = loss) -> float:
             run.synchronize()
@@ -238,7 +242,7 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
 
         steps(2)
         each = run.share(steps(2))
-        found[f"{at.looped:d}@{at.seq_len}"] = run.share(
+        found[stage_name(at)] = run.share(
             steps(max(2, int(seconds / len(tg.stages(cfg)) / each))))
     return found
 
@@ -246,11 +250,9 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
 def predicted_steps(tg: Any, cfg: Any, each: Mapping[str, float]) -> tuple[int, float]:
     """(steps, seconds of training they have): what fits into the budget, stage by stage, at most ITERATIONS."""
     budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 600.0
-    ends = sorted({0.0, 1.0, cfg.enable_looping_at, *(end for _, end in tg.seq_schedule(cfg) if end < 1)})
-    steps = 0.0
+    ends, steps = [*tg.stage_starts(cfg), 1.0], 0.0
     for begin, end in zip(ends, ends[1:]):
-        at = tg.stage(cfg, begin)
-        steps += (end - begin) * budget / each[f"{at.looped:d}@{at.seq_len}"]
+        steps += (end - begin) * budget / each[stage_name(tg.stage(cfg, begin))]
     return min(int(steps), cfg.iterations), budget
 
 
@@ -270,7 +272,8 @@ def speed_line(tg: Any, cfg: Any, run: Any, knobs: Mapping[str, str], processes:
     told = json.loads(lines[-1])
     steps, budget = predicted_steps(tg, cfg, told["seconds"])
     stages = ", ".join(f"{1e3 * s:.1f} ms with rows of {name.split('@')[1]}" +
-                       (", loop on" if name[0] == "1" else ", loop off" if cfg.num_loops else "")
+                       (", loop on" if name[0] == "1" else ", loop off" if cfg.num_loops else "") +
+                       ", weights rounded" * name.endswith("@1")
                        for name, s in told["seconds"].items())
     return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
                 f"{stages}; predicts {steps:,} steps in {budget:.0f} s, {600 / budget * steps:,.0f} in 600 s")

@@ -439,7 +439,25 @@ def static_audit(path: Path, given: Mapping[str, str]) -> list[Finding]:
     return findings
 
 
+def static_main(arguments: Sequence[str]) -> int:
+    """`audit.py --static PATH [KNOB=value ...]`: 0 nothing found, 1 something was, 2 it could not be made."""
+    try:
+        if not arguments:
+            raise AuditError("--static: give the folder of a submission or a script")
+        findings = static_audit(Path(arguments[0]), options(arguments[1:]))
+    except (AuditError, OSError) as error:
+        print(f"audit.py: {error}", file=sys.stderr)
+        return 2
+    print(table(findings))
+    return failed(findings)
+
+
 # -- report ----------------------------------------------------------------------------------------------
+
+
+def failed(findings: Sequence[Finding]) -> int:
+    """Exit status of an audit: 1 where a probe failed."""
+    return int(any(not f.ok and not f.suspect for f in findings))
 
 
 def table(findings: Sequence[Finding], conditions: Sequence[str] = CONDITIONS) -> str:

@@ -73,8 +73,9 @@ class Section(NamedTuple):
 
 
 def stages(run: Run) -> list[tuple[int, str]]:
-    """(first step, what runs from there on): how many visits and how long the rows are."""
-    later = [(e["step"], f"{e['visits']} visits, rows of {e['seq_len']:,}") for e in run.all("stage")]
+    """(first step, what runs from there on): how many visits, how long the rows, and whether weights are rounded."""
+    later = [(e["step"], f"{e['visits']} visits, rows of {e['seq_len']:,}" + ", rounded" * bool(e.get("rounded")))
+             for e in run.all("stage")]
     return [(0, "from the start"), *later]
 
 
@@ -333,8 +334,8 @@ SECTIONS = (
             "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
             draw_clock, rows_clock, 3.4),
     Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.", draw_bytes, rows_bytes),
-    Section("step", "Step time", "Between two log lines. Dotted: the recurrence starts, or rows grow.", draw_step,
-            rows_step),
+    Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
+            draw_step, rows_step),
     Section("lr", "Learning rate", "Dashed: as planned over the budget. Dots: as it was. Dots that end early are a run "
             "that ended before its schedule.", draw_lr, rows_lr),
 )

@@ -337,7 +337,7 @@ def test_a_source_is_scanned(name: str, tmp_path: Path):
     wrapper = f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({packed!r})))\n"
     for text in (source, wrapper):
         script.write_text(text)
-        bad = [f for f in audit.static_audit(script, {}) if not f.ok]
+        bad = [f for f in evidence.static_audit(script, {}) if not f.ok]
         assert {(f.code, f.condition, f.suspect) for f in bad} == {(*expected, suspect)}, bad
 
 
@@ -350,13 +350,13 @@ def test_a_source_is_scanned(name: str, tmp_path: Path):
 ])
 def test_lawful_sources_pass(source: str, tmp_path: Path):
     (tmp_path / "s.py").write_text(source)
-    assert all(f.ok for f in audit.static_audit(tmp_path / "s.py", {}))
+    assert all(f.ok for f in evidence.static_audit(tmp_path / "s.py", {}))
 
 
 def test_our_own_source_has_no_certain_hit(tmp_path: Path):
     (tmp_path / "train_gpt.py").write_bytes(tg.shipped_source(ROOT / "train_gpt.py"))
     for path in (ROOT / "train_gpt.py", tmp_path / "train_gpt.py"):
-        assert not failures(audit.static_audit(path, {}))
+        assert not failures(evidence.static_audit(path, {}))
 
 
 def test_everything_that_is_imported_counts(tmp_path: Path):
@@ -364,13 +364,13 @@ def test_everything_that_is_imported_counts(tmp_path: Path):
     (tmp_path / "helper.py").write_text("x = 1\n" + "#" * 60_000)
     (tmp_path / "tilt.c").write_text("/*" + "*" * 9_000)
     (tmp_path / "model.bin").write_bytes(bytes(15_900_000))
-    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
     assert finding.ok and "files=3" in finding.figures  # 15,969,000 and a little
     (tmp_path / "tilt.c").write_text("/*" + "*" * 30_000)
-    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
     assert finding.suspect and not finding.ok
     (tmp_path / "tilt.c").write_text("/*" + "*" * 60_000)
-    (finding,) = [f for f in audit.static_audit(tmp_path, {}) if f.code == "S3"]
+    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
     assert not finding.ok and not finding.suspect and "16,0" in finding.figures
 
 

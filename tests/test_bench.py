@@ -28,7 +28,8 @@ def test_flops_of_the_record_are_those_of_its_roofline(looped: bool, context: fl
     assert found == pytest.approx(expected, abs=0.06)
 
 
-@pytest.mark.parametrize("knobs", [{}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3)])
+@pytest.mark.parametrize("knobs", [
+    {}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3), dict(mlp_rank=7)])
 def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
     """Forward and backward of a model without gates; attention by plain products computes all T keys of a row."""
     cfg = tiny(attn_gate="none", smear_gate_enabled=False, **knobs)

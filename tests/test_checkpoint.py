@@ -16,8 +16,8 @@ import train_gpt as tg
 
 QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_tilt_enabled=False,
              eval_ladder="", train_seq_schedule="16@0.3,32@1", seq_change_warmup_steps=3, enable_looping_at=0.4,
-             iterations=6, normuon_beta2=0.9, eval_stride=0)
-"""A run in which everything that has a memory changes: loop, row length, its warm-up, momentum, average."""
+             iterations=6, normuon_beta2=0.9, eval_stride=0, quant="sdclip", qat_start=0.5)
+"""A run in which everything that has a memory changes: loop, row length, its warm-up, rounding, momentum, average."""
 
 
 def trained(folder: Path) -> dict[int, tuple]:
@@ -160,7 +160,8 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(halted, dataset, tmp_
 
 @pytest.mark.parametrize("knobs, expected", [
     ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
-    ({"seed": 7}, "SEED=7, but"), ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
+    ({"seed": 7}, "SEED=7, but"), ({"matrix_bits": 3}, "MATRIX_BITS=3, but"),
+    ({"run_id": "other"}, "RESUME=1: no checkpoint"), ({"run_id": ""}, "set RUN_ID"),
     ({"resume": "0"}, "r.txt exists already")])
 def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, halted, dataset, tmp_path, capsys):
     shutil.copytree(halted, tmp_path, dirs_exist_ok=True)

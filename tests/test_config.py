@@ -197,6 +197,11 @@ def test_a_value_that_does_not_parse_is_one_line_with_knob_and_value(variable, t
     ("ROPE_DIMS=66", "ROPE_DIMS=66"),
     ("MLP_MULT=0.001", "MLP_MULT=0.001"),
     ("GATE_WINDOW=513", "GATE_WINDOW=513"),
+    ("MLP_RANK=513", "MLP_RANK=513"),
+    ("MLP_RANK=-1", "MLP_RANK=-1"),
+    ("QAT_START=1.1 QUANT=sdclip", "QAT_START=1.1"),
+    ("QAT_START=0.9", "QUANT=sdclip"),
+    ("QAT_START=0.9 QUANT=sdclip N_INT6_LAYERS=9", "N_INT6_LAYERS=0"),
     ("VOCAB_SIZE=65537", "VOCAB_SIZE=65537"),
     ("LOGIT_SOFTCAP=0", "LOGIT_SOFTCAP=0"),
     ("BIGRAM_BUCKETS=1", "BIGRAM_BUCKETS=1"),
@@ -243,7 +248,8 @@ def test_a_choice_is_one_of_its_list(name):
     "PARALLEL_START_LAYER=99 PARALLEL_RESIDUAL=none", "MUON_BACKEND_STEPS=6 MUON_COEFFICIENTS=classic",
     "MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=600", "EVAL_STRIDE=2048", "EVAL_STRIDE=0", "MICRO_BATCH_TOKENS=2048",
     "WARMDOWN_FRAC=0", "WARMDOWN_FRAC=1 MIN_LR=1", "ROPE_DIMS=0", "ROPE_DIMS=64", "GRAD_CLIP_NORM=0 EMA_DECAY=0",
-    "NUM_HEADS=1 NUM_KV_HEADS=1", "LOOP_START=0 LOOP_END=10 PARALLEL_START_LAYER=0", "VOCAB_SIZE=65536"])
+    "NUM_HEADS=1 NUM_KV_HEADS=1", "MLP_RANK=512", "QAT_START=0 QUANT=sdclip MATRIX_BITS=2",
+    "LOOP_START=0 LOOP_END=10 PARALLEL_START_LAYER=0", "VOCAB_SIZE=65536"])
 def test_the_limits_themselves_are_possible(knobs):
     cfg, _ = tg.Config.from_env(variables(knobs))
     assert all(tg.show(getattr(cfg, name.lower())) == text for name, text in variables(knobs).items())

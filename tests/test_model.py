@@ -12,7 +12,7 @@ from torch import Tensor
 import train_gpt as tg
 
 BOS = tg.BOS_ID
-EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6)
+EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, mlp_rank=12)
 """Knobs that give the tiny model a parameter of every kind."""
 
 
@@ -116,8 +116,11 @@ def reference_attention(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, n:
 
 
 def reference_mlp(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, z: np.ndarray) -> np.ndarray:
-    a = z @ p["mlp_up_bank"][i].T
-    return p["mlp_scale"][i] * ((np.maximum(a, 0) + cfg.mlp_slope * np.minimum(a, 0)) ** 2 @ p["mlp_down_bank"][i].T)
+    up, down = p["mlp_up_bank"][i], p["mlp_down_bank"][i]
+    if cfg.mlp_rank:
+        up, down = up @ p["mlp_up_in_bank"][i], down @ p["mlp_down_in_bank"][i]
+    a = z @ up.T
+    return p["mlp_scale"][i] * ((np.maximum(a, 0) + cfg.mlp_slope * np.minimum(a, 0)) ** 2 @ down.T)
 
 
 def reference_hidden(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, ids: list[int], looped: bool, row_length: int
@@ -177,6 +180,7 @@ VARIANTS = {
     "three passes": dict(num_loops=2, num_layers=5, loop_start=1, loop_end=3, parallel_start_layer=4),
     "odd number of blocks": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=2),
     "xsa nowhere": dict(xsa_last_n=0),
+    "low-rank MLP": dict(mlp_rank=5),
     "xsa on two blocks": dict(xsa_last_n=2),
     "no smear": dict(smear_gate_enabled=False),
     "bigram": dict(bigram_buckets=16, bigram_dim=6),
@@ -314,9 +318,10 @@ class Spy(tg.Weights):
         return super().linear(name, visit, x, side)
 
 
+@pytest.mark.parametrize("rank", [0, 6])
 @torch.no_grad()
-def test_recording_changes_no_bit_and_sums_all_visits():
-    cfg = tiny(num_loops=2)
+def test_recording_changes_no_bit_and_sums_all_visits(rank: int):
+    cfg = tiny(num_loops=2, mlp_rank=rank)
     model, plan = noisy(cfg), tg.layer_plan(cfg, looped=True)
     batches = [batch_of(np.array([document(s, 20), document(s + 1, 20)])) for s in (18, 20)]
     recording, spy = tg.RecordingWeights(model, torch.float32), Spy(model, torch.float32)
@@ -405,6 +410,7 @@ def test_stored_tensors_partition_the_parameters():
         assert torch.equal(matrices[f"blocks.{i}.v"], model.kv_bank[layers + i])
         assert torch.equal(matrices[f"blocks.{i}.up"], model.mlp_up_bank[i])
         assert torch.equal(matrices[f"blocks.{i}.down"], model.mlp_down_bank[i])
+        assert torch.equal(matrices[f"blocks.{i}.down_in"], model.mlp_down_in_bank[i])
 
 
 @pytest.mark.parametrize("knobs", [{}, EVERYTHING], ids=["record", "everything"])

@@ -69,7 +69,7 @@ def test_a_parameter_without_a_route_is_a_bug():
 
 def knobs_of(name: str) -> tuple[str, str, str]:
     """(rule, rate, decay) of a parameter, from the table of the record."""
-    if name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"):
+    if name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "mlp_up_in_bank", "mlp_down_in_bank"):
         return "muon", "matrix_lr", "muon_wd"
     if name in ("tok_emb", "bigram.table"):
         return "adam", "tied_embed_lr", "embed_wd"

@@ -1,4 +1,5 @@
 """GPTQ against the textbook algorithm in float64; step sizes, edge cases, Hessians, coverage of the model."""
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -343,7 +344,8 @@ def unit_sums(model: tg.GPT, grams: dict[tuple[str, int], Tensor] | None = None)
 
 def stored_as(parameter: str) -> str:
     """From the table of the record."""
-    families = {"qo_bank": "attn", "kv_bank": "attn", "mlp_up_bank": "mlp", "mlp_down_bank": "mlp", "tok_emb": "embed"}
+    families = {"qo_bank": "attn", "kv_bank": "attn", "mlp_up_bank": "mlp", "mlp_down_bank": "mlp", "tok_emb": "embed",
+                "mlp_up_in_bank": "mlp", "mlp_down_in_bank": "mlp"}
     if parameter in families:
         return f"gptq:{families[parameter]}"
     return "int8" if parameter in ("gate.weight", "bigram.table", "bigram.proj") else "fp16"
@@ -456,6 +458,41 @@ def test_each_matrix_is_rounded_for_the_inputs_it_reads(run: tg.Run):
                              cfg.gptq_damp)
             assert (q.codes[:, order] != expected).float().mean() < 0.01
     assert used == set(hessians)
+
+
+TERNARY = dict(quant="sdclip", matrix_bits=2, attn_clip_sigmas=1.2, mlp_clip_sigmas=1.3)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(bits: int):
+    """Loss to the bit; the gradient at the rounded weights goes straight through; one graph without a break."""
+    cfg = tiny(**{**TERNARY, "matrix_bits": bits}, mlp_rank=6)
+    model, settled, plan = noisy(cfg), tg.settle(noisy(cfg), cfg), tg.layer_plan(cfg, True)
+    batch = tg.random_batch(2, cfg)
+    rounded = functools.partial(tg.RoundedWeights, tg.bank_grids(model, cfg))
+    results = []
+    for of, weights in ((settled, tg.Weights), (model, rounded)):
+        loss = torch.compile(lambda of=of, weights=weights: of.total_loss(batch, plan, torch.float32, weights),
+                             backend="eager", fullgraph=True, dynamic=False)()
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in of.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(grad, results[1][1][name]) for name, grad in results[0][1].items())
+    assert not torch.equal(results[0][0], model.total_loss(batch, plan, torch.float32).detach())
+    assert set(tg.bank_grids(model, cfg)) == {name for name, p in model.named_parameters() if name.endswith("bank")}
+
+
+def test_what_training_rounded_is_stored_as_it_is(run: tg.Run):
+    """Whatever the Hessians: each matrix of a bank has ternary codes at its own step, and comes back to the bit."""
+    cfg = tiny(**TERNARY)
+    model = tg.settle(noisy(cfg), cfg)
+    hessians = {key: problem(1, len(h), seed)[1] for seed, (key, h) in enumerate(unit_sums(model).gram.items())}
+    found = tg.Quantizer(model, unit_sums(model, hessians), cfg, run).quantize(1.0)
+    matrices = {name: values for name, values, _ in model.tensors() if name.startswith("blocks.")}
+    assert set(matrices) == set(model.lattice)
+    for name, values in matrices.items():
+        assert torch.equal(found[name].dequantize(1.0), values)
+        assert set(found[name].codes.unique().tolist()) == {-1, 0, 1}
 
 
 def rank_of(rank: int, world: int, run: tg.Run, seen: list[Tensor]) -> SimpleNamespace:

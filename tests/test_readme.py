@@ -19,7 +19,8 @@ def table() -> str:
             lines += ["", f"**{group}**", "", "| knob | default | demo | meaning |", "|---|---|---|---|"]
         demo = tg.PRESETS["demo"].get(knob.name.lower(), knob.default)
         shown = tg.show(demo) if demo != knob.default else ""
-        lines.append(f"| `{knob.name}` | {tg.show(knob.default)} | {shown} | {knob.doc.replace('|', chr(92) + '|')} |")
+        text = " ".join(knob.doc.replace("|", "\\|").split())  # a row is one line
+        lines.append(f"| `{knob.name}` | {tg.show(knob.default)} | {shown} | {text} |")
     return "\n".join(lines) + "\n\n"
 
 

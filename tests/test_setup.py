@@ -1,8 +1,11 @@
 """`run.sh` sets up its own environment and harms no other."""
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
@@ -19,3 +22,30 @@ def test_a_linked_environment_is_never_emptied(tmp_path: Path):
     done = subprocess.run([clone / "run.sh", "setup"], capture_output=True, text=True)
     assert done.returncode == 2 and f".venv is a link to {other}" in done.stderr
     assert (other / "bin" / "python").exists() and (clone / ".venv").is_symlink()
+
+
+# What each verb answers without torch: the script, arguments, the exit status.
+LIGHT = {
+    "audit": ("records/audit.py --static bench/scaling.py", 0), "check": ("records/submission.py check nowhere", 2),
+    "compare": ("records/compare.py 1.1,1.2 1.0,1.0", 0), "doctor": ("records/doctor.py nonsense", 2),
+    "mirror": ("records/mirror.py nowhere wandb", 2), "replay": ("records/replay.py nowhere", 2),
+    "report": ("records/report.py nowhere", 2), "show": ("records/summary.py nowhere", 2),
+    "submit": ("records/submission.py submit X nowhere", 2), "sweep": ("records/sweep.py nonsense", 2),
+    "tune": ("records/tune.py nonsense", 2)}
+NEEDS_TORCH = {"demo", "train", "data", "bench", "knobs", "test"}
+"""They run train_gpt.py, or read its formats and knobs."""
+
+
+def test_every_verb_says_whether_it_needs_torch():
+    verbs = set(re.findall(r"^  (\w+)\)", (ROOT / "run.sh").read_text(), re.M)) - {"setup", "help"}
+    assert verbs == LIGHT.keys() | NEEDS_TORCH and not LIGHT.keys() & NEEDS_TORCH
+
+
+@pytest.mark.parametrize("verb", LIGHT)
+def test_a_verb_starts_without_torch(verb: str, tmp_path: Path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command, status = LIGHT[verb]
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == status and done.stdout + done.stderr, done.stdout + done.stderr
+    assert "torch was imported" not in done.stderr and "Traceback" not in done.stderr

@@ -42,11 +42,11 @@ def test_a_batch_in_its_own_rows_is_itself():
 
 def test_stages_follow_the_used_fraction_of_the_budget():
     cfg = tiny(train_seq_schedule="8@0.25,16@0.75,32@1", enable_looping_at=0.5)
-    seen = [tuple(tg.stage(cfg, i / 100)) for i in range(100)]
+    seen = [tuple(tg.stage(cfg, i / 100))[:2] for i in range(100)]
     assert seen == [(False, 8)] * 25 + [(False, 16)] * 25 + [(True, 16)] * 25 + [(True, 32)] * 25
-    assert tuple(tg.stage(cfg, 1.5)) == (True, 32)
+    assert tuple(tg.stage(cfg, 1.5)) == (True, 32, False)
     for knobs in (dict(train_seq_schedule="8@0.25,16@0.75,32@1"), dict(enable_looping_at=0), dict(num_loops=0),
-                  dict(enable_looping_at=1)):
+                  dict(enable_looping_at=1), dict(quant="sdclip", qat_start=0.7)):
         cfg = tiny(**knobs)
         assert tg.stages(cfg) == list(dict.fromkeys(tg.stage(cfg, i / 1000) for i in range(1000)))
 

@@ -17,7 +17,7 @@ def knobs(name: str) -> dict[str, str]:
 
 
 def test_all_systems_are_here():
-    assert {"pr1260", "pr1485", "pr1485_illegal", "pr1514", "pr1855", "pr2135"} <= set(SYSTEMS)
+    assert {"pr4", "pr640", "pr1260", "pr1485", "pr1485_illegal", "pr1514", "pr1855", "pr2135"} <= set(SYSTEMS)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -35,6 +35,17 @@ def test_a_system_is_a_config_under_the_cap(name: str):
 def test_the_twins_differ_in_how_they_adapt_alone():
     illegal, legal = knobs("pr1485_illegal"), knobs("pr1485")
     assert {k for k in illegal | legal if illegal.get(k) != legal.get(k)} <= {k for k in illegal | legal if "TTT" in k}
+
+
+def test_what_grew_on_the_fourth_is_switched_on_there():
+    """Late rounding in the last twentieth; ternary codes from the first step on; low rank in few bytes."""
+    late, ternary = (tg.Config.from_env(knobs(name))[0] for name in ("pr4", "pr640"))
+    assert late.bigram_buckets and late.smear_gate_enabled and 0 < late.rope_dims < late.head_dim
+    assert [at.rounded for at in tg.stages(late)] == [False, True] and not tg.stage(late, 0.95).rounded
+    assert [at.rounded for at in tg.stages(ternary)] == [True]
+    assert ternary.grid("mlp")[0] == ternary.grid("attn")[0] == 2
+    assert sum(tg.predicted_bytes(tg.Config.from_env({**knobs("pr4"), "MLP_RANK": "192"})[0], 0).values()) < \
+        0.8 * sum(tg.predicted_bytes(late, 0).values())
 
 
 def test_the_record_has_its_parameters():

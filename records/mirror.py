@@ -1,0 +1,148 @@
+"""Copies the events of a run's log to Weights & Biases or TensorBoard, while the log grows or afterwards.
+
+    WANDB=1 TENSORBOARD=1 ./run.sh train ...            train_gpt.py starts this beside the run
+    python records/mirror.py RUN wandb tensorboard      ./run.sh mirror RUN ...: of a run that has ended
+
+RUN is the id of a run in logs/ or the path of its .jsonl. The log is all that this reads, and it is a process of its
+own: a service that stalls or fails, and whatever its client does to signals and streams, cannot reach the run. A mirror
+that fails says so once; the same events can be sent later. Every number of an event becomes `event/number`, or
+`event/name/number` where the event has a name, by training step and by tokens seen. Services are configured by their
+own variables: WANDB_MODE=offline, WANDB_PROJECT (parameter-golf), WANDB_ENTITY, ... `tensorboard --logdir
+logs/tensorboard` shows the other. Neither package is required by anything else.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import select
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence import AuditError, find_log
+
+POLL_SECONDS = 1.0
+"""How often a growing log is looked at."""
+
+
+class Wandb:
+    """A run of Weights & Biases with the run's id, so that a resumed run goes on there too."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], began: float) -> None:
+        import wandb
+        os.environ.setdefault("WANDB_PROJECT", "parameter-golf")
+        self.run = wandb.init(id=re.sub(r"[^\w-]", "-", path.stem), name=path.stem, config=dict(config), resume="allow",
+                              dir=str(path.parent), settings=wandb.Settings(silent=True, console="off"))
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, seconds: float, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Scalars in `tensorboard/<run id>` beside the log; written by tensorboard's own writer, which needs no torch."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], began: float) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        self.began, self.event, self.summary = began, Event, Summary
+        self.writer = EventFileWriter(str(path.parent / "tensorboard" / path.stem))
+
+    def write(self, seconds: float, step: int, values: Mapping[str, float]) -> None:
+        summary = self.summary(value=[self.summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self.writer.add_event(self.event(wall_time=self.began + seconds, step=step, summary=summary))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+SERVICES = {"wandb": Wandb, "tensorboard": TensorBoard}
+"""Name of the package -> what writes to it."""
+
+
+def lines(path: Path, follow: bool) -> Iterator[bytes]:
+    """Lines of a log; of a growing one those since the run's last start, until standard input ends and all is read."""
+    with open(path, "rb") as file:
+        rest = file.read()
+        if follow:
+            rest = rest[rest.rfind(b"\n", 0, max(0, rest.rfind(b'"event": "start"'))) + 1:]
+        while True:
+            *whole, rest = rest.split(b"\n")
+            yield from whole
+            ended = not follow or bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
+            more = file.read()
+            rest += more
+            if ended and not more:
+                return
+
+
+def numbers(event: Mapping[str, Any]) -> dict[str, float]:
+    """What an event says in finite numbers, by name."""
+    head = "/".join(str(event[k]) for k in ("event", "name") if k in event)
+    return {f"{head}/{name}": float(value) for name, value in event.items()
+            if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("seconds", "step")}
+
+
+def mirror(path: Path, names: Sequence[str], follow: bool) -> int:
+    """Copy the log to these services; returns how many of them failed."""
+    services: dict[str, Any] = dict.fromkeys(names)
+    config: dict[str, Any] = {}
+    step, failed = 0, 0
+    for line in lines(path, follow):
+        try:
+            event = json.loads(line)
+        except ValueError:  # a crash cut it short, and the run went on below
+            continue
+        kind, values, step = event["event"], numbers(event), event.get("step", event.get("steps", step))
+        if kind in ("start", "versions", "config"):  # what the run is; nothing to draw
+            config.update({k: v for k, v in event.items() if k not in ("event", "seconds")})
+            continue
+        values["tokens"] = float(step * config.get("train_batch_tokens", 0))
+        for name in list(services):
+            try:
+                if services[name] is None:
+                    began = path.stat().st_mtime - event["seconds"]
+                    services[name] = SERVICES[name](path, config, began)
+                services[name].write(event["seconds"], step, values)
+            except Exception as error:
+                failed += complain(name, error, path)
+                del services[name]
+    for name, service in services.items():
+        try:
+            if service is not None:
+                service.close()
+        except Exception as error:
+            failed += complain(name, error, path)
+    return failed
+
+
+def complain(name: str, error: Exception, path: Path) -> int:
+    """One line for a mirror that stopped; the run knows nothing of it."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    print(f"mirror.py: {name} stopped: {text}; the run is not affected, and './run.sh mirror {path} {name}' sends its "
+          f"log later", file=sys.stderr, flush=True)
+    return 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 0 all went well, 1 a service failed, 2 a mistake in the arguments."""
+    try:
+        if len(arguments) < 2 or not set(arguments[1:]) <= {*SERVICES, "--follow"}:
+            raise AuditError("expected a run and where to copy it: " + " ".join(SERVICES))
+        path = find_log(arguments[0])
+        names = [name for name in SERVICES if name in arguments]
+        return 1 if mirror(path, names, "--follow" in arguments) else 0
+    except AuditError as error:
+        print(f"mirror.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
