@@ -165,7 +165,7 @@ def read_manifest(data: bytes, folder: Path) -> object:
 def read_documents(data: bytes, folder: Path) -> object:
     """The list of validation documents."""
     cfg = dataset(folder)
-    (folder / "val_documents.npy").write_bytes(data)
+    (folder / "val_keys.npy").write_bytes(data)
     return tg.check_data(tg.TokenStream(folder, "fineweb_train"), cfg, QUIET)
 
 
