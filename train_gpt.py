@@ -4791,7 +4791,6 @@ def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pac
             for cost in adapt_and_score(model, base, job, scorer, pace):
                 bar.update(cost)
                 scorer.kept.pause()
-            scorer.ledger.settle()
         scorer.kept.finish()
     model.requires_grad_(True)
 
@@ -4852,9 +4851,11 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: P
         if isinstance(past, KeyValueCache):
             past.advance(size, new)
         pace.did(cost, time.perf_counter() - started)
+        if end == total:
+            real = column[1:] < left_R1
+            scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
+            scorer.ledger.settle()
         yield cost
-    real = column[1:] < left_R1
-    scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
 
 
 def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
@@ -5026,8 +5027,9 @@ class ScoreCheckpoints(Checkpoints):
                                                      if name not in NO_RESULT | NO_SCORE}}
 
     def keep(self) -> None:
-        """Write the head, before the adapted score."""
-        self.write({}, {**self.state, "seconds": self.run.seconds()})
+        """Write the head, unless the adapted score has begun: then a file has all or nothing."""
+        if not self.state["progress"]:
+            self.write({}, {**self.state, "seconds": self.run.seconds()})
 
     def load(self) -> None:
         """Take over seconds, figures and scores for comparison of the run before; `restore` and `start` do the rest."""
@@ -5049,9 +5051,11 @@ class ScoreCheckpoints(Checkpoints):
     def restore(self, scorer: Scorer) -> None:
         """The ledger as far as it got."""
         self.scorer, ledger, progress = scorer, scorer.ledger, self.state["progress"]
+        head = hashlib.sha256(scorer.val.ids[:4096].tobytes()).hexdigest()[:12]
+        self.corpus = f"{len(ledger.nats)} targets that begin {head}"
         if progress:
-            require(progress["targets"] == len(ledger.nats), f"{self.paths[0]}: made on {progress['targets']} targets, "
-                    f"the validation shards have {len(ledger.nats)}")
+            require(progress.get("corpus") == self.corpus, f"{self.paths[0]}: made on {progress.get('corpus')}, the "
+                    f"validation shards have {self.corpus}")
             ledger.restore(self.found.get("nats"), self.found.get("events"), self.run)
             ledger.phase, ledger.sequence, ledger.learned_in = (progress[name] for name in (
                 "phase", "sequence", "learned_in"))
@@ -5095,7 +5099,7 @@ class ScoreCheckpoints(Checkpoints):
         refused = sum(self.run.gather(self.pace.refused if self.pace is not None else 0))
         self.state["progress"] = {
             "phase": ledger.phase, "learned": learned, "sequence": ledger.sequence, "learned_in": ledger.learned_in,
-            "targets": len(ledger.nats), "events": len(events), "refused": refused,
+            "targets": len(ledger.nats), "corpus": self.corpus, "events": len(events), "refused": refused,
             "learning": sorted({name.split(".")[0] for name in learning})}
         self.write({"nats": ledger.nats, "events": events, **learning}, {**self.state, "seconds": self.run.seconds()},
                    targets=int(ledger.times.sum()))
