@@ -50,6 +50,7 @@ import json
 import math
 import platform
 import re
+import resource
 import signal
 import struct
 import sys
@@ -89,6 +90,10 @@ class UserError(Exception):
 class DivergedError(UserError):
     """The loss is not finite any more."""
     exit_code = 3
+
+
+class MemoryGoneError(UserError):
+    """Memory did not last on this rank; the others know nothing of it."""
 
 
 class StoppedError(UserError):
@@ -1072,10 +1077,17 @@ class Run:
         """Training ends after its step, with a checkpoint; anything else ends at once, as does what is asked twice."""
         asked, self.stop = self.stop, signal.Signals(number).name
         if asked or not self.graceful:
-            raise StoppedError(self.stop, f"in phase {self.place}")
+            raise StoppedError(self.stop, f"in phase {self.place}{self.goes_on()}")
+
+    def goes_on(self) -> str:
+        """How to go on with what is on disk, as the end of a sentence; empty: nothing is."""
+        scores = self.score_path if self.cfg.eval_only or self.artifact_path.exists() else self.checkpoint_path
+        path = next((path for path in (scores, self.checkpoint_path) if path.exists()), None)
+        return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" if path else ""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.watch is not None and error is not None and not isinstance(error, UserError):
+        if self.watch is not None and error is not None and (
+                not isinstance(error, UserError) or isinstance(error, MemoryGoneError)):
             self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
@@ -4487,7 +4499,7 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
             write_whole(path, lambda temporary: temporary.write_bytes(blob))
             found = path.read_bytes()
         except OSError as error:
-            problem = f"{path}: cannot write the artifact: {error}"
+            problem = f"{path}: cannot write the artifact: {error}; make room or set ARTIFACT_DIR{run.goes_on()}"
     run.agree(problem)
     return run.share(found)
 
@@ -5272,6 +5284,110 @@ def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> fl
     return len(plan) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
 
 
+MEMORY_KNOBS = {"train": "micro_batch_tokens", "fit": "micro_batch_tokens", "ladder": "val_batch_tokens",
+                "score": "val_batch_tokens", "adapt": "ttt_batch_size", "shared_sgd": "micro_batch_tokens"}
+"""What to lower where memory does not last."""
+
+
+def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
+    """Peak bytes of one process on its device by stretch of the run, with `targets` validation targets.
+
+    Exact are weights, optimizer and adapters; activations are elements kept of a token and visit, as counted on a CPU
+    (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept), measured against in bench/LOG.md.
+    """
+    with torch.device("meta"):
+        named = dict(GPT(cfg).named_parameters())
+    weights = 4 * sum(p.numel() for p in named.values())
+    banks = 4 * sum(p.numel() for name, p in named.items() if route(name).rule == "muon")
+    matrices = [p.shape for p in named.values() if p.dim() == 3]
+    sums = 4 * sum(count * (rows ** 2 + columns ** 2) for count, rows, columns in matrices)
+    dim, kv_dim, vocab, width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.vocab_size, run.dtype.itemsize
+    visits = len(layer_plan(cfg, looped=True))
+    kept = visits * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width / (2 if run.compiles else 1)
+    scores = 0 if run.is_cuda else visits * cfg.num_heads * width  # a CPU keeps attention's probabilities, T a token
+    tokens = min(cfg.micro_batch_tokens, -(-cfg.train_batch_tokens // run.world))
+    quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
+    step = tokens * (kept + scores * cfg.train_seq_len + (2 * width * vocab if run.is_cuda else 0))
+    eval_tokens = cfg.eval_rows * cfg.eval_seq_len
+    base = (600 << 20 if run.is_cuda else 300 << 20) + (0 if run.is_cuda else 25 * targets) + \
+        60 * targets * cfg.ngram_tilt_enabled
+    logits = 12 * min(1 << 26, eval_tokens * vocab)
+    windows = 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits
+    found = {"train": 4 * weights + banks // run.world + 2 * (weights - banks) + step,
+             "fit": 3 * weights + 3 * sums + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
+             "score" if cfg.ttt != "lora" else "ladder": windows}
+    if cfg.ttt == "lora":
+        chunk = max(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+        run_tokens = chunk if cfg.ttt_context == "cache" else cfg.eval_seq_len
+        sites = [p for p in cfg.ttt_lora_on.split(",") if p]
+        outs = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=vocab)
+        lora = 16 * cfg.ttt_lora_rank * sum((dim + outs[p]) * (1 if p == "head" else visits) for p in sites)
+        cache = visits * 2 * kv_dim * width * cfg.eval_seq_len * (cfg.ttt_context == "cache")
+        row = lora + cache + run_tokens * (kept + scores * cfg.eval_seq_len) + chunk * vocab * 12
+        found["adapt"] = 3 * weights + cfg.ttt_batch_size * row
+    if cfg.ttt == "sgd" or cfg.ttt == "lora" and cfg.phased_ttt_num_phases:
+        found["shared_sgd"] = 6 * weights + step
+    return {name: int(base + size) for name, size in found.items()}
+
+
+def checkpoint_bytes(cfg: Config, targets: int) -> int:
+    """Size of the larger kind of checkpoint: weights, average, momentum of all; or ledger, weights and momentum."""
+    with torch.device("meta"):
+        named = dict(GPT(cfg).named_parameters())
+    sizes = {name: 4 * p.numel() for name, p in named.items()}
+    training = sum(size * (3 if route(name).rule == "muon" else 4) for name, size in sizes.items())
+    events = 96 // min(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+    return max(training, 2 * sum(sizes.values()) + targets * (4 + events)) + (1 << 16)
+
+
+def memory_left(run: Run) -> int:
+    """Bytes that this process may still use of its device: of a GPU, or its share of this machine or its limits."""
+    if run.is_cuda:
+        return torch.cuda.mem_get_info()[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(free // run.local_world, limit if limit != resource.RLIM_INFINITY else sys.maxsize)
+
+
+def lower(cfg: Config, run: Run, name: str, targets: int = 0) -> str:
+    """What to set so that memory lasts in the stretch `name`: half of it now, or less where the prediction says so."""
+    knob, left, now = MEMORY_KNOBS[name], memory_left(run), cfg
+    least = {"micro_batch_tokens": cfg.train_seq_len, "val_batch_tokens": 8 * cfg.eval_seq_len}.get(knob, 1)
+    while (value := max(least, getattr(now, knob) // 2 // least * least)) < getattr(now, knob):
+        now = dataclasses.replace(now, **{knob: value})
+        if predicted_memory(now, run, targets)[name] <= 0.9 * left:
+            break
+    return f"lower {knob.upper()}={getattr(cfg, knob)}, such as {knob.upper()}={getattr(now, knob)}" \
+        if now is not cfg else f"{knob.upper()}={getattr(cfg, knob)} is the least: lower MODEL_DIM={cfg.model_dim} " \
+        f"or NUM_LAYERS={cfg.num_layers}"
+
+
+def resources(cfg: Config, run: Run, targets: int) -> str:
+    """Log what memory and disk the run will need, and have; warn of memory, return what the disk surely lacks."""
+    predicted, left, kept = predicted_memory(cfg, run, targets), memory_left(run), checkpoint_bytes(cfg, targets)
+    files = {"artifact": 0 if cfg.eval_only else 2 * cfg.artifact_bytes_cap, "log": 1 << 20,
+             "checkpoints": 3 * kept * bool(cfg.checkpoint_every)}  # one is written beside the two that are kept
+    folder = next(path for path in run.artifact_path.absolute().parents if path.exists())
+    free = os.statvfs(folder)
+    free, need = free.f_bavail * free.f_frsize, sum(files.values())
+    run.log("resources", memory_left_mib=left >> 20, **{f"{name}_mib": size >> 20 for name, size in predicted.items()},
+            disk_left_mib=free >> 20, disk_mib=need >> 20, checkpoint_mib=kept >> 20)
+    name = max(predicted, key=predicted.get)
+    if predicted[name] > left:
+        run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
+                                f"{lower(cfg, run, name, targets)}")
+    if free < need + 3 * kept and not cfg.checkpoint_every:
+        run.log("warning", text=f"{folder}: {free:,} bytes free: a stopped run may not find {kept:,} for its checkpoint")
+    return "" if free >= need else (
+        f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
+        f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if cfg.checkpoint_every else ""))
+
+
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     """Find before training what would stop a later stage: packages, tokenizer, validation shards, folder, disk."""
     problem = ""
@@ -5285,16 +5401,13 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
-    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
+    val = TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
     if cfg.caseops_enabled:
         TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
     require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
             f"{code_bytes} bytes")
     if run.is_main:
-        free = os.statvfs(run.artifact_path.parent)
-        if free.f_bavail * free.f_frsize < 2 * cfg.artifact_bytes_cap:
-            problem = (f"{run.artifact_path.parent}: {free.f_bavail * free.f_frsize:,} bytes free, an artifact may "
-                       f"need {2 * cfg.artifact_bytes_cap:,}; make room or set ARTIFACT_DIR")
+        problem = resources(cfg, run, len(val) - 1)
     run.agree(problem)
 
 
@@ -5571,29 +5684,43 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         with Run(cfg, env, log=not checking) as run:
             if checking:
                 return check(cfg, run, warnings, len(shipped_source(Path(__file__))))
-            with run.phase("setup"):
+            with memory_watched(cfg, run), run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))
                 model = build_model(cfg, run)
                 describe(cfg, model, run, warnings, code_bytes)
                 preflight(cfg, run, code_bytes)
-            if not blob and run.resumes == "score":
-                blob = run.share(run.artifact_path.read_bytes() if run.is_main else b"")
-            if blob:
-                judge(blob, None, cfg, run, code_bytes, {})
-            else:
-                blob, figures = produce(cfg, run, model, code_bytes)
-                judge(blob, model, cfg, run, code_bytes, figures)
+            with memory_watched(cfg, run):
+                if not blob and run.resumes == "score":
+                    blob = run.share(run.artifact_path.read_bytes() if run.is_main else b"")
+                if blob:
+                    judge(blob, None, cfg, run, code_bytes, {})
+                else:
+                    blob, figures = produce(cfg, run, model, code_bytes)
+                    judge(blob, model, cfg, run, code_bytes, figures)
             return 0
     except UserError as error:
         if is_main or run is not None:
             print(f"train_gpt.py: {'' if is_main else 'rank ' + env['RANK'] + ': '}{error}", file=sys.stderr)
         return error.exit_code
-    except torch.OutOfMemoryError as error:
-        print(f"train_gpt.py: out of GPU memory; lower MICRO_BATCH_TOKENS (training, now "
-              f"{cfg.micro_batch_tokens}), VAL_BATCH_TOKENS (windows, now {cfg.val_batch_tokens}) or TTT_BATCH_SIZE "
-              f"(adapters, now {cfg.ttt_batch_size}): "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+
+
+@contextlib.contextmanager
+def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
+    """What says inside that there is no memory becomes `MemoryGoneError`: phase, and the knob to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no name
+        text = (str(error) or "-").splitlines()[0]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
+            raise
+        phase = run.place.split()[0]
+        names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd", "prime_sgd": "shared_sgd",
+                 "score": "adapt" if cfg.ttt == "lora" else "score"}
+        name = names.get(phase, "train" if phase == "train" else "ladder" if phase.startswith("score_") else "fit")
+        name = name if name in predicted_memory(cfg, run, 0) else "score"
+        remedy = "set NGRAM_TILT_ENABLED=0" if phase == "ngram" else lower(cfg, run, name)
+        raise MemoryGoneError(f"out of {'GPU ' * run.is_cuda}memory in phase {run.place}: {remedy} ({text})"
+                              f"{run.goes_on()}") from error
 
 
 def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> int:
@@ -5609,6 +5736,10 @@ def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> in
         run.log("data", path=str(cfg.dataset_dir), **tokens)
     except UserError as error:
         run.log("warning", text=f"data is not ready: {error}")
+        tokens = {"val": 1}
+    problem = resources(cfg, run, tokens["val"] - 1)
+    if problem:
+        run.log("warning", text=problem)
     return 0
 
 
