@@ -997,8 +997,7 @@ class Run:
         self.resumes = ""
         """What this run goes on with: train, score, or nothing."""
         self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
-        self.unwritten = 0
-        """Lines that are on no disk: there was no room."""
+        self.disk_full = False
         if log:
             self._open_log()
 
@@ -1091,11 +1090,13 @@ class Run:
             self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
-        if self.unwritten:
-            self.warn(f"{self.log_path}: {self.unwritten} lines were not written when they were said")
         for file in self._files:
-            with contextlib.suppress(OSError):
+            try:
                 file.close()
+            except OSError as failed:
+                self.warn(f"{file.name}: its last lines are on no disk: {failed}")
+        for lock in self._files[2:]:
+            Path(lock.name).unlink(missing_ok=True)
         if self.world > 1 and dist.is_initialized():
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
@@ -1235,15 +1236,15 @@ class Run:
             self._append(0, line)
 
     def _append(self, number: int, line: str) -> None:
-        """One line to a log file. A full disk ends no run: the line waits in the file's buffer for the next one."""
+        """One line to a log file. A full disk ends no run: the line stays in the file's buffer until there is room."""
         for file in self._files[number:number + 1]:
             try:
                 file.write(line + "\n")
                 file.flush()
             except OSError as error:
-                self.unwritten += 1
-                if self.unwritten == 1:
+                if not self.disk_full:
                     self.warn(f"{self.log_path}: cannot write the log: {error}; the run goes on, make room")
+                self.disk_full = True
 
     def warn(self, text: str) -> None:
         """One line on standard error, where the log cannot be trusted with it."""
@@ -2017,18 +2018,17 @@ class Ledger:
         return own
 
     def restore(self, nats: Tensor, events: np.ndarray, run: Run) -> None:
-        """Go on after these losses [targets] and settled events [n, 6] of all ranks, given to rank 0."""
-        times, scores = np.zeros(len(self.nats) + 1, dtype=np.int64), events[events[:, 2] == self.SCORE]
-        require(bool(((0 <= scores[:, 4]) & (scores[:, 4] <= scores[:, 5]) & (scores[:, 5] < len(times))).all()),
-                "the checkpoint tells of targets that are not there")
-        np.add.at(times, scores[:, 4], 1)
-        np.add.at(times, scores[:, 5], -1)
-        done = torch.from_numpy(times.cumsum()[:-1]).to(torch.uint8)
+        """Go on after these losses [targets] and settled events [n, 6] of all ranks, which rank 0 has."""
+        edges = np.zeros(len(self.nats) + 1, dtype=np.int64)
         if run.is_main:
+            scores = events[events[:, 2] == self.SCORE]
+            np.add.at(edges, scores[:, 4], 1)
+            np.add.at(edges, scores[:, 5], -1)
             self.nats.copy_(nats)
-            self.times.copy_(done)
             self.events, self.settled = [events], 1
-        self.done = run.broadcast(done).numpy() > 0
+        done = run.broadcast(torch.from_numpy(edges[:-1].cumsum()).to(torch.uint8))
+        self.times = done.clone() if run.is_main else self.times
+        self.done = done.numpy() > 0
 
     def close(self, target_bytes: np.ndarray, run: Run) -> tuple[Score, str]:
         """(totals over all ranks, digest of the events); raises unless scores and updates are legal (`violations`).
@@ -5068,7 +5068,8 @@ class ScoreCheckpoints(Checkpoints):
         if progress:
             require(progress.get("corpus") == self.corpus, f"{self.paths[0]}: made on {progress.get('corpus')}, the "
                     f"validation shards have {self.corpus}")
-            ledger.restore(self.found.get("nats"), self.found.get("events"), self.run)
+            nats, events = (self.found.get(name, torch.zeros(0)) for name in ("nats", "events"))
+            ledger.restore(nats, events.numpy(), self.run)
             ledger.phase, ledger.sequence, ledger.learned_in = (progress[name] for name in (
                 "phase", "sequence", "learned_in"))
 
@@ -5382,7 +5383,7 @@ def resources(cfg: Config, run: Run, targets: int) -> str:
         run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
                                 f"{lower(cfg, run, name, targets)}")
     if free < need + 3 * kept and not cfg.checkpoint_every:
-        run.log("warning", text=f"{folder}: {free:,} bytes free: a stopped run may not find {kept:,} for its checkpoint")
+        run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
     return "" if free >= need else (
         f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
         f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if cfg.checkpoint_every else ""))

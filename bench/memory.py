@@ -13,8 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.common import Row, show
-from bench.faults import made_up_dataset
+from bench.common import Row, show, text_dataset
 
 SIZES: dict[str, dict[str, str]] = {
     "d256 L3, 2,048 tokens": {},
@@ -32,7 +31,8 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         env = {"PRESET": "demo", "DEVICE": "cpu", "DTYPE": "float32", "THREADS": "1", "MAX_WALLCLOCK_SECONDS": "0",
                "ITERATIONS": "2", "EVAL_LADDER": "ema", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
-               "RUN_ID": "r", "TRELLIS_STATES": "1", **made_up_dataset(Path(folder), 1024), **knobs}
+               "RUN_ID": "r", "TRELLIS_STATES": "1", "VOCAB_SIZE": "512", **knobs,
+               **{name.upper(): value for name, value in text_dataset(Path(folder)).items()}}
         child = ("import resource, subprocess, sys; done = subprocess.run([sys.executable, 'train_gpt.py'], "
                  "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); "
                  "sys.exit(done.returncode)")
