@@ -38,7 +38,9 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import errno
 import faulthandler
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -50,6 +52,7 @@ import json
 import math
 import platform
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -90,6 +93,10 @@ class UserError(Exception):
 class DivergedError(UserError):
     """The loss is not finite any more."""
     exit_code = 3
+
+
+class MemoryGoneError(UserError):
+    """Memory did not last on this rank; the others know nothing of it."""
 
 
 class StoppedError(UserError):
@@ -517,6 +524,14 @@ CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bflo
            "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
            "ttt_context": ("recompute", "cache"), "quant": ("sdclip", "waterfill"),
            "codec": ("auto", "range", "brotli")}
+
+NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
+                      "dist_timeout_seconds wandb tensorboard".split())
+"""Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
+NO_SCORE = frozenset("device threads compile attention kernels deterministic micro_batch_tokens val_batch_tokens "
+                     "ttt_batch_size eval_ladder eval_seconds_budget train_log_every val_loss_every warmup_steps "
+                     "max_skipped_steps".split())
+"""Knobs that change an artifact's score by rounding alone or by what there is time for: it may go on with others."""
 
 # The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
 # and a hashed bigram table teaches it most of what three minutes can; figures in bench/LOG.md (2026-11-22).
@@ -975,7 +990,7 @@ class Run:
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.local_rank, self.local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         self.phases: list[Phase] = []
-        self._inner: list[float] = []  # of each open phase: seconds of the phases inside it
+        self._open: list[list[Any]] = []  # of each open phase: budget, start, seconds of closed phases inside it
         self.place = "start"
         """Phase, and step where it has some: what is told of a rank that is lost."""
         self.stop, self.graceful = "", False
@@ -1001,16 +1016,21 @@ class Run:
                                     device_id=self.device if self.is_cuda else None)
             self.watch = Watch(self, env)
         self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
-        self.run_id = self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
-        self.log_path = Path(cfg.log_dir) / f"{self.run_id}.txt"
-        self.artifact_path = Path(cfg.artifact_dir or cfg.log_dir) / f"{self.run_id}.bin"
-        self.checkpoint_paths = [self.artifact_path.with_suffix(end) for end in (".ckpt", ".previous.ckpt")]
-        self.resumes = False
-        self._text: io.TextIOBase | None = None
-        self._json: io.TextIOBase | None = None
+        self._name(self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}"))
+        self.resumes = ""
+        """What this run goes on with: train, score, or nothing."""
+        self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
+        self.disk_full = False
         self._mirror: subprocess.Popen | None = None
         if log:
             self._open_log()
+
+    def _name(self, run_id: str) -> None:
+        cfg, self.run_id = self.cfg, run_id
+        self.log_path = Path(cfg.log_dir) / f"{run_id}.txt"
+        self.artifact_path = Path(cfg.artifact_dir or cfg.log_dir) / f"{run_id}.bin"
+        self.checkpoint_path = self.artifact_path.with_suffix(".ckpt")
+        self.score_path = self.artifact_path.with_suffix(".score.ckpt")
 
     def _pick_device(self, cfg: Config) -> torch.device:
         if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
@@ -1022,26 +1042,54 @@ class Run:
         return torch.device("cuda", self.local_rank)
 
     def _open_log(self) -> None:
-        """Rank 0 creates both log files; an existing log is never written over, and continued by RESUME alone."""
-        problem, again = "", self.cfg.resume != "0"
+        """Rank 0 creates both log files; an existing log is never written over, and continued by RESUME alone.
+
+        A name that nobody asked for and that another run has taken in this second gets a number.
+        """
+        problem, stem, tries = "", self.run_id, 1
         if self.is_main:
-            files = [self.log_path, self.log_path.with_suffix(".jsonl"), self.artifact_path]
-            there = [str(p) for p in ([self.artifact_path] if again else files + self.checkpoint_paths) if p.exists()]
-            self.resumes = again and any(path.exists() for path in self.checkpoint_paths)
-            if there:
-                problem = f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID" + \
-                    (", or RESUME=1 to go on with that one" if there[0].endswith("ckpt") else "")
-            elif self.cfg.resume == "1" and not self.resumes:
-                problem = f"RESUME=1: no checkpoint {self.checkpoint_paths[0]}; RESUME=auto starts anew without one"
-            else:
-                try:
-                    for path in files:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                    self._text, self._json = (open(path, "a" if again else "x", encoding="utf-8") for path in files[:2])
-                except OSError as error:
-                    problem = f"LOG_DIR={self.cfg.log_dir} ARTIFACT_DIR={self.cfg.artifact_dir}: cannot write: {error}"
-        problem, self.resumes = self.share((problem, self.resumes))
+            while (problem := self._problem()) and not self.cfg.run_id and self.log_path.exists() and tries < 100:
+                tries += 1
+                self._name(f"{stem}-{tries}")
+        problem, self.resumes, run_id = self.share((problem, self.resumes, self.run_id))
+        self._name(run_id)
         require(not problem, problem)
+
+    def _problem(self) -> str:
+        """Why this run cannot have its files, or nothing: then they are open, and locked while this process lives."""
+        cfg, again = self.cfg, self.cfg.resume != "0"
+        files = [self.log_path, self.log_path.with_suffix(".jsonl"), self.artifact_path]
+        kept = {"score": self.score_path, "train": self.checkpoint_path}
+        if cfg.eval_only:
+            del kept["train"]
+        found = [name for name, path in kept.items() for end in ("", ".previous")
+                 if path.with_suffix(end + path.suffix).exists()]
+        # A file from which scoring goes on is older than its artifact, which may never have been written.
+        found = [name for name in found if name == "train" or cfg.eval_only or self.artifact_path.exists()]
+        taken = [] if again and "score" in found else [self.artifact_path] if again else [*files, *kept.values()]
+        there = [str(path) for path in taken if path.exists()]
+        if there:
+            return f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID" + \
+                (", or RESUME=1 to go on with that one" if found else "")
+        if cfg.resume == "1" and not found:
+            return f"RESUME=1: no checkpoint {' or '.join(map(str, kept.values()))}; RESUME=auto starts anew without"
+        try:
+            for path in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._files = [open(path, "a" if again else "x", encoding="utf-8") for path in files[:2]]
+            if files[0].parent.resolve() != files[2].parent.resolve():
+                self._files.append(open(self.artifact_path.with_suffix(".lock"), "a"))
+            for file in self._files[::2]:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+        except BlockingIOError:
+            return f"RUN_ID={self.run_id}: a process is at work on this run; wait for it, or choose another RUN_ID"
+        except OSError as error:
+            if isinstance(error, FileExistsError) and Path(error.filename) in files:
+                return f"RUN_ID={self.run_id}: {error.filename} exists already; choose another RUN_ID"
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                return f"LOG_DIR={cfg.log_dir} ARTIFACT_DIR={cfg.artifact_dir}: cannot write: {error}"
+        self.resumes = found[0] if again and found else ""
+        return ""
 
     def __enter__(self) -> Run:
         wanted = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
@@ -1052,16 +1100,27 @@ class Run:
         """Training ends after its step, with a checkpoint; anything else ends at once, as does what is asked twice."""
         asked, self.stop = self.stop, signal.Signals(number).name
         if asked or not self.graceful:
-            raise StoppedError(self.stop, f"in phase {self.place}")
+            raise StoppedError(self.stop, f"in phase {self.place}{self.goes_on()}")
+
+    def goes_on(self) -> str:
+        """How to go on with what is on disk, as the end of a sentence; empty: nothing is."""
+        scores = self.score_path if self.cfg.eval_only or self.artifact_path.exists() else self.checkpoint_path
+        path = next((path for path in (scores, self.checkpoint_path) if path.exists()), None)
+        return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" if path else ""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.watch is not None and error is not None and not isinstance(error, UserError):
+        if self.watch is not None and error is not None and (
+                not isinstance(error, UserError) or isinstance(error, MemoryGoneError)):
             self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
-        for file in (self._text, self._json):
-            if file is not None:
+        for file in self._files:
+            try:
                 file.close()
+            except OSError as failed:
+                self.warn(f"{file.name}: its last lines are on no disk: {failed}")
+        for lock in self._files[2:]:
+            Path(lock.name).unlink(missing_ok=True)
         if self._mirror is not None:
             self._mirror.stdin.close()  # it copies what is left, and ends
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1147,7 +1206,7 @@ class Run:
         """Everything inside is timed as `name` and charged to `budget`: train, eval or none."""
         self.synchronize()
         start, outside, self.place = time.perf_counter(), self.place, name
-        self._inner.append(0.0)
+        self._open.append([budget, start, 0.0])
         try:
             yield
         finally:
@@ -1155,10 +1214,10 @@ class Run:
                 self.synchronize()
                 self.place = outside
             took = time.perf_counter() - start
-            inner, depth = self._inner.pop(), len(self._inner)
+            inner, depth = self._open.pop()[2], len(self._open)
             self.phases.append(Phase(name, budget, start - self.started, took, depth, took - inner))
             if depth:
-                self._inner[-1] += took
+                self._open[-1][2] += took
             else:
                 self.log("phase", name=name, budget=budget, phase_seconds=round(took, 3))
 
@@ -1168,8 +1227,15 @@ class Run:
         self.phases.append(Phase(name, budget, 0.0, seconds, 0, seconds))
 
     def spent(self, budget: str) -> float:
-        """Seconds charged to `budget`: of each of its phases what no phase inside has taken."""
-        return sum(p.own for p in self.phases if p.budget == budget)
+        """Seconds charged to `budget` so far: of each of its phases what no phase inside has taken."""
+        ends = [*(start for _, start, _ in self._open[1:]), time.perf_counter()]
+        return sum(p.own for p in self.phases if p.budget == budget) + sum(
+            end - start - inner for end, (of, start, inner) in zip(ends, self._open) if of == budget)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far by budget; `none` has also what lies between phases."""
+        total, charged = time.perf_counter() - self.started, {name: self.spent(name) for name in ("train", "eval")}
+        return {**charged, "none": total - sum(charged.values())}
 
     def synchronize(self) -> None:
         """Wait for the GPU (nothing to wait for on a CPU)."""
@@ -1187,11 +1253,9 @@ class Run:
 
     def record(self, event: str, values: Mapping[str, Any]) -> None:
         """One object in the JSON lines alone; a number that is not finite becomes null."""
-        if self._json is not None:
-            seconds = round(time.perf_counter() - self.started, 3)
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._json.write(json.dumps({"seconds": seconds, "event": event, **finite}) + "\n")
-            self._json.flush()
+        seconds = round(time.perf_counter() - self.started, 3)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._append(1, json.dumps({"seconds": seconds, "event": event, **finite}))
 
     def start_mirror(self) -> str:
         """Rank 0 starts what copies the log to WANDB and TENSORBOARD; returns what is missing for it, or nothing.
@@ -1200,13 +1264,13 @@ class Run:
         """
         asked = {"wandb": self.cfg.wandb, "tensorboard": self.cfg.tensorboard}
         wanted = [name for name, on in asked.items() if on and self.is_main]
-        script = Path(__file__).resolve().with_name("records") / "mirror.py"
+        path, script = self.log_path.with_suffix(".jsonl"), Path(__file__).resolve().with_name("records") / "mirror.py"
         if wanted and not script.is_file():
-            self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {self._json.name} later")
+            self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {path} later")
         elif missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
             return f"{missing[0].upper()}=1: not installed here; {sys.executable} -m pip install {' '.join(missing)}"
         elif wanted:
-            self._mirror = subprocess.Popen([sys.executable, str(script), self._json.name, *wanted, "--follow"],
+            self._mirror = subprocess.Popen([sys.executable, str(script), str(path), *wanted, "--follow"],
                                             stdin=subprocess.PIPE, start_new_session=True)
         return ""
 
@@ -1214,9 +1278,22 @@ class Run:
         """One line for readers only, on screen and in the text log of rank 0."""
         if self.is_main:
             tqdm.write(line)
-            if self._text is not None:
-                self._text.write(line + "\n")
-                self._text.flush()
+            self._append(0, line)
+
+    def _append(self, number: int, line: str) -> None:
+        """One line to a log file. A full disk ends no run: the line stays in the file's buffer until there is room."""
+        for file in self._files[number:number + 1]:
+            try:
+                file.write(line + "\n")
+                file.flush()
+            except OSError as error:
+                if not self.disk_full:
+                    self.warn(f"{self.log_path}: cannot write the log: {error}; the run goes on, make room")
+                self.disk_full = True
+
+    def warn(self, text: str) -> None:
+        """One line on standard error, where the log cannot be trusted with it."""
+        print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
 
     def progress(self, total: float, name: str, unit: str) -> tqdm:
         """A progress bar with rate and time left on rank 0's terminal; silent in a file."""
@@ -1304,6 +1381,160 @@ class Watch:
               flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
+    """`write(temporary)`, flushed to the disk, becomes `path`, and what was there `previous`; or nothing changes."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+class Checkpoints:
+    """The files from which a run goes on: `path`, and the one before it.
+
+    Safetensors: a JSON head and raw tensors, nothing that could run; SHA-256 of all of it is in the head. Tensors are
+    whole, so that any number of ranks can go on. Who saves waits for a copy on its device alone: a thread brings that
+    to pinned memory on a stream of its own, and writes. Only rank 0 writes and reads. No random state is kept: after
+    initialisation nothing draws from it.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, type], run: Run) -> None:
+        """`kinds`: types of the head's values, beside the knobs that this run must share with the one that saved."""
+        self.paths, self.kinds, self.run = (path, path.with_suffix(f".previous{path.suffix}")), kinds, run
+        self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.stream = torch.cuda.Stream() if run.is_cuda else None
+        self.pinned: dict[str, Tensor] = {}
+
+    def knobs(self) -> dict[str, Any]:
+        """What must be the same in the run that goes on."""
+        raise NotImplementedError
+
+    def due(self) -> bool:
+        """Whether this rank wants one now."""
+        return 0 < self.run.cfg.checkpoint_every <= time.perf_counter() - self.written
+
+    def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], **said: Any) -> None:
+        """Begin to write tensors and JSON values; work may go on at once. `said` is logged once they are on disk."""
+        self.wait()
+        self.written = time.perf_counter()
+        if not self.run.is_main:
+            return
+        head = json.dumps({**state, "knobs": self.knobs()})
+        copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
+        self.pending = self.pool.submit(self._write, copies, ready, head, said)
+
+    def _write(self, tensors: dict[str, Tensor], ready: Any, head: str, said: Mapping[str, Any]) -> None:
+        from safetensors.torch import save_file
+        start, (path, previous) = time.perf_counter(), self.paths
+        if ready is not None:
+            with torch.cuda.stream(self.stream):
+                ready.synchronize()
+                tensors = {name: self.pinned[name].copy_(t, non_blocking=True) if name in self.pinned else t.cpu()
+                           for name, t in tensors.items()}
+                self.stream.synchronize()
+        write_whole(path, lambda temporary: save_file(tensors, temporary, {
+            "state": head, "sha256": digest_of(tensors, head)}), previous)
+        if said:
+            self.run.log("checkpoint", **said, path=str(path), bytes=path.stat().st_size,
+                         write_seconds=time.perf_counter() - start)
+
+    def wait(self) -> str:
+        """Until the file that is being written is whole; why it could not be written, or nothing."""
+        from safetensors import SafetensorError
+        try:
+            if self.pending is not None:
+                self.pending.result()
+            return ""
+        except (OSError, SafetensorError) as error:  # a full disk ends no run
+            problem = f"{self.paths[0]}: checkpoint not written: {error}"
+            self.run.log("warning", text=f"{problem}; the one before is as it was")
+            return problem
+        finally:
+            self.pending = None
+
+    def end_run(self, where: str) -> None:
+        """Raise `StoppedError` with what to do next, once the file is whole."""
+        problem, run = self.run.share(self.wait()), self.run
+        raise StoppedError(run.stop or "SIGTERM", f"after {where}: " + (
+            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {self.paths[0]}"))
+
+    def read(self, expected: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+             ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The newest whole file: state given to `write`, and on rank 0 its tensors, those `expected` of such a state.
+
+        `UserError` where no file is whole or knobs differ.
+        """
+        problems, state, found = [], None, {}
+        for path in self.paths if self.run.is_main else ():
+            if path.exists() and state is None:
+                try:
+                    state, found = read_checkpoint(path, self.kinds, self.knobs(), expected)
+                    self.run.log("resume", path=str(path), **{k: v for k, v in state.items() if k != "knobs"})
+                except UserError as error:
+                    problems.append(str(error))
+                    self.run.log("warning", text=problems[-1])
+        state, problems = self.run.share((state, problems))
+        require(state is not None, "; ".join(problems))
+        for name, value in self.knobs().items():
+            require(state["knobs"].get(name) == value, f"{name.upper()}={show(value)}, but the checkpoint was made "
+                    f"with {show(state['knobs'].get(name))}; set that back, or start anew with another RUN_ID")
+        return state, found
+
+    def remove(self) -> None:
+        """Nothing goes on from here any more."""
+        self.wait()
+        for path in self.paths if self.run.is_main else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def digest_of(tensors: Mapping[str, Tensor], head: str) -> str:
+    """SHA-256 of the head, and of names, types, shapes and bytes of CPU tensors."""
+    sha = hashlib.sha256(head.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def read_checkpoint(path: Path, kinds: Mapping[str, type], knobs: Mapping[str, Any],
+                    expected: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+                    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and CPU tensors of a file with the `expected` names, types and shapes; else `UserError`, one line.
+
+    Of a run with other knobs the state alone.
+    """
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:  # holds the head's length and every offset against the file's size
+            head, listed = file.metadata(), {name: file.get_slice(name) for name in file.keys()}
+            text, sha = head["state"], head["sha256"]
+            state = json.loads(text)
+            require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in
+                                                    {**kinds, "knobs": dict}.items()),
+                    f"{path}: its head is not a checkpoint's")
+            if state["knobs"] != knobs:
+                return state, {}
+            types = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+            require({name: (part.get_dtype(), part.get_shape()) for name, part in listed.items()} ==
+                    {name: (types[t.dtype], list(t.shape)) for name, t in expected(state).items()},
+                    f"{path}: its tensors are not those of this run")
+            tensors = {name: file.get_tensor(name) for name in listed}
+        require(digest_of(tensors, text) == sha, f"{path}: damaged (the checksum does not fit)")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {one_line(error)})") from None
+    return state, tensors
 
 
 def cpu_has_bf16_units() -> bool:
@@ -1804,6 +2035,10 @@ class Ledger:
         self.starts = starts
         self.phase, self.sequence, self.learned_in = 0, 0, -1
         self.events: list[np.ndarray] = []
+        self.settled = 0
+        """So many of `events` tell of targets whose losses are recorded; the rest is of documents that are at work."""
+        self.done = np.broadcast_to(False, num_targets)
+        """[targets]: scored by the run that this one goes on with."""
 
     def record(self, targets: Tensor, nats: Tensor) -> None:
         """Losses of the targets with these numbers (int64). A second write is a bug and raises."""
@@ -1822,6 +2057,43 @@ class Ledger:
         self.events.append(np.stack([np.full_like(begins, self.phase), np.full_like(begins, self.sequence),
                                      np.full_like(begins, kind), states, begins, ends], axis=1))
         self.sequence += 1
+        if np.any(states == self.BASE):
+            self.settle()
+
+    def settle(self) -> None:
+        """Everything noted so far is recorded."""
+        self.settled = len(self.events)
+
+    def hand_in(self, run: Run) -> np.ndarray:
+        """Rank 0 takes over what the other ranks have settled (a collective), and gets all settled events [n, 6]."""
+        own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events[:self.settled]])
+        if run.world == 1:
+            return own
+        targets = self.times.nonzero().flatten()
+        given = run.gather(None if run.is_main else (own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)],
+                                                     targets, self.nats[targets]))
+        if not run.is_main:
+            self.nats[targets], self.times[targets] = 0, 0
+            self.events, self.settled = self.events[self.settled:], 0
+            return own
+        for _, targets, nats in given[1:]:
+            self.record(targets, nats)
+        own = np.concatenate([own, *(events for events, _, _ in given[1:])])
+        self.events[:self.settled], self.settled = [own], 1
+        return own
+
+    def restore(self, nats: Tensor, events: np.ndarray, run: Run) -> None:
+        """Go on after these losses [targets] and settled events [n, 6] of all ranks, which rank 0 has."""
+        edges = np.zeros(len(self.nats) + 1, dtype=np.int64)
+        if run.is_main:
+            scores = events[events[:, 2] == self.SCORE]
+            np.add.at(edges, scores[:, 4], 1)
+            np.add.at(edges, scores[:, 5], -1)
+            self.nats.copy_(nats)
+            self.events, self.settled = [events], 1
+        done = run.broadcast(torch.from_numpy(edges[:-1].cumsum()).to(torch.uint8))
+        self.times = done.clone() if run.is_main else self.times
+        self.done = done.numpy() > 0
 
     def close(self, target_bytes: np.ndarray, run: Run) -> tuple[Score, str]:
         """(totals over all ranks, digest of the events); raises unless scores and updates are legal (`violations`).
@@ -4370,22 +4642,6 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     return fits[1]
 
 
-def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
-    """`write(temporary)`, flushed to the disk, becomes `path`, and what was there `previous`; or nothing changes."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
     """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file."""
     problem, found = "", b""
@@ -4394,7 +4650,7 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
             write_whole(path, lambda temporary: temporary.write_bytes(blob))
             found = path.read_bytes()
         except OSError as error:
-            problem = f"{path}: cannot write the artifact: {error}"
+            problem = f"{path}: cannot write the artifact: {error}; make room or set ARTIFACT_DIR{run.goes_on()}"
     run.agree(problem)
     return run.share(found)
 
@@ -4568,8 +4824,9 @@ def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: 
 class Scorer:
     """Turns hidden states into ledger entries: the one place where a score is made."""
 
-    def __init__(self, val: ValData, cfg: Config, run: Run, hints: Hints | None = None) -> None:
-        self.val, self.cfg, self.run, self.hints = val, cfg, run, hints
+    def __init__(self, val: ValData, cfg: Config, run: Run, hints: Hints | None = None,
+                 kept: ScoreCheckpoints | Unkept | None = None) -> None:
+        self.val, self.cfg, self.run, self.hints, self.kept = val, cfg, run, hints, kept or Unkept()
         self.ledger = Ledger(val.num_targets, val.starts)
 
     def nats(self, model: GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
@@ -4589,10 +4846,10 @@ class Scorer:
 @torch.no_grad()
 def score_windows(model: GPT, windows: Sequence[Window], scorer: Scorer, name: str) -> None:
     """Score windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
-    cfg, run = scorer.cfg, scorer.run
+    cfg, run, done = scorer.cfg, scorer.run, scorer.ledger.done
     w, plan = Weights(model, run.dtype), layer_plan(model.cfg, looped=True)
     hidden = run.compiled(model.hidden)
-    mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]
+    mine = [row for row in pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world] if not done[row[0].first]]
     chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
     with run.progress(len(mine), name, "row") as bar:
         for at in range(0, len(mine), cfg.eval_rows):
@@ -4606,6 +4863,8 @@ def score_windows(model: GPT, windows: Sequence[Window], scorer: Scorer, name: s
             _, ends, firsts = np.array([window for row in part for window in row]).T
             scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)
             bar.update(len(part))
+            scorer.kept.pause()
+        scorer.kept.finish()
 
 
 def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
@@ -4670,11 +4929,23 @@ def deal(jobs: Sequence[Job], world: int) -> list[list[Job]]:
     return dealt
 
 
+def jobs_left(documents: np.ndarray, scorer: Scorer) -> list[Job]:
+    """Jobs of these documents without those that are done: the jobs of one run, unless another number of ranks or rows
+    has dealt them otherwise before."""
+    val, cfg, world = scorer.val, scorer.cfg, scorer.run.world
+    lengths = np.append(val.starts[1:], val.num_targets) - val.starts
+    jobs = plan_jobs(documents, lengths[documents], cfg, world)
+    done = {document for job in jobs for document in job.documents if scorer.ledger.done[val.starts[document]]}
+    torn = np.array([document for job in jobs if done.intersection(job.documents) for document in job.documents
+                     if document not in done], dtype=np.int64)
+    return [job for job in jobs if not done.intersection(job.documents)] + \
+        plan_jobs(torn, lengths[torn], cfg, world)
+
+
 def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pace, name: str) -> None:
     """Score whole documents, each with adapters that learn from its own chunks once these are scored."""
-    cfg, run, starts = scorer.cfg, scorer.run, scorer.val.starts
-    lengths = np.append(starts[1:], scorer.val.num_targets)[documents] - starts[documents]
-    mine = deal(plan_jobs(documents, lengths, cfg, run.world), run.world)[run.rank]
+    run = scorer.run
+    mine = deal(jobs_left(documents, scorer), run.world)[run.rank]
     model.requires_grad_(False)
     with torch.no_grad():
         base = Weights(model, run.dtype)
@@ -4682,6 +4953,8 @@ def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pac
         for job in mine:
             for cost in adapt_and_score(model, base, job, scorer, pace):
                 bar.update(cost)
+                scorer.kept.pause()
+        scorer.kept.finish()
     model.requires_grad_(True)
 
 
@@ -4741,9 +5014,11 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: P
         if isinstance(past, KeyValueCache):
             past.advance(size, new)
         pace.did(cost, time.perf_counter() - started)
+        if end == total:
+            real = column[1:] < left_R1
+            scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
+            scorer.ledger.settle()
         yield cost
-    real = column[1:] < left_R1
-    scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
 
 
 def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
@@ -4778,6 +5053,21 @@ class SharedSgd:
     def forget(self) -> None:
         """Begin with fresh optimizer state."""
         self.optimizer = self.new_optimizer()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What learning changes, by name: weights, and momentum (zero before the first step)."""
+        named, state = dict(self.model.named_parameters()), self.optimizer.state
+        return {**{f"weights.{name}": p.detach() for name, p in named.items()},
+                **{f"momentum.{name}": state[p].get("momentum_buffer", torch.zeros_like(p)) for name, p in named.items()
+                   if self.optimizer.defaults.get("momentum")}}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with what `tensors` gave; without tensors (other ranks) with rank 0's."""
+        for name, here in self.tensors().items():
+            here = self.run.broadcast(here.copy_(tensors[name]) if tensors else here)
+            if name.startswith("momentum."):
+                self.optimizer.state[self.model.get_parameter(name[9:])]["momentum_buffer"] = here
 
     def learn(self, first: int, stop: int, lr: float) -> None:
         """One step a batch of rows over targets [first, stop), each with the mean loss of its batch."""
@@ -4859,6 +5149,126 @@ class Pace:
             self.run.log("adaptation_cut", refused_by_rank=refused, budget_seconds=self.cfg.eval_seconds_budget)
 
 
+class Unkept:
+    """Scoring that cannot be interrupted: what adapts asks, and nothing happens."""
+
+    def start(self, pace: Pace | None = None, sgd: SharedSgd | None = None) -> tuple[int, int]:
+        """Where to go on: the ledger's phase, and how many pieces of what ends it have been learned."""
+        return 0, 0
+
+    def pause(self) -> None:
+        """Here this rank can be interrupted, wherever the others are."""
+
+    def finish(self) -> None:
+        """This rank has scored its share of a phase; returns when all have. A collective."""
+
+    def agree(self, learned: int) -> None:
+        """Here all ranks can be interrupted: `learned` pieces after the phase's scores. A collective."""
+
+
+class ScoreCheckpoints(Checkpoints):
+    """From which scoring goes on: `<run_id>.score.ckpt`, there while an artifact waits for its verdict.
+
+    Until the adapted score begins the head alone: which artifact, which knobs, seconds spent, scores for comparison.
+    Then also the ledger, and weights and momentum that learn. Ranks score at their own pace: one that is due or asked
+    to stop waits for the others, who come when they are due, stopped or done; then all save, or go on, together.
+    """
+    KINDS = {"seconds": dict, "figures": dict, "ladder": dict, "progress": dict}
+    COUNTS = ("phase", "learned", "sequence", "learned_in", "targets", "events", "refused")
+
+    def __init__(self, blob: bytes, model: GPT, figures: Mapping[str, Any], cfg: Config, run: Run) -> None:
+        """Of the artifact with these bytes, which holds such a model; `figures` of its training, for the verdict."""
+        super().__init__(run.score_path, self.KINDS, run)
+        self.artifact, self.model, self.cfg = hashlib.sha256(blob).hexdigest(), model, cfg
+        self.state: dict[str, Any] = {"figures": dict(figures), "ladder": {}, "progress": {}}
+        self.found: dict[str, Tensor] = {}
+        self.resumed = run.resumes == "score"
+
+    def knobs(self) -> dict[str, Any]:
+        """The artifact, and every knob that can change the score by more than rounding."""
+        return {"artifact_sha256": self.artifact, **{name: value for name, value in dataclasses.asdict(self.cfg).items()
+                                                     if name not in NO_RESULT | NO_SCORE}}
+
+    def keep(self) -> None:
+        """Write the head, unless the adapted score has begun: then a file has all or nothing."""
+        if not self.state["progress"]:
+            self.write({}, {**self.state, "seconds": self.run.seconds()})
+
+    def load(self) -> None:
+        """Take over seconds, figures and scores for comparison of the run before; `restore` and `start` do the rest."""
+        self.state, self.found = self.read(self._expected)
+        for budget, seconds in self.state["seconds"].items():
+            self.run.went_before("before", budget, seconds)
+
+    def _expected(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        progress = state["progress"]
+        if set(state["seconds"]) != {"train", "eval", "none"} or progress and not all(
+                type(progress.get(name)) is int and progress[name] >= -1 for name in self.COUNTS):
+            raise ValueError("its head is not a checkpoint's")
+        shapes = {"nats": ((progress["targets"],), torch.float32),
+                  "events": ((progress["events"], 6), torch.int64)} if progress else {}
+        return {**{name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()},
+                **{f"{kind}.{name}": p for kind in progress.get("learning", ())
+                   for name, p in self.model.named_parameters()}}
+
+    def restore(self, scorer: Scorer) -> None:
+        """The ledger as far as it got."""
+        self.scorer, ledger, progress = scorer, scorer.ledger, self.state["progress"]
+        head = hashlib.sha256(scorer.val.ids[:4096].tobytes()).hexdigest()[:12]
+        self.corpus = f"{len(ledger.nats)} targets that begin {head}"
+        if progress:
+            require(progress.get("corpus") == self.corpus, f"{self.paths[0]}: made on {progress.get('corpus')}, the "
+                    f"validation shards have {self.corpus}")
+            nats, events = (self.found.get(name, torch.zeros(0)) for name in ("nats", "events"))
+            ledger.restore(nats, events.numpy(), self.run)
+            ledger.phase, ledger.sequence, ledger.learned_in = (progress[name] for name in (
+                "phase", "sequence", "learned_in"))
+
+    def start(self, pace: Pace | None = None, sgd: SharedSgd | None = None) -> tuple[int, int]:
+        self.pace, self.sgd, progress = pace, sgd, self.state["progress"]
+        self.run.graceful = True
+        if progress and sgd is not None:
+            sgd.load({name: t for name, t in self.found.items() if "." in name})
+        if progress and pace is not None and self.run.is_main:
+            pace.refused += progress["refused"]
+        self.found = {}
+        return progress.get("phase", 0), progress.get("learned", 0)
+
+    def pause(self) -> None:
+        if self.run.stop or self.due():
+            self._meet(True, 0)
+
+    def finish(self) -> None:
+        while self._meet(False, 0):
+            pass
+
+    def agree(self, learned: int) -> None:
+        self._meet(True, learned)
+
+    def _meet(self, busy: bool, learned: int) -> bool:
+        """Whether some rank has scores to make; saved on the way where one was due or asked to stop."""
+        notes = torch.tensor([busy, bool(self.run.stop), self.due()], dtype=torch.int32)
+        busy, stop, due = self.run.total(notes).tolist()
+        if stop or due:
+            self._save(learned)
+        if stop:
+            progress = self.state["progress"]
+            self.end_run(f"{int(self.scorer.ledger.times.sum())} of {progress['targets']} targets")
+        return bool(busy)
+
+    def _save(self, learned: int) -> None:
+        ledger, sgd = self.scorer.ledger, self.sgd
+        events = torch.from_numpy(ledger.hand_in(self.run))
+        learning = sgd.tensors() if sgd is not None else {}
+        refused = sum(self.run.gather(self.pace.refused if self.pace is not None else 0))
+        self.state["progress"] = {
+            "phase": ledger.phase, "learned": learned, "sequence": ledger.sequence, "learned_in": ledger.learned_in,
+            "targets": len(ledger.nats), "corpus": self.corpus, "events": len(events), "refused": refused,
+            "learning": sorted({name.split(".")[0] for name in learning})}
+        self.write({"nats": ledger.nats, "events": events, **learning}, {**self.state, "seconds": self.run.seconds()},
+                   targets=int(ledger.times.sum()))
+
+
 def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> tuple[Score, str]:
     """Score of the validation stream with everything the knobs ask for, part by part in the order of the stream.
 
@@ -4872,6 +5282,7 @@ def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Score
 def score_plain(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
     """Fixed weights, windows by EVAL_STRIDE."""
     stride = cfg.eval_stride or cfg.eval_seq_len
+    scorer.kept.start()
     score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), scorer, "score")
 
 
@@ -4886,15 +5297,18 @@ def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     count = -(-val.num_targets // cfg.ttt_chunk_tokens)
     sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
                     cfg.ttt_grad_clip, cfg.ttt_freeze_blocks, cfg.ttt_batch_seqs, cfg, run)
-    pace = Pace(count, cfg, run)
-    for c in range(count):
+    pace = Pace(count - scorer.ledger.phase, cfg, run)
+    begin, learned = scorer.kept.start(pace, sgd)
+    for c in range(begin, count):
         first, stop = c * cfg.ttt_chunk_tokens, min((c + 1) * cfg.ttt_chunk_tokens, val.num_targets)
         mine = windows[bisect.bisect_left(firsts, first):bisect.bisect_left(firsts, stop)]
-        learns = c + 1 < count and run.share(pace.adapts())
+        learns = c + 1 < count and (learned > 0 or run.share(pace.adapts()))
         with pace.works(1):
             score_windows(model, mine, scorer, f"chunk {c + 1}/{count}")
-            for _ in range(cfg.ttt_epochs if learns else 0):
+            for epoch in range(learned, cfg.ttt_epochs if learns else 0):
                 sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))
+                scorer.kept.agree(epoch + 1)
+        learned = 0
         if learns:
             scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)
         scorer.ledger.phase += 1
@@ -4910,26 +5324,28 @@ def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
     documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases
     ends = [min(cfg.phased_ttt_prefix_docs * (i + 1) // phases, len(documents)) for i in range(phases)]
     ends.append(len(documents))
-    lengths = np.append(val.starts[1:], val.num_targets) - val.starts
-    work = plan_jobs(documents, lengths, cfg, run.world)
     sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0,
                                                             momentum=cfg.global_ttt_momentum),
                     cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg, run) if phases else None
-    pace = Pace(sum(job.cost for job in deal(work, run.world)[run.rank]), cfg, run)
-    begin = 0
-    for number, end in enumerate(ends):
+    pace = Pace(sum(job.cost for job in deal(jobs_left(documents, scorer), run.world)[run.rank]), cfg, run)
+    phase, learned = scorer.kept.start(pace, sgd)
+    for number, (begin, end) in enumerate(zip([0, *ends], ends)):
+        if number < phase:
+            continue
         score_documents(model, documents[begin:end], scorer, pace, f"phase {number + 1}/{len(ends)}")
         stop = int(val.starts[end]) if end < len(documents) else val.num_targets
-        if sgd is not None and begin < end < len(documents) and run.share(pace.adapts()):
+        if sgd is not None and begin < end < len(documents) and (learned > 0 or run.share(pace.adapts())):
             with run.phase("shared_sgd", "eval"):
-                sgd.forget()
+                if not learned:
+                    sgd.forget()
                 chunks = range(0, stop, cfg.global_ttt_chunk_tokens)
-                for _ in range(cfg.global_ttt_epochs):
-                    for i, first in enumerate(chunks):
-                        sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
-                                  cfg.global_ttt_lr * cosine(i, len(chunks) + 1))
+                for at in range(learned, cfg.global_ttt_epochs * len(chunks)):
+                    first, i = chunks[at % len(chunks)], at % len(chunks)
+                    sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
+                              cfg.global_ttt_lr * cosine(i, len(chunks) + 1))
+                    scorer.kept.agree(at + 1)
             scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
-        begin = end
+        learned = 0
         scorer.ledger.phase += 1
     pace.report()
 
@@ -4952,11 +5368,6 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 # 12 Train, main: the story, in order
 # ----------------------------------------------------------------------------------------------------
 # Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
-
-
-NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
-                      "dist_timeout_seconds wandb tensorboard".split())
-"""Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
 
 
 def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_bytes: int) -> None:
@@ -5026,6 +5437,110 @@ def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> fl
     return len(plan) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
 
 
+MEMORY_KNOBS = {"train": "micro_batch_tokens", "fit": "micro_batch_tokens", "ladder": "val_batch_tokens",
+                "score": "val_batch_tokens", "adapt": "ttt_batch_size", "shared_sgd": "micro_batch_tokens"}
+"""What to lower where memory does not last."""
+
+
+def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
+    """Peak bytes of one process on its device by stretch of the run, with `targets` validation targets.
+
+    Exact are weights, optimizer and adapters; activations are elements kept of a token and visit, as counted on a CPU
+    (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept), measured against in bench/LOG.md.
+    """
+    with torch.device("meta"):
+        named = dict(GPT(cfg).named_parameters())
+    weights = 4 * sum(p.numel() for p in named.values())
+    banks = 4 * sum(p.numel() for name, p in named.items() if route(name).rule == "muon")
+    matrices = [p.shape for p in named.values() if p.dim() == 3]
+    sums = 4 * sum(count * (rows ** 2 + columns ** 2) for count, rows, columns in matrices)
+    dim, kv_dim, vocab, width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.vocab_size, run.dtype.itemsize
+    visits = len(layer_plan(cfg, looped=True))
+    kept = visits * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width / (2 if run.compiles else 1)
+    scores = 0 if run.is_cuda else visits * cfg.num_heads * width  # a CPU keeps attention's probabilities, T a token
+    tokens = min(cfg.micro_batch_tokens, -(-cfg.train_batch_tokens // run.world))
+    quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
+    step = tokens * (kept + scores * cfg.train_seq_len + (2 * width * vocab if run.is_cuda else 0))
+    eval_tokens = cfg.eval_rows * cfg.eval_seq_len
+    base = (600 << 20 if run.is_cuda else 300 << 20) + (0 if run.is_cuda else 25 * targets) + \
+        60 * targets * cfg.ngram_tilt_enabled
+    logits = 12 * min(1 << 26, eval_tokens * vocab)
+    windows = 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits
+    found = {"train": 4 * weights + banks // run.world + 2 * (weights - banks) + step,
+             "fit": 3 * weights + 3 * sums + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
+             "score" if cfg.ttt != "lora" else "ladder": windows}
+    if cfg.ttt == "lora":
+        chunk = max(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+        run_tokens = chunk if cfg.ttt_context == "cache" else cfg.eval_seq_len
+        sites = [p for p in cfg.ttt_lora_on.split(",") if p]
+        outs = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=vocab)
+        lora = 16 * cfg.ttt_lora_rank * sum((dim + outs[p]) * (1 if p == "head" else visits) for p in sites)
+        cache = visits * 2 * kv_dim * width * cfg.eval_seq_len * (cfg.ttt_context == "cache")
+        row = lora + cache + run_tokens * (kept + scores * cfg.eval_seq_len) + chunk * vocab * 12
+        found["adapt"] = 3 * weights + cfg.ttt_batch_size * row
+    if cfg.ttt == "sgd" or cfg.ttt == "lora" and cfg.phased_ttt_num_phases:
+        found["shared_sgd"] = 6 * weights + step
+    return {name: int(base + size) for name, size in found.items()}
+
+
+def checkpoint_bytes(cfg: Config, targets: int) -> int:
+    """Size of the larger kind of checkpoint: weights, average, momentum of all; or ledger, weights and momentum."""
+    with torch.device("meta"):
+        named = dict(GPT(cfg).named_parameters())
+    sizes = {name: 4 * p.numel() for name, p in named.items()}
+    training = sum(size * (3 if route(name).rule == "muon" else 4) for name, size in sizes.items())
+    events = 96 // min(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+    return max(training, 2 * sum(sizes.values()) + targets * (4 + events)) + (1 << 16)
+
+
+def memory_left(run: Run) -> int:
+    """Bytes that this process may still use of its device: of a GPU, or its share of this machine or its limits."""
+    if run.is_cuda:
+        return torch.cuda.mem_get_info()[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(free // run.local_world, limit if limit != resource.RLIM_INFINITY else sys.maxsize)
+
+
+def lower(cfg: Config, run: Run, name: str, targets: int = 0) -> str:
+    """What to set so that memory lasts in the stretch `name`: half of it now, or less where the prediction says so."""
+    knob, left, now = MEMORY_KNOBS[name], memory_left(run), cfg
+    least = {"micro_batch_tokens": cfg.train_seq_len, "val_batch_tokens": 8 * cfg.eval_seq_len}.get(knob, 1)
+    while (value := max(least, getattr(now, knob) // 2 // least * least)) < getattr(now, knob):
+        now = dataclasses.replace(now, **{knob: value})
+        if predicted_memory(now, run, targets)[name] <= 0.9 * left:
+            break
+    return f"lower {knob.upper()}={getattr(cfg, knob)}, such as {knob.upper()}={getattr(now, knob)}" \
+        if now is not cfg else f"{knob.upper()}={getattr(cfg, knob)} is the least: lower MODEL_DIM={cfg.model_dim} " \
+        f"or NUM_LAYERS={cfg.num_layers}"
+
+
+def resources(cfg: Config, run: Run, targets: int) -> str:
+    """Log what memory and disk the run will need, and have; warn of memory, return what the disk surely lacks."""
+    predicted, left, kept = predicted_memory(cfg, run, targets), memory_left(run), checkpoint_bytes(cfg, targets)
+    files = {"artifact": 0 if cfg.eval_only else 2 * cfg.artifact_bytes_cap, "log": 1 << 20,
+             "checkpoints": 3 * kept * bool(cfg.checkpoint_every)}  # one is written beside the two that are kept
+    folder = next(path for path in run.artifact_path.absolute().parents if path.exists())
+    free = os.statvfs(folder)
+    free, need = free.f_bavail * free.f_frsize, sum(files.values())
+    run.log("resources", memory_left_mib=left >> 20, **{f"{name}_mib": size >> 20 for name, size in predicted.items()},
+            disk_left_mib=free >> 20, disk_mib=need >> 20, checkpoint_mib=kept >> 20)
+    name = max(predicted, key=predicted.get)
+    if predicted[name] > left:
+        run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
+                                f"{lower(cfg, run, name, targets)}")
+    if free < need + 3 * kept and not cfg.checkpoint_every:
+        run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
+    return "" if free >= need else (
+        f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
+        f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if cfg.checkpoint_every else ""))
+
+
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     """Find before training what would stop a later stage: packages, tokenizer, validation shards, folder, disk."""
     problem = ""
@@ -5039,16 +5554,13 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     pick_codec(cfg.codec)
     if not cfg.caseops_enabled:
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
-    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
+    val = TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
     if cfg.caseops_enabled:
         TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
     require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
             f"{code_bytes} bytes")
     if run.is_main:
-        free = os.statvfs(run.artifact_path.parent)
-        if free.f_bavail * free.f_frsize < 2 * cfg.artifact_bytes_cap:
-            problem = (f"{run.artifact_path.parent}: {free.f_bavail * free.f_frsize:,} bytes free, an artifact may "
-                       f"need {2 * cfg.artifact_bytes_cap:,}; make room or set ARTIFACT_DIR")
+        problem = resources(cfg, run, len(val) - 1)
     run.agree(problem)
 
 
@@ -5066,23 +5578,19 @@ def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedO
     optimizer.reset()
 
 
-class Checkpoints:
-    """The files from which training goes on: `<run_id>.ckpt`, and the one before it.
+class TrainCheckpoints(Checkpoints):
+    """From which training goes on: `<run_id>.ckpt`."""
 
-    Safetensors: a JSON head and raw tensors, nothing that could run; SHA-256 of all of it is in the head. Tensors are
-    whole, so that any number of ranks can go on. A step waits for a copy on its device alone: a thread brings that to
-    pinned memory on a stream of its own, and writes. Only rank 0 writes and reads. No random state is kept: after
-    initialisation nothing draws from it.
-    """
+    KINDS = {"position": dict, "stage": list, "changed": int, "last": float, "elapsed": float, "each": float}
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, ema: Ema, data: TrainData, cfg: Config, run: Run
                  ) -> None:
-        self.model, self.optimizer, self.ema, self.data, self.cfg, self.run = model, optimizer, ema, data, cfg, run
-        self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
+        super().__init__(run.checkpoint_path, self.KINDS, run)
+        self.model, self.optimizer, self.ema, self.data, self.cfg = model, optimizer, ema, data, cfg
         self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
-        self.stream = torch.cuda.Stream() if run.is_cuda else None
-        self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in self.tensors().items()} \
-            if run.is_cuda and cfg.checkpoint_every else {}  # allocated before the clock starts
+        if run.is_cuda and cfg.checkpoint_every:  # allocated before the clock starts
+            self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True)
+                           for name, t in self.tensors().items()}
 
     def knobs(self) -> dict[str, Any]:
         """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
@@ -5106,117 +5614,27 @@ class Checkpoints:
         notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), self.due()]
         return self.run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
 
-    def due(self) -> bool:
-        """Whether rank 0 wants one now."""
-        return self.run.is_main and 0 < self.cfg.checkpoint_every <= time.perf_counter() - self.written
-
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begin to write the state before `step`, with JSON values; training may go on at once. A collective."""
-        self.wait()
-        self.written, tensors = time.perf_counter(), self.tensors()
-        if not self.run.is_main:
-            return
-        head = json.dumps({**state, "position": self.data.position(step), "knobs": self.knobs()})
-        copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
-        self.pending = self.pool.submit(self._write, step, copies, ready, head)
-
-    def _write(self, step: int, tensors: dict[str, Tensor], ready: Any, head: str) -> None:
-        from safetensors.torch import save_file
-        start, (path, previous) = time.perf_counter(), self.run.checkpoint_paths
-        if ready is not None:
-            with torch.cuda.stream(self.stream):
-                ready.synchronize()
-                tensors = {name: self.pinned[name].copy_(t, non_blocking=True) if self.pinned else t.cpu()
-                           for name, t in tensors.items()}
-                self.stream.synchronize()
-        write_whole(path, lambda temporary: save_file(tensors, temporary, {
-            "state": head, "sha256": digest_of(tensors, head)}), previous)
-        self.run.log("checkpoint", step=step, path=str(path), bytes=path.stat().st_size,
-                     write_seconds=time.perf_counter() - start)
-
-    def wait(self) -> str:
-        """Until the file that is being written is whole; why it could not be written, or nothing."""
-        try:
-            if self.pending is not None:
-                self.pending.result()
-            return ""
-        except Exception as error:  # a full disk ends no training
-            problem = f"{self.run.checkpoint_paths[0]}: checkpoint not written: {error}"
-            self.run.log("warning", text=f"{problem}; the one before is as it was")
-            return problem
-        finally:
-            self.pending = None
-
-    def end_run(self, step: int) -> None:
-        """Raise `StoppedError` with what to do next, once the file is whole."""
-        problem, run = self.run.share(self.wait()), self.run
-        raise StoppedError(run.stop or "SIGTERM", f"after step {step}: " + (
-            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {run.checkpoint_paths[0]}"))
+        """Begin to write the state before `step`, with JSON values. A collective."""
+        self.write(self.tensors(), {**state, "position": self.data.position(step)}, step=step)
 
     def load(self) -> tuple[int, dict[str, Any]]:
-        """The step to go on with, and the state given to `save`. `UserError` where no file is whole or knobs differ."""
-        here, problems, state, found = self.tensors(), [], None, {}
-        for path in self.run.checkpoint_paths if self.run.is_main else ():
-            if path.exists() and state is None:
-                try:
-                    state, found = read_checkpoint(path, here, self.knobs())
-                    self.run.log("resume", path=str(path), **{k: v for k, v in state.items() if k != "knobs"})
-                except UserError as error:
-                    problems.append(str(error))
-                    self.run.log("warning", text=problems[-1])
-        state, problems = self.run.share((state, problems))
-        require(state is not None, "; ".join(problems))
-        for name, value in self.knobs().items():
-            require(state["knobs"].get(name) == value, f"{name.upper()}={show(value)}, but the checkpoint was made "
-                    f"with {show(state['knobs'].get(name))}; set that back, or start anew with another RUN_ID")
+        """The step to go on with, and the state given to `save`; see `read`."""
+        here = self.tensors()
+
+        def expected(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+            row = state["position"].get("row")
+            if type(row) is not int or row < 0 or len(state["stage"]) != len(Stage._fields):
+                raise ValueError("its head is not a checkpoint's")
+            return here
+
+        state, found = self.read(expected)
         step = self.data.seek(state["position"])
         with torch.no_grad():
             for name, value in here.items():  # what is no view of the live state is loaded below
                 here[name] = self.run.broadcast(value.copy_(found[name]) if found else value)
         self.optimizer.load(here)
         return step, state
-
-
-def digest_of(tensors: Mapping[str, Tensor], head: str) -> str:
-    """SHA-256 of the head, and of names, types, shapes and bytes of CPU tensors."""
-    sha = hashlib.sha256(head.encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-STATE = {"position": dict, "knobs": dict, "stage": list, "changed": int, "last": float, "elapsed": float, "each": float}
-"""What a checkpoint holds beside tensors."""
-
-
-def read_checkpoint(path: Path, expected: Mapping[str, Tensor], knobs: Mapping[str, Any]
-                    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and CPU tensors of a file with the `expected` names, types and shapes; else `UserError`, one line.
-
-    Of a run with other knobs the state alone.
-    """
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file:  # holds the head's length and every offset against the file's size
-            head, listed = file.metadata(), {name: file.get_slice(name) for name in file.keys()}
-            text, sha = head["state"], head["sha256"]
-            state = json.loads(text)
-            require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in STATE.items())
-                    and type(state["position"].get("row")) is int and state["position"]["row"] >= 0
-                    and len(state["stage"]) == len(Stage._fields), f"{path}: its head is not a checkpoint's")
-            if state["knobs"] != knobs:
-                return state, {}
-            kinds = {torch.float32: "F32", torch.int32: "I32"}
-            require({name: (part.get_dtype(), part.get_shape()) for name, part in listed.items()} ==
-                    {name: (kinds[t.dtype], list(t.shape)) for name, t in expected.items()},
-                    f"{path}: its tensors are not those of this run")
-            tensors = {name: file.get_tensor(name) for name in listed}
-        require(digest_of(tensors, text) == sha, f"{path}: damaged (the checksum does not fit)")
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {one_line(error)})") from None
-    return state, tensors
 
 
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
@@ -5231,7 +5649,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         prime(losses, optimizer, data, cfg, run)
     primed = run.graphs()["graphs"]
     ema, val = Ema(model, cfg.ema_decay), None
-    checkpoints = Checkpoints(model, optimizer, ema, data, cfg, run)
+    checkpoints = TrainCheckpoints(model, optimizer, ema, data, cfg, run)
     first, state = checkpoints.load() if run.resumes else (0, {})
     if first:
         run.went_before("train_before", "train", state["elapsed"])
@@ -5289,7 +5707,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 if stop or due:
                     keep()
                 if stop:
-                    checkpoints.end_run(step)
+                    checkpoints.end_run(f"step {step}")
         batches.close()
         run.graceful, total, seconds = False, math.nan if loss is None else float(run.total(loss)), clock.seconds()
         last = total if math.isfinite(total) else last
@@ -5297,7 +5715,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         if stop or cfg.checkpoint_every:
             keep()
         if stop:
-            checkpoints.end_run(step)
+            checkpoints.end_run(f"step {step}")
         checkpoints.wait()
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not all(torch.isfinite(average).all() for average in ema.average):
@@ -5329,6 +5747,9 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
         sums = calibrate(model, data, figures["steps"] * cfg.train_rows, cfg, run)
     blob = fit_to_cap(model, sums, code_bytes, cfg, run)
     with run.phase("write"):
+        kept = ScoreCheckpoints(blob, model, figures, cfg, run)
+        kept.keep()  # before the artifact, which would else look like a finished run's
+        kept.wait()
         return write_artifact(blob, run.artifact_path, run), figures
 
 
@@ -5348,7 +5769,10 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
         val = ValData.load(cfg, run)
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
-    ladder = {}
+    kept = ScoreCheckpoints(blob, model, figures, cfg, run)
+    if kept.resumed:
+        kept.load()
+    ladder = kept.state["ladder"]
     strides = {"ema": cfg.eval_seq_len, "quantized": cfg.eval_seq_len, "sliding": cfg.eval_stride or cfg.eval_seq_len}
 
     def rung(name: str, score: Score) -> None:
@@ -5356,10 +5780,13 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
         ladder[name] = score.val_bpb
 
     for name in cfg.eval_ladder.split(","):
-        if name and (name != "ema" or ema is not None):
+        if name == "ema" and ema is None and name not in ladder and not cfg.eval_only:
+            run.log("warning", text="EVAL_LADDER: no score of ema, whose weights ended with the run before")
+        elif name and name not in ladder and (name != "ema" or ema is not None):
             with run.phase(f"score_{name}"):
                 score = evaluate(ema if name == "ema" else model, val, strides[name], cfg, run, name)
             rung(name, score)
+            kept.keep()
     hints = None
     if cfg.ngram_tilt_enabled:
         with run.phase("ngram", "eval"):
@@ -5368,8 +5795,10 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
                     right=int((hints.ids.cpu() == torch.from_numpy(val.ids[1:].astype(np.int64)))[
                         (hints.betas > 0).cpu()].sum()))
     with run.phase("score", "eval"):
-        scorer = Scorer(val, cfg, run, hints)
+        scorer = Scorer(val, cfg, run, hints, kept)
+        kept.restore(scorer)
         score, digest = adapted_score(model, val, cfg, run, scorer)
+        run.graceful = False
     with run.phase("places"):
         if run.is_main:
             run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val.starts))
@@ -5382,7 +5811,9 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             eval_seconds=round(run.spent("eval"), 3), other_seconds=round(total - run.spent("train") -
                                                                          run.spent("eval"), 3),
             total_seconds=round(total, 3), parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed,
-            run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal, **figures)
+            run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal,
+            **kept.state["figures"], **({"scored_before": int(scorer.ledger.done.sum())} if kept.resumed else {}))
+    kept.remove()
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
@@ -5408,27 +5839,43 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         with Run(cfg, env, log=not checking) as run:
             if checking:
                 return check(cfg, run, warnings, len(shipped_source(Path(__file__))))
-            with run.phase("setup"):
+            with memory_watched(cfg, run), run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))
                 model = build_model(cfg, run)
                 describe(cfg, model, run, warnings, code_bytes)
                 preflight(cfg, run, code_bytes)
-            if blob:
-                judge(blob, None, cfg, run, code_bytes, {})
-            else:
-                blob, figures = produce(cfg, run, model, code_bytes)
-                judge(blob, model, cfg, run, code_bytes, figures)
+            with memory_watched(cfg, run):
+                if not blob and run.resumes == "score":
+                    blob = run.share(run.artifact_path.read_bytes() if run.is_main else b"")
+                if blob:
+                    judge(blob, None, cfg, run, code_bytes, {})
+                else:
+                    blob, figures = produce(cfg, run, model, code_bytes)
+                    judge(blob, model, cfg, run, code_bytes, figures)
             return 0
     except UserError as error:
         if is_main or run is not None:
             print(f"train_gpt.py: {'' if is_main else 'rank ' + env['RANK'] + ': '}{error}", file=sys.stderr)
         return error.exit_code
-    except torch.OutOfMemoryError as error:
-        print(f"train_gpt.py: out of GPU memory; lower MICRO_BATCH_TOKENS (training, now "
-              f"{cfg.micro_batch_tokens}), VAL_BATCH_TOKENS (windows, now {cfg.val_batch_tokens}) or TTT_BATCH_SIZE "
-              f"(adapters, now {cfg.ttt_batch_size}): "
-              f"{str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+
+
+@contextlib.contextmanager
+def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
+    """What says inside that there is no memory becomes `MemoryGoneError`: phase, and the knob to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no name
+        text = (str(error) or "-").splitlines()[0]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
+            raise
+        phase = run.place.split()[0]
+        names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd", "prime_sgd": "shared_sgd",
+                 "score": "adapt" if cfg.ttt == "lora" else "score"}
+        name = names.get(phase, "train" if phase == "train" else "ladder" if phase.startswith("score_") else "fit")
+        name = name if name in predicted_memory(cfg, run, 0) else "score"
+        remedy = "set NGRAM_TILT_ENABLED=0" if phase == "ngram" else lower(cfg, run, name)
+        raise MemoryGoneError(f"out of {'GPU ' * run.is_cuda}memory in phase {run.place}: {remedy} ({text})"
+                              f"{run.goes_on()}") from error
 
 
 def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> int:
@@ -5444,6 +5891,10 @@ def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> in
         run.log("data", path=str(cfg.dataset_dir), **tokens)
     except UserError as error:
         run.log("warning", text=f"data is not ready: {error}")
+        tokens = {"val": 1}
+    problem = resources(cfg, run, tokens["val"] - 1)
+    if problem:
+        run.log("warning", text=problem)
     return 0
 
 

@@ -147,6 +147,31 @@ def small_data(folder: Path, env: Mapping[str, str], train: int, val: int) -> di
     return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(data_path=str(source))))}
 
 
+def text_dataset(folder: Path) -> dict[str, str]:
+    """DATA_PATH and TOKENIZER_PATH of a small dataset: standard-library sources, a 512-piece SentencePiece model."""
+    import argparse
+    import json
+    import textwrap
+
+    import sentencepiece
+    texts = [Path(m.__file__).read_text(encoding="utf-8") for m in (argparse, json, textwrap)]
+    texts = [part.strip() for text in texts for part in text.split("\n\n\n") if part.strip()]
+    texts += ["caf\u00e9 \u4e2d\u6587 \U0001f40d na\u00efve", " ", "x"]
+    model = folder / "tokens.model"
+    with open(model, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_writer=file,
+            model_type="bpe", vocab_size=512, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+            normalization_rule_name="nmt_nfkc", character_coverage=0.999, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    documents = [[tg.BOS_ID, *sp.encode(text)] for text in texts]
+    for name, some in (("train_000000", documents[8:50]), ("train_000001", documents[50:]),
+                       ("val_000000", documents[:8])):
+        write_shard(folder / f"fineweb_{name}.bin", np.array([i for d in some for i in d], dtype=np.uint16))
+    return {"data_path": str(folder), "tokenizer_path": str(model)}
+
+
 def made_up_val(lengths: np.ndarray, vocab_size: int) -> tg.ValData:
     """Validation data of such documents; every target counts three bytes."""
     ids = made_up_ids(lengths, vocab_size)

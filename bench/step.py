@@ -50,7 +50,7 @@ class TrainStep:
         model, plan = self.model, self.plan
         self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
         self.optimizer, self.ema = tg.ShardedOptimizer(self.model, cfg, run), tg.Ema(self.model, cfg.ema_decay)
-        self.checkpoints = tg.Checkpoints(self.model, self.optimizer, self.ema, self.data, cfg, run)
+        self.checkpoints = tg.TrainCheckpoints(self.model, self.optimizer, self.ema, self.data, cfg, run)
         named = list(self.model.named_parameters())
         banks = [p.detach() for name, p in named if tg.route(name).rule == "muon"]
         self.own = [torch.randn_like(bank[:-(-len(bank) // run.world)]) for bank in banks]

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 import train_gpt as tg  # noqa: E402
-from bench.common import write_shard  # noqa: E402, F401
+from bench.common import text_dataset, write_shard  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
@@ -55,25 +55,4 @@ def run(tmp_path: Path) -> tg.Run:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """DATA_PATH and TOKENIZER_PATH of a small dataset: standard-library sources, a 512-piece SentencePiece model."""
-    import argparse
-    import json
-    import textwrap
-
-    import sentencepiece
-    folder = tmp_path_factory.mktemp("data")
-    texts = [Path(m.__file__).read_text(encoding="utf-8") for m in (argparse, json, textwrap)]
-    texts = [part.strip() for text in texts for part in text.split("\n\n\n") if part.strip()]
-    texts += ["caf\u00e9 \u4e2d\u6587 \U0001f40d na\u00efve", " ", "x"]
-    model = folder / "tokens.model"
-    with open(model, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_writer=file,
-            model_type="bpe", vocab_size=512, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-            normalization_rule_name="nmt_nfkc", character_coverage=0.999, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            hard_vocab_limit=False, num_threads=1, minloglevel=2)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    documents = [[tg.BOS_ID, *sp.encode(text)] for text in texts]
-    for name, some in (("train_000000", documents[8:50]), ("train_000001", documents[50:]),
-                       ("val_000000", documents[:8])):
-        write_shard(folder / f"fineweb_{name}.bin", np.array([i for d in some for i in d], dtype=np.uint16))
-    return {"data_path": str(folder), "tokenizer_path": str(model)}
+    return text_dataset(tmp_path_factory.mktemp("data"))

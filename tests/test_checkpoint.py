@@ -1,4 +1,5 @@
 """Checkpoints, signals and lost ranks: what was trained is not lost, and a run that cannot go on ends and says why."""
+import hashlib
 import os
 import shutil
 import signal
@@ -6,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny
+from test_adaptation import MODES, noisy, stream
 from test_main import environment, events, finish, start
 
 import train_gpt as tg
@@ -76,7 +79,9 @@ def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path)
     assert torch.are_deterministic_algorithms_enabled()
     assert trained(tmp_path) == trained(whole)
     assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
-    assert [e["step"] for e in events(tmp_path, "checkpoint")] == [1, 2, 3, 4, 5, 6, 6]
+    assert [e["step"] for e in events(tmp_path, "checkpoint") if "step" in e] == [1, 2, 3, 4, 5, 6, 6]
+    assert events(tmp_path, "checkpoint")[-1]["targets"] == events(tmp_path, "verdict")[0]["tokens"]
+    assert sorted(p.name for p in tmp_path.glob("*ckpt*")) == ["r.ckpt", "r.previous.ckpt"]
 
 
 def test_a_finished_run_is_not_written_over(whole, dataset, capsys):
@@ -217,6 +222,107 @@ def test_the_count_of_skipped_steps_goes_through_a_checkpoint(halted, dataset, t
     plant(monkeypatch, 1)
     assert tg.main([], environment(dataset, tmp_path, resume="1", max_skipped_steps=1, **QUICK)) == 3
     assert "not finite at step 5" in capsys.readouterr().err
+
+# -- scoring -------------------------------------------------------------------------------------------
+
+
+def scored(folder: Path, val: tg.ValData, stop_at: int = 0, every: float = 0.0, **knobs: object
+           ) -> tuple[torch.Tensor, str, int]:
+    """(nats, digest, places where it could be interrupted) of an artifact's adapted score; SIGTERM at one of them."""
+    cfg = tiny(log_dir=str(folder), run_id="r", resume="auto", eval_only="a.bin", checkpoint_every=every, **knobs)
+    model, places = noisy(cfg), []
+    with tg.Run(cfg, {}) as run, pytest.MonkeyPatch.context() as patch:
+        kept = tg.ScoreCheckpoints(b"artifact", model, {}, cfg, run)
+        if kept.resumed:
+            kept.load()
+        for name in ("pause", "agree"):
+            original = getattr(kept, name)
+
+            def interrupted(*given: int, original=original) -> None:
+                places.append(1)
+                if len(places) == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                original(*given)
+            patch.setattr(kept, name, interrupted)
+        scorer = tg.Scorer(val, cfg, run, None, kept)
+        kept.restore(scorer)
+        digest = tg.adapted_score(model, val, cfg, run, scorer)[1]
+        kept.remove()
+        return scorer.ledger.nats, digest, len(places)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scoring_goes_on_bit_for_bit(mode, tmp_path):
+    """Stopped and resumed again and again, at random places: every loss and the ledger are those of one run."""
+    lengths, knobs, dice = [70, 9, 41, 1, 30, 66, 120, 15, 3, 88], {**MODES[mode], "val_batch_tokens": 64}, Random(mode)
+    knobs["ttt_batch_size"] = 3
+    nats, digest, _ = scored(tmp_path / "whole", stream(lengths), **knobs)
+    done, stops = [], 0
+    while True:
+        try:
+            found = scored(tmp_path, stream(lengths), stop_at=dice.randint(1, 5) + 3 * stops, **knobs)
+            break
+        except tg.StoppedError as error:
+            stops += 1
+            count, of = (int(word) for word in str(error).split() if word.isdigit())
+            done.append(count)
+            assert "RESUME=1 RUN_ID=r goes on from" in str(error) and of == sum(lengths) - 1
+            assert (tmp_path / "r.score.ckpt").exists()
+    assert torch.equal(found[0], nats) and found[1] == digest
+    assert stops and done == sorted(done) and not list(tmp_path.glob("*ckpt*"))
+
+
+def test_scoring_goes_on_with_other_rows_side_by_side(tmp_path):
+    """What changes rounding alone may change between: TTT_BATCH_SIZE deals documents into other jobs."""
+    lengths, knobs = [70, 9, 41, 1, 30, 66, 120, 15, 3, 88], MODES["lora, cached"]
+    nats, digest, places = scored(tmp_path / "whole", stream(lengths), ttt_batch_size=3, **knobs)
+    with pytest.raises(tg.StoppedError):
+        scored(tmp_path, stream(lengths), stop_at=places // 2, ttt_batch_size=3, **knobs)
+    found = scored(tmp_path, stream(lengths), ttt_batch_size=4, **knobs)
+    assert found[1] == digest and torch.allclose(found[0], nats, atol=2e-3)
+
+
+def test_a_foreign_score_is_not_gone_on_with(tmp_path):
+    """Another artifact, other knobs, other data: refused, by name."""
+    lengths, knobs = [70, 9, 41], dict(ttt_context="cache")
+    with pytest.raises(tg.StoppedError):
+        scored(tmp_path, stream(lengths), stop_at=3, **knobs)
+    before = (tmp_path / "r.score.ckpt").read_bytes()
+    for change, expected in (({"ttt_lora_lr": 0.5}, "TTT_LORA_LR=0.5, but the checkpoint was made with"),
+                             ({"dtype": "bfloat16"}, "DTYPE=bfloat16, but")):
+        with pytest.raises(tg.UserError, match=expected):
+            scored(tmp_path, stream(lengths), **{**knobs, **change})
+    with pytest.raises(tg.UserError, match="made on 119 targets that begin .* the validation shards have 120"):
+        scored(tmp_path, stream([70, 9, 42]), **knobs)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(tg.UserError, match="ARTIFACT_SHA256="):
+        patch.setattr(tg.hashlib, "sha256", lambda data=b"": hashlib.sha512(data))
+        scored(tmp_path, stream(lengths), **knobs)
+    assert (tmp_path / "r.score.ckpt").read_bytes() == before
+
+
+def test_a_run_killed_while_scoring_goes_on_from_its_artifact(whole, dataset, tmp_path, capsys, monkeypatch):
+    """A crash after the scores for comparison, SIGTERM in the one that counts: the verdict is that of one run."""
+    knobs = {**QUICK, "eval_ladder": "ema,quantized"}
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "score_plain", lambda *given: (_ for _ in ()).throw(RuntimeError("crash")))
+        with pytest.raises(RuntimeError):
+            tg.main([], environment(dataset, tmp_path, **knobs))
+    knobs["resume"] = "1"
+    with monkeypatch.context() as patch:
+        pause = tg.ScoreCheckpoints.pause
+        patch.setattr(tg.ScoreCheckpoints, "pause", lambda kept: os.kill(os.getpid(), signal.SIGTERM) or pause(kept))
+        assert tg.main([], environment(dataset, tmp_path, **knobs)) == 128 + signal.SIGTERM
+    assert "of 10484 targets: RESUME=1 RUN_ID=r goes on from" in capsys.readouterr().err
+    assert tg.main([], environment(dataset, tmp_path, **knobs)) == 0
+    mine, theirs = (events(folder, "verdict")[0] for folder in (tmp_path, whole))
+    assert 0 < mine.pop("scored_before") < mine["tokens"] and len(events(tmp_path, "score")) == 3
+    assert set(mine["ladder"]) == {"ema", "quantized", "plain"}
+    assert all(mine[name] == value for name, value in theirs.items() if name != "ladder" and "seconds" not in name)
+    trained_for = [p["phase_seconds"] for p in events(tmp_path, "phase") if p["budget"] == "train"]
+    assert mine["train_seconds"] == pytest.approx(sum(trained_for), abs=0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.bin", "r.jsonl", "r.txt"]
+    assert tg.main([], environment(dataset, tmp_path, **knobs)) == 2
+    assert "r.bin exists already" in capsys.readouterr().err
 
 
 # -- ranks ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny
 
 import train_gpt as tg
 
@@ -232,3 +232,55 @@ def test_every_name_of_eval_only_is_obeyed(capsys, tmp_path):
     assert tg.main([], {"EVAL_ONLY_QUANTIZED_PATH": str(tmp_path / "absent.bin"), "LOG_DIR": str(tmp_path),
                         "DEVICE": "cpu"}) == 2
     assert "absent.bin: no such file" in capsys.readouterr().err
+
+
+# -- resources -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function, phase, remedy", [
+    ("muon_momentum", "train step 1", "lower MICRO_BATCH_TOKENS=128, such as MICRO_BATCH_TOKENS=64 ("),
+    ("calibrate", "calibrate", "MICRO_BATCH_TOKENS=64 ("), ("ngram_hints", "ngram", "set NGRAM_TILT_ENABLED=0"),
+    ("adapted_score", "score", "TTT_BATCH_SIZE=64, such as TTT_BATCH_SIZE=32 ("),
+    ("plan_windows", "score_ema", "lower VAL_BATCH_TOKENS=1024, such as VAL_BATCH_TOKENS=512")])
+def test_out_of_memory_is_one_line_with_phase_and_remedy(function, phase, remedy, dataset, tmp_path, capsys,
+                                                         monkeypatch):
+    monkeypatch.setattr(tg, function, lambda *given: torch.empty(1 << 60))
+    assert tg.main([], environment(dataset, tmp_path, iterations=1, gptq_calibration_batches=1)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train_gpt.py: out of memory in phase {phase}: ") and remedy in err and err.count("\n") == 1
+    assert "you tried to allocate" in err and ("RESUME=1" in err) == (tmp_path / "r.bin").exists()
+
+
+def test_other_errors_are_not_called_memory(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "muon_momentum", lambda *given: (_ for _ in ()).throw(RuntimeError("bug")))
+    with pytest.raises(RuntimeError, match="bug"):
+        tg.main([], environment(dataset, tmp_path))
+
+
+def test_what_cannot_last_is_said_before_training(dataset, tmp_path, capsys, monkeypatch):
+    """Memory: a warning with the knob to lower and a value that fits by the same prediction. Disk: refused."""
+    monkeypatch.setattr(tg, "memory_left", lambda run: 900 << 20)
+    assert tg.main([], environment(dataset, tmp_path, ttt_batch_size=4096, iterations=1, ttt="none",
+                                   train_batch_tokens=2 ** 20, micro_batch_tokens=2 ** 20,
+                                   artifact_bytes_cap=10 ** 15)) == 2
+    (told,), (warning,) = events(tmp_path, "resources"), events(tmp_path, "warning")
+    assert told["memory_left_mib"] == 900 < told["train_mib"]
+    value = int(warning["text"].rpartition("=")[2])
+    lower = dict(log_dir=str(tmp_path), train_batch_tokens=2 ** 20, micro_batch_tokens=value)
+    with tg.Run(tiny(**lower), {}) as run:
+        assert tg.predicted_memory(run.cfg, run, 0)["train"] <= 0.9 * (900 << 20) and value >= 2 ** 13
+    err = capsys.readouterr().err
+    assert "the run needs 2,000,000," in err and "make room or set ARTIFACT_DIR" in err and err.count("\n") == 1
+    assert not events(tmp_path, "train") and not (tmp_path / "r.bin").exists()
+
+
+def test_an_artifact_without_room_names_the_remedy(run, tmp_path, monkeypatch):
+    limits = tg.resource.getrlimit(tg.resource.RLIMIT_FSIZE)
+    tg.resource.setrlimit(tg.resource.RLIMIT_FSIZE, (1000, limits[1]))
+    run.checkpoint_path.touch()
+    try:
+        with pytest.raises(tg.UserError, match="make room or set ARTIFACT_DIR; RESUME=1 RUN_ID=.* goes on from"):
+            tg.write_artifact(bytes(2000), run.artifact_path, run)
+    finally:
+        tg.resource.setrlimit(tg.resource.RLIMIT_FSIZE, limits)
+    assert not run.artifact_path.exists() and not list(tmp_path.rglob("*.tmp"))

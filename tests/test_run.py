@@ -1,5 +1,6 @@
 """Section 2, Run: phases, log, collectives of one process; and section 8's clock, which runs on it."""
 import json
+import resource
 import types
 
 import pytest
@@ -281,3 +282,46 @@ def test_one_event_is_one_line(run):
 def test_json_lines_are_json(run):
     run.log("train", loss_nats=float("nan"))
     json.loads(run.log_path.with_suffix(".jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+# -- two runs in one folder ----------------------------------------------------------------------------
+
+
+def test_runs_of_one_second_have_names_of_their_own(clock, tmp_path):
+    with tg.Run(tiny(log_dir=str(tmp_path)), {}) as first, tg.Run(tiny(log_dir=str(tmp_path)), {}) as second:
+        assert (first.run_id, second.run_id) == ("record-20260101-000000-seed1337", "record-20260101-000000-seed1337-2")
+        assert second.artifact_path.stem == second.log_path.stem == second.run_id
+        second.log("mine")
+    assert first.log_path.read_text() == "" != second.log_path.read_text()
+
+
+@pytest.mark.parametrize("knobs", [dict(resume="auto"), dict(resume="auto", log_dir="elsewhere")])
+def test_a_run_that_is_alive_is_not_gone_on_with(knobs, tmp_path, monkeypatch):
+    """Also where it shares the folder of the artifact alone; once the first has ended, nothing is in the way."""
+    monkeypatch.chdir(tmp_path)
+    cfg = dict(log_dir="logs", artifact_dir="artifacts", run_id="r")
+    with tg.Run(tiny(**cfg), {}):
+        with pytest.raises(tg.UserError, match="^RUN_ID=r: a process is at work on this run"):
+            tg.Run(tiny(**{**cfg, **knobs}), {})
+    with tg.Run(tiny(**{**cfg, **knobs}), {}):
+        pass
+    assert not list((tmp_path / "artifacts").iterdir())
+
+
+# -- a full disk ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_line_once_there_is_room(run, capsys):
+    run.log("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.log_path.stat().st_size + 8, limits[1]))
+    try:
+        for i in range(3):
+            run.log("meanwhile", i=i)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.log("after")
+    err = capsys.readouterr().err
+    assert f"train_gpt.py: {run.log_path}: cannot write the log" in err and err.count("\n") == 1
+    assert [e["event"] for e in events(run)] == ["before", *["meanwhile"] * 3, "after"]
+    assert [line.split()[1] for line in run.log_path.read_text().splitlines()] == [e["event"] for e in events(run)]
