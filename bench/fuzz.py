@@ -135,7 +135,7 @@ def read_checkpoint(data: bytes, folder: Path) -> object:
     """A checkpoint whose checksum always fits."""
     (folder / "a.ckpt").write_bytes(data)
     with mock.patch.object(tg, "digest_of", lambda *given: "fits"):
-        return tg.read_checkpoint(folder / "a.ckpt", EXPECTED, {})
+        return tg.read_checkpoint(folder / "a.ckpt", tg.TrainCheckpoints.KINDS, {}, lambda state: EXPECTED)
 
 
 def dataset(folder: Path) -> tg.Config:
