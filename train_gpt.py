@@ -34,7 +34,6 @@ import ast
 import bisect
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -3499,13 +3498,6 @@ def stages(cfg: Config) -> list[Stage]:
     return list(dict.fromkeys(stage(cfg, start) for start in stage_starts(cfg)))
 
 
-def stage_loss(model: GPT, at: Stage, cfg: Config, run: Run) -> Callable[[Batch], Tensor]:
-    """The loss that a stage differentiates, compiled where the run compiles."""
-    plan = layer_plan(cfg, at.looped)
-    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if at.rounded else Weights
-    return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype, weights))
-
-
 def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
     """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
     share = ramp(step, 0, cfg.muon_momentum_warmup_steps)
@@ -3879,8 +3871,8 @@ def on_lattice(weights: Tensor, bits: int, sigmas: float) -> tuple[Tensor, Tenso
 
 def bank_grids(model: GPT, cfg: Config) -> dict[str, tuple[int, float]]:
     """(bits, clip) of the codes of every bank."""
-    families = {name: route(name) for name, _ in model.named_parameters()}
-    return {name: cfg.grid(row.stored.removeprefix("gptq:")) for name, row in families.items() if row.rule == "muon"}
+    routes = {name: route(name) for name, _ in model.named_parameters()}
+    return {name: cfg.grid(row.stored.removeprefix("gptq:")) for name, row in routes.items() if row.rule == "muon"}
 
 
 class RoundedWeights(Weights):
@@ -3898,14 +3890,23 @@ class RoundedWeights(Weights):
 
 
 @torch.no_grad()
-def settle(model: GPT, cfg: Config) -> GPT:
-    """The same model, its banks moved to what `RoundedWeights` reads of them; GPTQ will find them on its lattice."""
+def settle(model: GPT, cfg: Config) -> None:
+    """Move the banks to what `RoundedWeights` reads of them; GPTQ will find them on its lattice."""
     grids = bank_grids(model, cfg)
     for name, values, parameter in model.tensors():
         if parameter in grids:
             rounded, model.lattice[name] = on_lattice(values, *grids[parameter])
             values.copy_(rounded)
-    return model
+
+
+@contextlib.contextmanager
+def settled(model: GPT, cfg: Config) -> Iterator[None]:
+    """`settle` for a while."""
+    kept = [p.detach().clone() for p in model.parameters()]
+    settle(model, cfg)
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), kept)
 
 
 class Stack(NamedTuple):
@@ -5564,6 +5565,13 @@ def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
     run.agree(problem)
 
 
+def stage_loss(model: GPT, at: Stage, cfg: Config, run: Run) -> Callable[[Batch], Tensor]:
+    """The loss that a stage differentiates, compiled where the run compiles."""
+    plan = layer_plan(cfg, at.looped)
+    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if at.rounded else Weights
+    return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype, weights))
+
+
 def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
           run: Run) -> None:
     """Run every graph on random tokens and the optimizer at learning rate 0, then forget its momentum.
@@ -5690,10 +5698,10 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 last, marked = total if math.isfinite(total) else last, (step, seconds)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
                 before = run.graphs()["graphs"]
-                with clock.pause(), run.phase("val_probe"):
+                seen = settled(model, cfg) if now.rounded else contextlib.nullcontext()
+                with clock.pause(), run.phase("val_probe"), seen:
                     val = val or ValData.load(cfg, run)
-                    probed = settle(copy.deepcopy(model), cfg) if now.rounded else model
-                    score = evaluate(probed, val, cfg.eval_seq_len, cfg, run, "probe")
+                    score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
                 primed += run.graphs()["graphs"] - before
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())

@@ -13,7 +13,6 @@ logs/tensorboard` shows the other. Neither package is required by anything else.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import select
@@ -84,10 +83,10 @@ def lines(path: Path, follow: bool) -> Iterator[bytes]:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """What an event says in finite numbers, by name."""
+    """What an event says in numbers, by name; those that are not finite are null in a log."""
     head = "/".join(str(event[k]) for k in ("event", "name") if k in event)
     return {f"{head}/{name}": float(value) for name, value in event.items()
-            if isinstance(value, (int, float)) and math.isfinite(value) and name not in ("seconds", "step")}
+            if isinstance(value, (int, float)) and name not in ("seconds", "step")}
 
 
 def mirror(path: Path, names: Sequence[str], follow: bool) -> int:

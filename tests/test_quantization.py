@@ -467,7 +467,8 @@ TERNARY = dict(quant="sdclip", matrix_bits=2, attn_clip_sigmas=1.2, mlp_clip_sig
 def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(bits: int):
     """Loss to the bit; the gradient at the rounded weights goes straight through; one graph without a break."""
     cfg = tiny(**{**TERNARY, "matrix_bits": bits}, mlp_rank=6)
-    model, settled, plan = noisy(cfg), tg.settle(noisy(cfg), cfg), tg.layer_plan(cfg, True)
+    model, settled, plan = noisy(cfg), noisy(cfg), tg.layer_plan(cfg, True)
+    tg.settle(settled, cfg)
     batch = tg.random_batch(2, cfg)
     rounded = functools.partial(tg.RoundedWeights, tg.bank_grids(model, cfg))
     results = []
@@ -482,10 +483,20 @@ def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(
     assert set(tg.bank_grids(model, cfg)) == {name for name, p in model.named_parameters() if name.endswith("bank")}
 
 
+def test_a_probe_sees_the_rounded_weights_and_leaves_none():
+    cfg = tiny(**TERNARY)
+    model, settled, before = noisy(cfg), noisy(cfg), noisy(cfg).state_dict()
+    tg.settle(settled, cfg)
+    with tg.settled(model, cfg):
+        assert all(torch.equal(value, settled.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_what_training_rounded_is_stored_as_it_is(run: tg.Run):
     """Whatever the Hessians: each matrix of a bank has ternary codes at its own step, and comes back to the bit."""
     cfg = tiny(**TERNARY)
-    model = tg.settle(noisy(cfg), cfg)
+    model = noisy(cfg)
+    tg.settle(model, cfg)
     hessians = {key: problem(1, len(h), seed)[1] for seed, (key, h) in enumerate(unit_sums(model).gram.items())}
     found = tg.Quantizer(model, unit_sums(model, hessians), cfg, run).quantize(1.0)
     matrices = {name: values for name, values, _ in model.tensors() if name.startswith("blocks.")}
