@@ -177,7 +177,9 @@ def read_tokenizer(data: bytes, folder: Path) -> object:
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
     """One file of a submission's folder, the others valid, by every reader in `records/`."""
+    import evidence
     import logs
+    import replay
     import submission
     import summary
     with contextlib.suppress(FileExistsError):
@@ -188,6 +190,8 @@ def read_submission(name: str, data: bytes, folder: Path) -> object:
     if name == "train_seed1.jsonl":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             summary.main([str(folder / "one" / name)])
+        with contextlib.suppress(replay.ReplayError):
+            found += sorted(evidence.readable("the log", replay.knobs_of, summary.events(folder / "one" / name), name))
         logs.scored_log(folder / "one" / name)
     if name == "submission.json":
         logs.scored_submission(folder / "one" / name)

@@ -39,6 +39,7 @@ from evidence import (
     audit_log,
     load_module,
     options,
+    readable,
     spelled,
     static_audit,
     table,
@@ -771,7 +772,7 @@ def main(arguments: Sequence[str]) -> int:
         if arguments[0] == "--static":
             if len(arguments) < 2:
                 raise AuditError("--static: give the folder of a submission or a script")
-            findings = static_audit(Path(arguments[1]), options(arguments[2:]))
+            findings = readable(arguments[1], static_audit, Path(arguments[1]), options(arguments[2:]))
         else:
             path, given = Path(arguments[0]), options(arguments[1:])
             if not path.is_file():
@@ -781,7 +782,7 @@ def main(arguments: Sequence[str]) -> int:
             subject, cfg = artifact_subject(path, {**knobs, **given})
             findings = audit(subject) + rehearse(subject.module, cfg, subject.ids, subject.tokenizer)
             if log:
-                findings += audit_log(Path(log), path.stat().st_size)
+                findings += readable(log, audit_log, Path(log), path.stat().st_size)
         print(table(findings))
         return int(any(not f.ok and not f.suspect for f in findings))
     except (AuditError, OSError) as error:
