@@ -620,6 +620,7 @@ def guided(name: str, seconds: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds()):
         (work / f"seed-{number}").write_bytes(seed)
+    warm(name)
     limit_memory()
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -627,7 +628,7 @@ def guided(name: str, seconds: int) -> None:
         return (changed if changed != data else atheris.Mutate(data, most))[:most]
 
     with tempfile.TemporaryDirectory() as folder:
-        atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-timeout={int(3 * SECONDS)}", "-max_len=16384",
+        atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-timeout={int(12 * SECONDS)}", "-max_len=16384",
                        "-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix={CORPUS / name}/find-",
                        str(work), str(CORPUS / name)], lambda data: judge(name, data, Path(folder)) and None,
                       **({"custom_mutator": mutate} if target.json else {}))
