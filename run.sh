@@ -33,6 +33,7 @@ usage() {
 ./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
 ./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | encoding MODEL CORPUS |
                                 caseops TRAIN VAL | scaling [JSON]
+./run.sh bench fuzz [SECONDS] [TARGET ...]        search for inputs that break a reader; --mutations N: count
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh lock                   make requirements.lock: the hashes of what setup installs (needs the package index)

@@ -177,7 +177,9 @@ def read_tokenizer(data: bytes, folder: Path) -> object:
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
     """One file of a submission's folder, the others valid, by every reader in `records/`."""
+    import evidence
     import logs
+    import replay
     import submission
     import summary
     with contextlib.suppress(FileExistsError):
@@ -188,6 +190,8 @@ def read_submission(name: str, data: bytes, folder: Path) -> object:
     if name == "train_seed1.jsonl":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             summary.main([str(folder / "one" / name)])
+        with contextlib.suppress(replay.ReplayError):
+            found += sorted(evidence.readable("the log", replay.knobs_of, summary.events(folder / "one" / name), name))
         logs.scored_log(folder / "one" / name)
     if name == "submission.json":
         logs.scored_submission(folder / "one" / name)
@@ -616,6 +620,7 @@ def guided(name: str, seconds: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds()):
         (work / f"seed-{number}").write_bytes(seed)
+    warm(name)
     limit_memory()
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -623,7 +628,7 @@ def guided(name: str, seconds: int) -> None:
         return (changed if changed != data else atheris.Mutate(data, most))[:most]
 
     with tempfile.TemporaryDirectory() as folder:
-        atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-timeout={int(3 * SECONDS)}", "-max_len=16384",
+        atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-timeout={int(12 * SECONDS)}", "-max_len=16384",
                        "-rss_limit_mb=4096", "-print_final_stats=1", f"-artifact_prefix={CORPUS / name}/find-",
                        str(work), str(CORPUS / name)], lambda data: judge(name, data, Path(folder)) and None,
                       **({"custom_mutator": mutate} if target.json else {}))

@@ -38,6 +38,7 @@ from evidence import (
     failed,
     load_module,
     options,
+    readable,
     spelled,
     static_main,
     table,
@@ -783,7 +784,7 @@ def main(arguments: Sequence[str]) -> int:
         subject, cfg = artifact_subject(path, {**knobs, **given})
         findings = audit(subject) + rehearse(subject.module, cfg, subject.ids, subject.tokenizer)
         if log:
-            findings += audit_log(Path(log), path.stat().st_size)
+            findings += readable(log, audit_log, Path(log), path.stat().st_size)
         print(table(findings))
         return failed(findings)
     except (AuditError, OSError) as error:

@@ -18,7 +18,7 @@ import sys
 import token
 import tokenize
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,6 +32,14 @@ CONDITIONS = ("C1", "C2", "C3", "C4", "accounting")
 
 class AuditError(Exception):
     """The audit cannot be made as asked; one line for the user."""
+
+
+def readable(what: object, look: Callable[..., Any], *given: Any) -> Any:
+    """look(*given) on a stranger's file; `AuditError` where its contents are of another kind than asked for."""
+    try:
+        return look(*given)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise AuditError(f"{what}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 class Finding(NamedTuple):
@@ -444,7 +452,7 @@ def static_main(arguments: Sequence[str]) -> int:
     try:
         if not arguments:
             raise AuditError("--static: give the folder of a submission or a script")
-        findings = static_audit(Path(arguments[0]), options(arguments[1:]))
+        findings = readable(arguments[0], static_audit, Path(arguments[0]), options(arguments[1:]))
     except (AuditError, OSError) as error:
         print(f"audit.py: {error}", file=sys.stderr)
         return 2

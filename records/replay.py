@@ -11,6 +11,7 @@ with DETERMINISTIC=1. A budget in seconds ends after another number of steps eac
 """
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evidence import AuditError, readable
 from summary import events, last
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 GIVEN = {"start": ("code_sha256", "python", "torch", "device", "world", "dtype", "threads", "compile", "attention",
@@ -45,8 +49,11 @@ def knobs_of(found: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
         raise ReplayError(f"{path}: no log of train_gpt.py: it names no knobs; give the run's .jsonl")
     if last(found, "verdict") is None:
         raise ReplayError(f"{path}: the run has no verdict to compare with (unfinished, or it failed)")
-    return {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in config.items()
-            if name not in ("seconds", "event", *ELSEWHERE)}
+    from train_gpt import Config  # a log may come from anyone: no LD_PRELOAD, and nothing else that is no knob
+    if not 1 <= int(last(found, "start")["world"]) <= 1024:
+        raise ReplayError(f"{path}: world={last(found, 'start')['world']}: expected a number of processes")
+    return {f.name.upper(): str(int(value) if isinstance(value := config[f.name], bool) else value)
+            for f in dataclasses.fields(Config) if f.name in config and f.name not in ELSEWHERE}
 
 
 def start(env: Mapping[str, str], world: int) -> int:
@@ -99,7 +106,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         if not path.is_file():
             raise ReplayError(f"{path}: no such log")
         then = events(path)
-        knobs = knobs_of(then, path)
+        knobs = readable(path, knobs_of, then, path)
         knobs["RUN_ID"] = f"{last(then, 'start')['run_id']}-replay-{time.strftime('%Y%m%d-%H%M%S')}"
         knobs.update(pair.split("=", 1) for pair in arguments[1:])
         clean = {name: value for name, value in env.items() if name not in {*knobs, *(n.upper() for n in ELSEWHERE)}}
@@ -107,7 +114,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         if status:
             raise ReplayError(f"the run ended with status {status}, see above")
         lines, same = report(then, events(Path(knobs["LOG_DIR"]) / f"{knobs['RUN_ID']}.jsonl"))
-    except ReplayError as error:
+    except (AuditError, ReplayError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(["", *lines]))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import summary
-from evidence import AuditError, find_log, options
+from evidence import AuditError, find_log, options, readable
 
 INK, LINE = "#0a0b0c", "#0d0e0f"
 SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]
@@ -426,7 +426,7 @@ def main(arguments: Sequence[str]) -> int:
             if not run.last("config"):
                 raise AuditError(f"{path}: no log of a run (no config in it)")
         out = Path(given.get("OUT", "report.html"))
-        out.write_text(page(runs), encoding="utf-8")
+        out.write_text(readable(", ".join(ids), page, runs), encoding="utf-8")
         print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")
         return 0
     except (AuditError, OSError) as error:

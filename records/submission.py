@@ -44,6 +44,7 @@ from evidence import (
     find_log,
     load_module,
     options,
+    readable,
     static_audit,
     table,
     unwrapped,
@@ -212,11 +213,11 @@ def check(folder: Path) -> list[Finding]:
 
 
 def attempt(look: Callable[..., list[Finding]], *given: Any) -> list[Finding]:
-    """The findings of one look at a stranger's files; that these are of another kind than it expects is one, too."""
+    """The findings of one look at a stranger's files; that it cannot be made is one, too."""
     try:
-        return look(*given)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, AuditError) as error:
-        return [Finding("P2", "package", False, look.__name__, f"cannot be read: {type(error).__name__}: {error}")]
+        return readable(look.__name__, look, *given)
+    except AuditError as error:
+        return [Finding("P2", "package", False, look.__name__, str(error))]
 
 
 def check_fields(told: Mapping[str, Any]) -> list[Finding]:

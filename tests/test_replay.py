@@ -49,6 +49,21 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_log_sets_knobs_and_nothing_else(folder):
+    """Whoever made it may have put in what loaders and interpreters obey, or a million processes."""
+    sys.path.insert(0, str(ROOT / "records"))
+    import evidence
+    import replay
+    found = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
+    knobs = replay.knobs_of(found, folder)
+    next(e for e in found if e["event"] == "config").update(ld_preload="/x.so", PATH=".", pythonpath=".")
+    assert replay.knobs_of(found, folder) == knobs and knobs["SEED"] == "1337" and "RUN_ID" not in knobs
+    for world in (10**6, 0, "many", None):
+        next(e for e in found if e["event"] == "start")["world"] = world
+        with pytest.raises((replay.ReplayError, evidence.AuditError)):
+            evidence.readable("the log", replay.knobs_of, found, folder)
+
+
 def test_the_log_says_from_what_it_was_made(folder):
     """Code, knobs, data and packages."""
     (start,), (versions,), (data,) = (events(folder, name) for name in ("start", "versions", "train_data"))
