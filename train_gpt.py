@@ -146,9 +146,10 @@ class RunKnobs:
     dist_timeout_seconds: float = 900.0
     """A rank that keeps others waiting this long, or gives no sign of life for half of it, ends the run."""
     checkpoint_every: float = 0.0
-    """Seconds of training between checkpoints (`<run_id>.ckpt` beside the artifact). 0: only on SIGTERM and SIGINT."""
+    """Seconds between checkpoints of training (`<run_id>.ckpt` beside the artifact) and of the adapted score
+    (`<run_id>.score.ckpt`). 0: only on SIGTERM and SIGINT."""
     resume: str = "0"
-    """0 | 1 | auto: go on from the checkpoint of RUN_ID, on any number of ranks. Auto: where there is one."""
+    """0 | 1 | auto: go on with RUN_ID, training or scoring, on any number of ranks. Auto: where something is saved."""
     deterministic: bool = False
     """1: deterministic algorithms alone, or an error; bit-identical with MAX_WALLCLOCK_SECONDS=0 (CPUs always are)."""
 
@@ -5382,7 +5383,7 @@ def resources(cfg: Config, run: Run, targets: int) -> str:
     if predicted[name] > left:
         run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
                                 f"{lower(cfg, run, name, targets)}")
-    if free < need + 3 * kept and not cfg.checkpoint_every:
+    if need <= free < need + 3 * kept and not cfg.checkpoint_every:
         run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
     return "" if free >= need else (
         f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
