@@ -1733,9 +1733,12 @@ class TrainData:
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""
         first = step * self.cfg.train_rows
-        mine = range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)
-        return [make_batch([self.row(i) for i in mine[m * self.micro_rows:(m + 1) * self.micro_rows]],
-                           self.micro_rows, self.cfg.train_seq_len) for m in range(self.num_micro)]
+        rows = [self.row(i) for i in range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)]
+        require(max((int(row.max()) for row in rows), default=0) < self.cfg.vocab_size, f"{self.cfg.dataset_dir}: a "
+                f"training shard holds ids beyond VOCAB_SIZE={self.cfg.vocab_size} now, which it did not when the run "
+                f"began; repair it and RESUME=auto")
+        return [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
+                           self.cfg.train_seq_len) for m in range(self.num_micro)]
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
@@ -5746,4 +5749,5 @@ def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> in
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a mapped shard that shrinks is a bus error: say where
     sys.exit(main(sys.argv[1:], os.environ))
