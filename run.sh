@@ -32,7 +32,8 @@ usage() {
 ./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader artifact
 ./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
 ./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | encoding MODEL CORPUS |
-                                caseops TRAIN VAL | scaling [JSON]
+                                caseops TRAIN VAL | scaling [JSON] | memory | faults [WORD ...] | soak [RUNS] |
+                                systems [NAME ...]
 ./run.sh bench fuzz [SECONDS] [TARGET ...]        search for inputs that break a reader; --mutations N: count
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed

@@ -153,9 +153,10 @@ class RunKnobs:
     dist_timeout_seconds: float = 900.0
     """A rank that keeps others waiting this long, or gives no sign of life for half of it, ends the run."""
     checkpoint_every: float = 0.0
-    """Seconds of training between checkpoints (`<run_id>.ckpt` beside the artifact). 0: only on SIGTERM and SIGINT."""
+    """Seconds between checkpoints of training (`<run_id>.ckpt` beside the artifact) and of the adapted score
+    (`<run_id>.score.ckpt`). 0: only on SIGTERM and SIGINT."""
     resume: str = "0"
-    """0 | 1 | auto: go on from the checkpoint of RUN_ID, on any number of ranks. Auto: where there is one."""
+    """0 | 1 | auto: go on with RUN_ID, training or scoring, on any number of ranks. Auto: where something is saved."""
     wandb: bool = False
     """1: Weights & Biases gets the events of the log too, by `records/mirror.py` (its WANDB_MODE=offline and so on)."""
     tensorboard: bool = False
@@ -1790,9 +1791,12 @@ class TrainData:
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""
         first = step * self.cfg.train_rows
-        mine = range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)
-        return [make_batch([self.row(i) for i in mine[m * self.micro_rows:(m + 1) * self.micro_rows]],
-                           self.micro_rows, self.cfg.train_seq_len) for m in range(self.num_micro)]
+        rows = [self.row(i) for i in range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)]
+        require(max((int(row.max()) for row in rows), default=0) < self.cfg.vocab_size, f"{self.cfg.dataset_dir}: a "
+                f"training shard holds ids beyond VOCAB_SIZE={self.cfg.vocab_size} now, which it did not when the run "
+                f"began; repair it and RESUME=auto")
+        return [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
+                           self.cfg.train_seq_len) for m in range(self.num_micro)]
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
@@ -5535,7 +5539,7 @@ def resources(cfg: Config, run: Run, targets: int) -> str:
     if predicted[name] > left:
         run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
                                 f"{lower(cfg, run, name, targets)}")
-    if free < need + 3 * kept and not cfg.checkpoint_every:
+    if need <= free < need + 3 * kept and not cfg.checkpoint_every:
         run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
     return "" if free >= need else (
         f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
@@ -5907,4 +5911,5 @@ def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> in
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a mapped shard that shrinks is a bus error: say where
     sys.exit(main(sys.argv[1:], os.environ))

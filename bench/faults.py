@@ -223,9 +223,7 @@ def together(data: Mapping[str, str], expected: Mapping[int, tuple]) -> Iterator
 
 def table() -> list[Fault]:
     """All rows."""
-    rows = [Fault(f"kill -9 of rank {rank} in {phase}", "SIGKILL", {"train": "train:4", "adapt": "adapt:6"}.get(
-        phase, phase), rank, 2) for phase in PHASES for rank in (0, 1)]
-    rows += [Fault(f"{name} in {place.split(':')[0]}", name, place) for name in ("SIGTERM", "SIGINT")
+    rows = [Fault(f"{name} in {place.split(':')[0]}", name, place) for name in ("SIGTERM", "SIGINT")
              for place in ("train:3", "calibrate", "score_quantized", "adapt:7")]
     rows += [Fault(f"SIGTERM to torchrun in {place.split(':')[0]}", "SIGTERM+", place, 0, 2)
              for place in ("train:3", "adapt:6")]
@@ -244,6 +242,8 @@ def table() -> list[Fault]:
                        cap, True),
                  Fault("disk full when the artifact is written", "fill", "write", 0, 1, cap, True),
                  Fault("disk full while scoring", "fill", "adapt:3", 0, 1, cap, True)]
+    rows += [Fault(f"kill -9 of rank {rank} in {phase}", "SIGKILL", {"train": "train:4", "adapt": "adapt:6"}.get(
+        phase, phase), rank, 2) for phase in PHASES for rank in (0, 1)]
     return rows
 
 

@@ -375,3 +375,15 @@ def test_an_error_while_building_ahead_reaches_the_consumer(corpus, monkeypatch)
     assert next(batches) == []
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
+
+
+def test_a_shard_that_is_overwritten_while_mapped_is_named(tmp_path):
+    """Ids were checked when the run began; what the file has become since is no index of an embedding."""
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.concatenate(documents(LENGTHS)))
+    data = train_data(tmp_path)
+    data.step(0)
+    with open(tmp_path / "fineweb_train_000000.bin", "r+b") as file:
+        file.seek(1024)
+        file.write(b"\xff" * 982)
+    with pytest.raises(tg.UserError, match="a training shard holds ids beyond VOCAB_SIZE=8192 now"):
+        data.step(1)

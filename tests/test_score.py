@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -315,3 +316,28 @@ def test_a_score_is_taken_apart_by_position_and_length():
                 expected[what][:, k] += 1, nats[t], size[t]
     for what in found:
         assert np.allclose([found[what][name] for name in ("targets", "nats", "bytes")], expected[what])
+
+
+def test_rank_0_takes_over_what_others_have_settled_and_one_rank_goes_on_with_it(run: tg.Run):
+    """Documents at work stay with their rank; afterwards totals and events are those of a ledger that saw it all."""
+    starts, sent = np.array([0, 10, 20]), []
+    main, other = tg.Ledger(30, starts), tg.Ledger(30, starts)
+    first = types.SimpleNamespace(world=2, is_main=True, gather=lambda x: [None, sent[0]])
+    second = types.SimpleNamespace(world=2, is_main=False, gather=lambda x: sent.append(x) or [None, x])
+    for ledger, document in ((main, 0), (other, 1)):
+        ledger.note(tg.Ledger.SCORE, document, starts[document], starts[document] + 10)
+        ledger.record(torch.arange(10) + 10 * document, torch.full((10,), 1.0 + document))
+        ledger.settle()
+    main.note(tg.Ledger.SCORE, 2, 20, 25)  # at work: neither kept nor lost
+    other.hand_in(second)
+    events = main.hand_in(first)
+    assert events[:, 3:].tolist() == [[0, 0, 10], [1, 10, 20]] and not other.times.any() and not other.nats.any()
+    assert main.times.tolist() == [1] * 20 + [0] * 10 and main.nats.sum() == 30 and len(main.events) == 2
+    with pytest.raises(AssertionError, match="twice"):
+        main.record(torch.tensor([12]), torch.zeros(1))
+    again = tg.Ledger(30, starts)
+    again.restore(main.nats, events, run)
+    assert again.done.tolist() == [True] * 20 + [False] * 10 and again.hand_in(run).tolist() == events.tolist()
+    again.note(tg.Ledger.SCORE, 2, 20, 30)
+    again.record(torch.arange(20, 30), torch.full((10,), 3.0))
+    assert again.close(np.ones(30, dtype=np.int64), run)[0].nats == 60
