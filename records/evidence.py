@@ -192,8 +192,8 @@ def literal(node: ast.AST) -> bytes | None:
 
 UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError, tokenize.TokenError)
 """What Python's parser and tokenizer raise for a source that is none, or is nested without end."""
-LARGEST_SOURCE = 1 << 25
-"""Bytes of a source or log, unpacked; the cap is half of it."""
+LARGEST_SOURCE = 1 << 24
+"""Bytes of a source, unpacked: the cap."""
 
 
 def unwrapped(source: bytes) -> bytes:
@@ -336,7 +336,8 @@ def static_sources(script: Path) -> list[Finding]:
             lines = newer_fstrings(source.decode("utf-8", "replace"))
             problem = f"line {lines[0]}: an f-string that needs Python 3.12" if lines else ""
         except UNREADABLE as error:
-            tree, problem = ast.Module([], []), f"line {getattr(error, 'lineno', 0)}: {error or type(error).__name__}"
+            problem = f"line {getattr(error, 'lineno', 0)}: {str(error) or type(error).__name__}"
+            tree = ast.Module([], [])
         findings.append(Finding("S1", "accounting", not problem, path.name, problem or "parses as Python 3.10"))
         hits = scan(tree)
         findings += [Finding("S2", h.condition, False, f"{path.name}:{h.line}", f"{h.text}: ruling {h.ruling}",
