@@ -235,7 +235,8 @@ def table() -> list[Fault]:
              for place in ("train:3", "adapt:6")]
     cap = {"artifact_bytes_cap": "120000"}
     rows += [
-        Fault("NaN in one gradient", "nan", "3", differs="a step less"), Fault("NaN in five gradients", "nan", "1,2,3,4,5", differs="steps less"),
+        Fault("NaN in one gradient", "nan", "3", differs="a step less"),
+        Fault("NaN in five gradients", "nan", "1,2,3,4,5", differs="steps less"),
         Fault("shard overwritten while mapped", "garbage", "train:2"),
         Fault("shard truncated while mapped", "truncate", "train:2"),
         Fault("wall clock jumps by 11 days", "clock", "train:2"),
