@@ -1742,10 +1742,14 @@ class TrainData:
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
-        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
         return {"row": step * self.cfg.train_rows, "seed": self.cfg.seed, "shuffle": self.cfg.shuffle,
-                "train_seq_len": self.cfg.train_seq_len,
-                "corpus": f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"}
+                "train_seq_len": self.cfg.train_seq_len, "corpus": self.corpus}
+
+    @functools.cached_property
+    def corpus(self) -> str:
+        """What tells this corpus from others, as it is when the run begins: shards may be damaged while it lasts."""
+        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
+        return f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"
 
     def seek(self, position: Mapping[str, Any]) -> int:
         """The step to go on with (see `steps`), in any world size. `UserError` if this run has other rows."""
