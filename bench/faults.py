@@ -9,6 +9,7 @@ of a run that nothing disturbed. Rows that mount a small tmpfs need root and are
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -150,7 +151,7 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 def said(err: str, folder: Path) -> str:
     """The first line that is this program's, or the last warning of its log; without folders."""
     lines = [line.partition("train_gpt.py: ")[2] for line in err.splitlines() if line.startswith("train_gpt.py: ")]
-    lines += [line for line in err.splitlines() if "Error" in line][-1:]
+    lines += [line for line in err.splitlines() if "Error" in line or "Fatal" in line][-1:]
     lines += [e["text"] for e in events(folder, "warning") if "prepare.py verify" not in e["text"]][-1:]
     lines += [f"skipped={e['skipped']} in the log" for e in events(folder, "train") if e.get("skipped")][-1:]
     return (lines or ["-"])[0].replace(f"{folder}/", "").replace(str(folder), "LOG_DIR")
@@ -276,6 +277,7 @@ def main(words: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     if os.environ.get("BENCH_PLANT"):
+        faulthandler.enable()  # as train_gpt.py does
         plant(json.loads(os.environ["BENCH_PLANT"]), Path(os.environ["BENCH_FOLDER"]))
         sys.exit(tg.main([], {k: v for k, v in os.environ.items() if not k.startswith("BENCH_")}))
     sys.exit(main(sys.argv[1:]))
