@@ -1800,10 +1800,14 @@ class TrainData:
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
-        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
         return {"row": step * self.cfg.train_rows, "seed": self.cfg.seed, "shuffle": self.cfg.shuffle,
-                "train_seq_len": self.cfg.train_seq_len,
-                "corpus": f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"}
+                "train_seq_len": self.cfg.train_seq_len, "corpus": self.corpus}
+
+    @functools.cached_property
+    def corpus(self) -> str:
+        """What tells this corpus from others, as it is when the run begins: shards may be damaged while it lasts."""
+        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
+        return f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"
 
     def seek(self, position: Mapping[str, Any]) -> int:
         """The step to go on with (see `steps`), in any world size. `UserError` if this run has other rows."""
@@ -5467,7 +5471,7 @@ def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
     quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
     step = tokens * (kept + scores * cfg.train_seq_len + (2 * width * vocab if run.is_cuda else 0))
     eval_tokens = cfg.eval_rows * cfg.eval_seq_len
-    base = (600 << 20 if run.is_cuda else 300 << 20) + (0 if run.is_cuda else 25 * targets) + \
+    base = (600 << 20 if run.is_cuda else 500 << 20) + (0 if run.is_cuda else 25 * targets) + \
         60 * targets * cfg.ngram_tilt_enabled
     logits = 12 * min(1 << 26, eval_tokens * vocab)
     windows = 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits

@@ -13,15 +13,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.common import Row, show, text_dataset
+import numpy as np
+
+from bench.common import Row, made_up_ids, show, text_dataset, write_shard
 
 SIZES: dict[str, dict[str, str]] = {
     "d256 L3, 2,048 tokens": {},
     "d256 L3, 16,384 tokens": {"MICRO_BATCH_TOKENS": "16384", "TRAIN_BATCH_TOKENS": "16384"},
-    "d512 L6, 8,192 tokens": {"MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4", "NUM_LAYERS": "6",
-                              "MICRO_BATCH_TOKENS": "8192", "TRAIN_BATCH_TOKENS": "8192"},
-    "d384 L4, 64 documents of rank 64": {"MODEL_DIM": "384", "NUM_HEADS": "6", "NUM_KV_HEADS": "3", "NUM_LAYERS": "4",
-                                         "TTT_LORA_RANK": "64", "TTT_CONTEXT": "recompute", "TTT_BATCH_SIZE": "64"},
+    "d512 L2, 4,096 tokens": {"MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4", "NUM_LAYERS": "2",
+                              "PARALLEL_START_LAYER": "1", "XSA_LAST_N": "2", "MICRO_BATCH_TOKENS": "4096",
+                              "TRAIN_BATCH_TOKENS": "4096"},
+    "d256 L3, 64 documents of rank 32": {"TTT_LORA_RANK": "32", "TTT_CONTEXT": "recompute", "TTT_BATCH_SIZE": "64"},
 }
 """Changes of the demo."""
 
@@ -30,9 +32,10 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
     """One run: the stretch that was predicted to take most, its bytes, and what the process took."""
     with tempfile.TemporaryDirectory() as folder:
         env = {"PRESET": "demo", "DEVICE": "cpu", "DTYPE": "float32", "THREADS": "1", "MAX_WALLCLOCK_SECONDS": "0",
-               "ITERATIONS": "2", "EVAL_LADDER": "ema", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
-               "RUN_ID": "r", "TRELLIS_STATES": "1", "VOCAB_SIZE": "512", **knobs,
+               "ITERATIONS": "2", "EVAL_LADDER": "", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
+               "RUN_ID": "r", "QUANT": "sdclip", "VOCAB_SIZE": "512", **knobs,
                **{name.upper(): value for name, value in text_dataset(Path(folder)).items()}}
+        write_shard(Path(folder) / "fineweb_val_000000.bin", made_up_ids(np.full(96, 400), 512))
         child = ("import resource, subprocess, sys; done = subprocess.run([sys.executable, 'train_gpt.py'], "
                  "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); "
                  "sys.exit(done.returncode)")
@@ -51,4 +54,8 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
 
 
 if __name__ == "__main__":
-    show("peak memory of a run", [measure(name, knobs) for name, knobs in SIZES.items()])
+    rows = []
+    for size, changes in SIZES.items():
+        rows.append(measure(size, changes))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    show("peak memory of a run", rows)

@@ -381,9 +381,11 @@ def test_a_shard_that_is_overwritten_while_mapped_is_named(tmp_path):
     """Ids were checked when the run began; what the file has become since is no index of an embedding."""
     write_shard(tmp_path / "fineweb_train_000000.bin", np.concatenate(documents(LENGTHS)))
     data = train_data(tmp_path)
+    position = data.position(0)
     data.step(0)
     with open(tmp_path / "fineweb_train_000000.bin", "r+b") as file:
         file.seek(1024)
         file.write(b"\xff" * 982)
     with pytest.raises(tg.UserError, match="a training shard holds ids beyond VOCAB_SIZE=8192 now"):
         data.step(1)
+    assert data.position(0) == position  # a checkpoint goes on with the shard as it was
