@@ -4361,6 +4361,10 @@ def pick_codec(wanted: str) -> str:
     return wanted
 
 
+packed_once = functools.lru_cache(maxsize=4)(brotli_pack)
+"""For the streams without codes, which stay as they are while `fit_to_cap` looks for a unit."""
+
+
 def pack_codes(matrices: Sequence[np.ndarray], states: int, codec: str) -> tuple[str, bytes]:
     """(coder, packed codes) of one stream; auto: of small streams whatever is smaller."""
     small = sum(matrix.size for matrix in matrices) <= TRY_BROTLI
@@ -4383,7 +4387,7 @@ def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str,
         else:
             raw["steps"] += q.columns.numpy().tobytes()
             matrices[q.stored].append(q.codes.numpy())
-    streams = [(name, "brotli", len(data), brotli_pack(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
+    streams = [(name, "brotli", len(data), packed_once(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
                for name, data in raw.items()]
     # In threads: both coders leave the interpreter's lock while they work.
     with ThreadPoolExecutor() as pool:
@@ -4399,6 +4403,14 @@ def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str,
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + \
         b"".join(packed for _, _, _, packed in streams)
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def code_bytes_of(blob: bytes) -> int:
+    """Bytes that the codes take in an artifact of ours."""
+    at = ARTIFACT_HEAD.size + 4
+    (header_bytes,), head_bytes = struct.unpack_from("<I", blob, at - 4), ARTIFACT_HEAD.unpack_from(blob)[2]
+    streams = json.loads(brotli_unpack(blob[at:at - 4 + head_bytes], header_bytes))["streams"]
+    return sum(size for name, _, _, size in streams if name.startswith("gptq:"))
 
 
 class Artifact(NamedTuple):
@@ -4596,7 +4608,7 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
         quantizer = Quantizer(model, sums, cfg, run)
     rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
-    def packed(tensors: Mapping[str, Quantized], octaves: float, states: int) -> bytes:
+    def packed(tensors: Mapping[str, Quantized], octaves: float, states: int, codec: str) -> bytes:
         return run.share(b"" if not run.is_main else pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset,
                                                           illegal(cfg)))
 
@@ -4604,22 +4616,25 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
         with run.phase("gptq", "train"):
             tensors = quantizer.quantize(2.0 ** octaves)
         with run.phase("pack"):
-            blob = packed(tensors, octaves, quantizer.trellis.states)
+            blob = packed(tensors, octaves, quantizer.trellis.states, codec)
         run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
-                bits_per_weight=8 * (len(blob) - rest) / quantizer.weights, left_bytes=cap - len(blob))
+                left_bytes=cap - len(blob))
         return blob
 
     finest, octaves, slope = -60.0, 0.0, quantizer.weights / 8  # bytes an octave: at most a bit a weight
     if cfg.quant == "waterfill":
         with run.phase("allocate", "train"):
-            wanted = min(cfg.bits_per_weight, 8 * max(1, 0.999 * cap - rest) / quantizer.weights) * quantizer.weights
-            octaves = quantizer.octaves_for(wanted)
+            most = cfg.bits_per_weight * quantizer.weights
+            octaves = quantizer.octaves_for(min(most, 8 * max(1, 0.999 * cap - rest)))
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
-            trial = packed(quantizer.quantize(2.0 ** octaves, quantizer.nearest), octaves, 1)
+            near = quantizer.quantize(2.0 ** octaves, quantizer.nearest)
+            trial = packed(near, octaves, 1, "brotli" if codec == "brotli" else "range")
+            codes = code_bytes_of(trial)
+            wanted = min(most, 8 * max(1, 0.999 * cap - (len(trial) - codes)))
             # Less than a bit a weight where many codes are 0; where nearly all are, nothing can be told from them.
             slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
-            octaves += max(-1.0, (len(trial) - rest - wanted / 8) / slope)
-            finest = octaves if cfg.bits_per_weight * quantizer.weights <= wanted else finest
+            octaves += max(-1.0, (codes - wanted / 8) / slope)
+            finest = octaves if most <= wanted else finest
     else:
         finest = 0.0  # SDClip's bits set the size
     blob = attempt(octaves)
