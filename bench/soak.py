@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT / "records"))
 from summary import events, last  # noqa: E402
 
 LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir dataset data_path tokenizer_path "
-                       "caseops_enabled vocab_size device threads compile resume dist_timeout_seconds".split())
-"""Where things are; and what would make every run a refusal, or (compile) minutes long."""
+                       "caseops_enabled vocab_size device threads compile resume dist_timeout_seconds wandb "
+                       "tensorboard".split())
+"""Where things are; what would make every run a refusal, or (compile) minutes long; what needs other packages."""
 
 TEXTS = {"attn_windows": ("64", "32,0", "256,64,0", "x"), "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
          "eval_ladder": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
@@ -41,7 +42,7 @@ TEXTS = {"attn_windows": ("64", "32,0", "256,64,0", "x"), "train_seq_schedule": 
 """Values of the knobs that are text, good and bad."""
 
 BASE = dict(PRESET="demo", THREADS="1", WARMUP_STEPS="1", TRAIN_LOG_EVERY="4", GPTQ_CALIBRATION_BATCHES="2",
-            EVAL_SECONDS_BUDGET="30", MUON_MOMENTUM_WARMUP_STEPS="4", GPTQ_RESERVE_SECONDS="1")
+            EVAL_SECONDS_BUDGET="30", MUON_MOMENTUM_WARMUP_STEPS="4", GPTQ_RESERVE_SECONDS="1", BIGRAM_BUCKETS="8192")
 
 
 def drawn(number: int) -> dict[str, str]:
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     ends, bad, start = Counter(), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = small_data(folder, env, 400_000, 6_000)
+        data = small_data(folder, env, 400_000, 4_000)
         for number in range(asked.first, asked.first + asked.runs):
             knobs = drawn(number)
             end, line = outcome(knobs | data, folder)
