@@ -36,6 +36,9 @@ LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir da
                        "tensorboard".split())
 """Where things are; what would make every run a refusal, or (compile) minutes long; what needs other packages."""
 
+FOR_A_GPU = frozenset("triton varlen fa2 fa3 fa4".split())
+"""Values that a CPU refuses."""
+
 TEXTS = {"attn_windows": ("64", "32,0", "256,64,0", "x"), "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
          "eval_ladder": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
          "ttt_chunk_size": ("16", "32:8,48", "300", "0"), "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
@@ -57,7 +60,7 @@ def drawn(number: int) -> dict[str, str]:
         if name in LEFT_ALONE or name.upper() in knobs or rng.random() > share:
             continue
         if name in tg.CHOICES:
-            new = rng.choice(tg.CHOICES[name])
+            new = rng.choice([value for value in tg.CHOICES[name] if value not in FOR_A_GPU])
         elif types[name] is bool:
             new = not value
         elif types[name] is str:
