@@ -5547,7 +5547,8 @@ def lower(cfg: Config, run: Run, name: str, targets: int = 0) -> str:
 def resources(cfg: Config, run: Run, targets: int) -> str:
     """Log what memory and disk the run will need, and have; warn of memory, return what the disk surely lacks."""
     predicted, left, kept = predicted_memory(cfg, run, targets), memory_left(run), checkpoint_bytes(cfg, targets)
-    files = {"artifact": 0 if cfg.eval_only else 2 * cfg.artifact_bytes_cap, "log": 1 << 20,
+    artifact = min(cfg.artifact_bytes_cap, sum(predicted_bytes(cfg, 0).values()))
+    files = {"artifact": 0 if cfg.eval_only else artifact, "log": 1 << 20,
              "checkpoints": 3 * kept * bool(cfg.checkpoint_every)}  # one is written beside the two that are kept
     folder = next(path for path in run.artifact_path.absolute().parents if path.exists())
     free = os.statvfs(folder)
