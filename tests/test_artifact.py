@@ -658,8 +658,11 @@ def test_a_table_of_zeros_does_not_make_the_steps_finer(share: float):
     with torch.no_grad():
         table = next(p for name, p in model.named_parameters() if "bigram" in name and len(p) == 8192)
         table *= (torch.rand(8192, 1) < share)
-    found = tg.unpack(fitted((knobs, model, b""), 10 ** 9, 0)).tensors
+    blob = fitted((knobs, model, b""), 10 ** 9, 0)
+    found = tg.unpack(blob).tensors
     stored = [(name, values) for name, values, p in model.tensors() if tg.route(p).stored.startswith("gptq:")]
+    weights = sum(int(values.count_nonzero()) for _, values in stored)
+    assert 8 * tg.code_bytes_of(blob) / weights == pytest.approx(5.0, abs=0.35)
     for name, values in stored:  # a uniform error of a step at 5 bits of a Gaussian is 0.03 of its deviation
         error = float((found[name] - values).square().mean().sqrt() / values.square().mean().sqrt().clamp_min(1e-9))
         assert 0.003 < error < 0.1 or not values.any(), name
