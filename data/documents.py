@@ -14,6 +14,7 @@ import importlib
 import io
 import itertools
 import json
+import lzma
 import re
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import brotli
 import numpy as np
 import sentencepiece
 
@@ -429,3 +431,10 @@ def encode_batch(rows: Sequence[Row], text_field: str, kept: bytes, model: str, 
         unknown,
         digest_sum % 2**64,
     )
+
+
+def compressed_size(compressor: str, text: bytes) -> int:
+    """Bytes that "brotli -11" or "xz -9e" makes of a text."""
+    if compressor == "xz -9e":
+        return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    return len(brotli.compress(text, quality=11, lgwin=24))

@@ -25,7 +25,6 @@ import heapq
 import io
 import itertools
 import json
-import lzma
 import multiprocessing
 import os
 import platform
@@ -57,6 +56,7 @@ from documents import (
     Row,
     Scanned,
     caseops,
+    compressed_size,
     demo_rows,
     encode_batch,
     file_rows,
@@ -93,7 +93,7 @@ CHECKPOINT_SECONDS = 10.0
 """An interrupted run loses at most so much encoding."""
 
 MAX_COMPRESSED_TEXT_BYTES = 16_000_000
-"""Longest validation text that is given to xz and brotli: at this size 73 CPU-seconds and 160 MB of memory."""
+"""Longest validation text that is given to xz and brotli: at this size 73 CPU-seconds, and 160 MB of memory each."""
 
 
 def available_cpus() -> int:
@@ -678,16 +678,8 @@ def compressors(
     texts = (tokenizer.decode(ids.tolist()) for ids in documents)
     if operators := caseops(transform):
         texts = map(operators.decode, texts)
-    packers = {
-        "brotli -11": ((packer := brotli.Compressor(quality=11, lgwin=24)).process, packer.finish),
-        "xz -9e": ((xz := lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)).compress, xz.flush),
-    }
-    sizes = dict.fromkeys(packers, 0)
-    for number, text in enumerate(texts):
-        for name, (pack, _) in packers.items():
-            sizes[name] += len(pack(b"\n" * (number > 0) + text.encode()))
-    for name, (_, finish) in packers.items():
-        sizes[name] += len(finish())
+    text = "\n".join(texts).encode()
+    sizes = dict(in_order(compressed_size, ((name, (name, text)) for name in ("brotli -11", "xz -9e")), workers=2))
     return {
         name: {"bytes": size, "bits_per_byte": round(8 * size / num_bytes, 6)} for name, size in sizes.items()
     }
