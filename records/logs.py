@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from summary import events, last
 
-PRIVATE = frozenset("seed run_id log_dir artifact_dir eval_only threads dist_timeout_seconds wandb tensorboard".split())
+PRIVATE = frozenset("seed run_id log_dir artifact_dir eval_only threads dist_timeout_seconds resume checkpoint_every "
+                    "wandb tensorboard".split())
 """Knobs in which two runs of one configuration may differ."""
 
 

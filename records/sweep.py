@@ -7,9 +7,9 @@
     LAUNCHER=slurm       write an sbatch array of the same runs, one a task, and submit it (GPUS_PER_RUN is needed)
 
 The same command resumes: a run is known by its configuration, the number of its GPUs and the trainer's source, and one
-that has a verdict is skipped. A run that fails is tried once more, unless it would fail again. Runs outlive a killed
-sweep: the next one waits for what is still training. Several sweeps, on several machines with one LOG_DIR, share the
-work. A value with commas goes behind -- or into a file.
+that has a verdict is skipped. A run that fails is tried once more, unless it would fail again; where it left a
+checkpoint, it goes on from there. Runs outlive a killed sweep: the next one waits for what is still training. Several
+sweeps, on several machines with one LOG_DIR, share the work. A value with commas goes behind -- or into a file.
 
 LOG_DIR/<knobs>-<key>.jsonl are the runs' logs, for ./run.sh compare and show. LOG_DIR/sweep/runs.jsonl is the record of
 starts and ends: lines of JSON, since appending one is atomic, also for several writers, a line that a crash cut off
@@ -292,11 +292,17 @@ class Sweep:
         return None, -1
 
     def start(self, state: State, held: tuple[int, int], index: int) -> None:
-        """Start an attempt under the first run id that has no files yet; its processes keep both locks."""
+        """Go on with the last attempt that left a checkpoint, or start one under the first run id without files.
+
+        Its processes keep both locks.
+        """
+        env = {**self.env, **state.job.knobs, **self.places[index], "LOG_DIR": str(self.folder)}
         taken = {path.stem for path in self.folder.glob(f"{state.job.name}*")}
-        ids = (state.job.name + (f".{n}" if n > 1 else "") for n in itertools.count(1))
-        state.run_id = next(name for name in ids if name not in taken)
-        env = {**self.env, **state.job.knobs, **self.places[index], "RUN_ID": state.run_id, "LOG_DIR": str(self.folder)}
+        ids = [state.job.name + (f".{n}" if n > 1 else "") for n in range(1, len(taken) + 2)]
+        kept = Path(env.get("ARTIFACT_DIR") or self.folder)
+        saved = [name for name in ids if any((kept / f"{name}{end}").exists() for end in (".ckpt", ".score.ckpt"))]
+        state.run_id = saved[-1] if saved else next(name for name in ids if name not in taken)
+        env |= {"RUN_ID": state.run_id, **({"RESUME": "auto"} if saved else {})}
         with open(self.own / f"{state.run_id}.out", "ab") as out:
             process = subprocess.Popen(self.command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out,
                                        stderr=subprocess.STDOUT, pass_fds=held, start_new_session=True)

@@ -20,7 +20,7 @@ import json, os, pathlib, sys, time
 env, folder = os.environ, pathlib.Path(os.environ["LOG_DIR"])
 with open(folder / "starts", "a") as file:
     file.write(f"{env['SEED']} {env.get('CUDA_VISIBLE_DEVICES', '')} {env['RUN_ID']}\\n")
-log = open(folder / f"{env['RUN_ID']}.jsonl", "x")
+log = open(folder / f"{env['RUN_ID']}.jsonl", "a" if env.get("RESUME") == "auto" else "x")
 def write(**event):
     print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
 write(event="train", frac=0.5, step=7, loss_nats=3.25)
@@ -30,6 +30,9 @@ if env["SEED"] in env.get("BAD", "").split(":"):
     if env.get("KIND"):
         write(event="error", kind=env["KIND"], text="will not do")
     sys.exit("no luck")
+if env["SEED"] in env.get("STOPS", "") and env.get("RESUME") != "auto":
+    (folder / f"{env['RUN_ID']}{env['KEEPS']}").touch()
+    sys.exit("stopped")
 if env["SEED"] in env.get("ONCE", "") and len(list(folder.glob(f"*SEED={env['SEED']}*.jsonl"))) == 1:
     sys.exit("no luck at first")
 write(event="verdict", val_bpb=1 + int(env["SEED"]) / 100, bytes=40, tokens=10, total_seconds=60.0)
@@ -88,6 +91,13 @@ def test_a_failure_is_tried_once_more(tmp_path, command):
     assert sorted(s for s, *_ in starts(tmp_path)) == ["1", "1", "2", "2", "3"]
     assert "no luck at first" in out and one.states[1].text == "no luck" and "1 failed" in out
     assert one.states[0].run_id.endswith(".2")  # no log is written over
+
+
+@pytest.mark.parametrize("kept", [".ckpt", ".score.ckpt"])
+def test_an_attempt_that_left_a_checkpoint_goes_on(kept, tmp_path, command):
+    status, one, _ = conduct(jobs(1, 2, STOPS="2", KEEPS=kept), tmp_path, command)
+    ids = [run_id for seed, _, run_id in starts(tmp_path) if seed == "2"]
+    assert status == 0 and len(ids) == 2 and len(set(ids)) == 1 and one.states[1].run_id == ids[0]
 
 
 @pytest.mark.parametrize("kind, attempts", [("UserError", 1), ("DivergedError", 1), ("OutOfMemoryError", 2)])
