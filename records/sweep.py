@@ -334,12 +334,16 @@ class Sweep:
     def stop(self) -> None:
         """End what this process has started: politely (torchrun gives its workers 30 s), after 60 s by force."""
         for sent, patience in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
+            end = time.monotonic() + patience
             for run in self.running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(run.process.pid, sent)
-            for run in self.running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    run.process.wait(patience)
+            for run in self.running:  # the shell is gone at once; the trainer behind it writes a checkpoint first
+                with contextlib.suppress(ProcessLookupError):
+                    while time.monotonic() < end:
+                        run.process.poll()
+                        os.killpg(run.process.pid, 0)
+                        time.sleep(0.05)
         for run in self.running:
             append(self.record, "end", key=run.state.job.key, run_id=run.state.run_id, status=run.process.returncode,
                    outcome="interrupted")

@@ -100,6 +100,22 @@ def test_an_attempt_that_left_a_checkpoint_goes_on(kept, tmp_path, command):
     assert status == 0 and len(ids) == 2 and len(set(ids)) == 1 and one.states[1].run_id == ids[0]
 
 
+def test_what_is_stopped_may_write_its_checkpoint(tmp_path):
+    """The shell between sweep and trainer dies at once; the trainer takes its step's time."""
+    (tmp_path / "slow.py").write_text("""
+import os, pathlib, signal, sys, time
+kept = pathlib.Path(os.environ["LOG_DIR"]) / f"{os.environ['RUN_ID']}.ckpt"
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), kept.touch(), sys.exit(143)))
+(kept.parent / "ready").touch()
+time.sleep(60)
+""")
+    one = sw.Sweep(jobs(1), tmp_path, LONE, ["bash", "-c", f"{sys.executable} {tmp_path / 'slow.py'}; true"])
+    assert one.step()
+    until((tmp_path / "ready").exists)
+    one.stop()
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1 and not one.running
+
+
 @pytest.mark.parametrize("kind, attempts", [("UserError", 1), ("DivergedError", 1), ("OutOfMemoryError", 2)])
 def test_what_would_fail_again_is_not_tried_again(kind, attempts, tmp_path, command):
     status, one, _ = conduct(jobs(2, BAD="2", KIND=kind), tmp_path, command)
