@@ -1070,7 +1070,8 @@ class Run:
         there = [str(path) for path in taken if path.exists()]
         if there:
             return f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID" + \
-                (", or RESUME=1 to go on with that one" if found else "")
+                (f"; EVAL_ONLY={there[0]} scores it again" if again else
+                 ", or RESUME=1 to go on with that one" if found else "")
         if cfg.resume == "1" and not found:
             return f"RESUME=1: no checkpoint {' or '.join(map(str, kept.values()))}; RESUME=auto starts anew without"
         try:
@@ -1290,6 +1291,15 @@ class Run:
                 if not self.disk_full:
                     self.warn(f"{self.log_path}: cannot write the log: {error}; the run goes on, make room")
                 self.disk_full = True
+
+    def logged(self) -> bool:
+        """Whether every line so far has left for the disk."""
+        try:
+            for file in self._files[:2]:
+                file.flush()
+            return True
+        except OSError:
+            return False
 
     def warn(self, text: str) -> None:
         """One line on standard error, where the log cannot be trusted with it."""
@@ -5845,6 +5855,8 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             total_seconds=round(total, 3), parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed,
             run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal,
             **kept.state["figures"], **({"scored_before": int(scorer.ledger.done.sum())} if kept.resumed else {}))
+    run.agree("" if run.logged() else f"{run.log_path}: the disk is full, its verdict is on the screen alone; make room"
+              f"{run.goes_on()}")
     kept.remove()
 
 

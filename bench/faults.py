@@ -243,7 +243,7 @@ def table() -> list[Fault]:
         Fault("wall clock jumps by 11 days", "clock", "train:2"),
         Fault("out of memory in train", "memory", "train:3"), Fault("out of memory in adapt", "memory", "adapt:4")]
     if os.geteuid() == 0 and sys.platform == "linux":
-        rows += [Fault("disk too small at the start", "none", "train", small_disk=True),
+        rows += [Fault("disk too small at the start", "none", "train", 0, 1, {"bigram_buckets": "65536"}, True),
                  Fault("disk full while training, room again at calibration", "fill&clear", "train:2&calibrate", 0, 1,
                        cap, True),
                  Fault("disk full when the artifact is written", "fill", "write", 0, 1, cap, True),

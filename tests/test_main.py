@@ -260,6 +260,7 @@ def test_other_errors_are_not_called_memory(dataset, tmp_path, monkeypatch):
 def test_what_cannot_last_is_said_before_training(dataset, tmp_path, capsys, monkeypatch):
     """Memory: a warning with the knob to lower and a value that fits by the same prediction. Disk: refused."""
     monkeypatch.setattr(tg, "memory_left", lambda run: 900 << 20)
+    monkeypatch.setattr(tg, "predicted_bytes", lambda *given: {"gptq:mlp": 10 ** 15})
     assert tg.main([], environment(dataset, tmp_path, ttt_batch_size=4096, iterations=1, ttt="none",
                                    train_batch_tokens=2 ** 20, micro_batch_tokens=2 ** 20,
                                    artifact_bytes_cap=10 ** 15)) == 2
@@ -270,8 +271,21 @@ def test_what_cannot_last_is_said_before_training(dataset, tmp_path, capsys, mon
     with tg.Run(tiny(**lower), {}) as run:
         assert tg.predicted_memory(run.cfg, run, 0)["train"] <= 0.9 * (900 << 20) and value >= 2 ** 13
     err = capsys.readouterr().err
-    assert "the run needs 2,000,000," in err and "make room or set ARTIFACT_DIR" in err and err.count("\n") == 1
+    assert "the run needs 1,000,000," in err and "make room or set ARTIFACT_DIR" in err and err.count("\n") == 1
     assert not events(tmp_path, "train") and not (tmp_path / "r.bin").exists()
+
+
+def test_a_verdict_that_reached_no_disk_is_an_error_and_is_made_again(dataset, tmp_path, capsys, monkeypatch):
+    env = environment(dataset, tmp_path, iterations=1, ttt="none", eval_ladder="")
+    with monkeypatch.context() as full:
+        full.setattr(tg.Run, "logged", lambda run: False)
+        assert tg.main([], env) == 2
+    err = capsys.readouterr().err
+    assert "its verdict is on the screen alone" in err and f"RESUME=1 RUN_ID=r goes on from {tmp_path}" in err
+    assert tg.main([], env | {"RESUME": "1"}) == 0 and not list(tmp_path.glob("*.score*"))
+    first, second = events(tmp_path, "verdict")
+    assert first["ledger_sha256"] == second["ledger_sha256"] and first["val_bpb"] == second["val_bpb"]
+    assert tg.main([], env | {"RESUME": "auto"}) == 2 and "EVAL_ONLY=" in capsys.readouterr().err
 
 
 def test_an_artifact_without_room_names_the_remedy(run, tmp_path, monkeypatch):
