@@ -16,10 +16,10 @@ step() {  # step EXPECTED_STATUS COMMAND
   [ "$status" = "$1" ] || { echo "walk.sh: expected status $1" >&2; exit 1; }
 }
 
-small="PRESET=demo MAX_WALLCLOCK_SECONDS=0 ITERATIONS=150 EVAL_LADDER=ema,quantized"  # in steps: the same on any machine
+small="PRESET=demo MAX_WALLCLOCK_SECONDS=0 ITERATIONS=60 EVAL_SECONDS_BUDGET=600 EVAL_LADDER=ema,quantized"  # not by the clock
 step 0 "./run.sh data demo"
 step 0 "./run.sh doctor PRESET=demo"
-step 130 "timeout --signal=INT 100 ./run.sh sweep SEED=42,0 MATRIX_LR=0.018,0.03 -- $small; exit 130"
+step 130 "timeout --signal=INT 45 ./run.sh sweep SEED=42,0 MATRIX_LR=0.018,0.03 -- $small; exit 130"
 step 0 "./run.sh sweep SEED=42,0 MATRIX_LR=0.018,0.03 -- $small"
 step 0 "./run.sh sweep SEED=42,0 MATRIX_LR=0.018,0.03 -- $small"
 step 0 "./run.sh compare A='MATRIX_LR=0.018-*' B='MATRIX_LR=0.03-*'"
