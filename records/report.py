@@ -58,6 +58,12 @@ class Run(NamedTuple):
         """The last event of that name; empty if there is none."""
         return summary.last(self.events, event) or {}
 
+    @property
+    def ended(self) -> str:
+        """The error that the run ended in; empty: in none, or it went on after it."""
+        last = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
+        return str(last.get("text") or last.get("kind") or "")
+
 
 class Section(NamedTuple):
     """One picture with its table."""
@@ -402,7 +408,7 @@ def page(runs: list[Run]) -> str:
         parts.append(f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>")
     notes = [f"{run.name}: {text}" for run in runs for text in
              (run.last("verdict").get("illegal") and f"ILLEGAL: {run.last('verdict')['illegal']}",
-              run.last("error") and f"ended in an error: {run.last('error').get('text')}") if text]
+              run.ended and f"ended in an error: {run.ended}") if text]
     names = ", ".join(run.name for run in runs)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -65,7 +65,7 @@ class Track(NamedTuple):
 
 TRACKS = {"track_10min_16mb": Track(600.0, 3, "H100", 8), "track_non_record_16mb": Track(math.inf, 1, "", 0)}
 PLACES = ("seed", "run_id", "log_dir", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "threads",
-          "dist_timeout_seconds")
+          "dist_timeout_seconds", "resume", "checkpoint_every", "wandb", "tensorboard")
 """Knobs in which the runs of one submission may differ."""
 FIELDS = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": (int, float)}
 """Fields of submission.json without which a submission was never merged."""
@@ -82,8 +82,12 @@ Log = dict[str, dict[str, Any]]
 
 
 def read_log(path: Path) -> Log:
-    """The last event of each name."""
-    return {event["event"]: event for event in summary.events(path)}
+    """The last event of each name, in the order of their times: a run that goes on begins with `start` again."""
+    found: Log = {}
+    for event in summary.events(path):
+        found.pop(event["event"], None)
+        found[event["event"]] = event
+    return found
 
 
 def text_of(value: Any) -> str:
@@ -315,7 +319,7 @@ def check_logs(folder: Path, paths: Sequence[Path], told: Mapping[str, Any], tra
     for name, log in logs.items():
         lost = [event for event in needed if event not in log]
         test("P1", not lost, name, f"no {', '.join(lost)}: unfinished, damaged, or a run that did not train", "package")
-        if "error" in log:
+        if "error" in [*log][[*log, "start"].index("start"):]:  # one that it did not go on after
             test("P1", False, name, f"the run ended in an error: {log['error'].get('text')}", "package")
         if not lost:
             findings += [f._replace(figures=f"{name}: {f.figures}") for f in audit_log(folder / name, None)]

@@ -185,6 +185,16 @@ def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
     assert (made / "requirements.txt").read_text().startswith("torch==")
 
 
+def test_an_error_that_a_run_went_on_after_is_none(made: Path, tmp_path: Path):
+    shutil.copytree(made, tmp_path / made.name)
+    path = next((tmp_path / made.name).glob("*.jsonl"))
+    whole, error = path.read_text(), json.dumps({"seconds": 1.0, "event": "error", "kind": "E", "text": "no"})
+    for text, ends in ((f"{error}\n{whole}", False), (f"{whole}{error}\n", True)):
+        path.write_text(text)
+        found = [f for f in submission.check(path.parent) if "ended in an error" in f.text]
+        assert bool(found) == ends
+
+
 def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp_path: Path):
     knobs = [line for line in (made / "config.env").read_text().splitlines() if not line.startswith("#")]
     environment = dict(line.split("=", 1) for line in knobs) | {"SEED": "7", "LOG_DIR": str(tmp_path), "RUN_ID": "r"}

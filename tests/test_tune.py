@@ -58,10 +58,13 @@ def test_workers_share_one_study(tuner):
     status, _ = work(tuner({"MATRIX_LR": 0.9}), 4)
     second = tuner({"MATRIX_LR": 0.9})
     status, out = work(second, 6)
-    assert status == 0 and states(second) == [TrialState.COMPLETE] * 6
+    # What is drawn depends on the trainer's source: a hopeless trial may be among the later ones.
+    assert status == 0 and len(states(second)) == 6 and set(states(second)) <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert states(second)[:4] == [TrialState.COMPLETE] * 4
     rates = [trial.params["MATRIX_LR"] for trial in second.study.trials]
     assert rates[0] == 0.9 and rates.count(0.9) == 1
-    best = min(1 + (float(tune.text_of(r)) - 0.3) ** 2 for r in rates)
+    best = min(1 + (float(tune.text_of(r)) - 0.3) ** 2 for r, end in zip(rates, states(second))
+               if end == TrialState.COMPLETE)
     assert second.study.best_value == best and f"val_bpb={best:.5f}\n./run.sh train PRESET=demo MATRIX_LR=" in out
 
 
