@@ -1308,6 +1308,7 @@ class Run:
     def progress(self, total: float, name: str, unit: str) -> tqdm:
         """A progress bar with rate and time left on rank 0's terminal; silent in a file."""
         return tqdm(total=total, desc=name, unit=unit, leave=False, dynamic_ncols=True,
+                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
                     disable=not (self.is_main and sys.stderr.isatty()))
 
     def compiled(self, function: Callable) -> Callable:
@@ -5725,11 +5726,13 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             if step <= 5 or step % cfg.train_log_every == 0:
                 total, seconds = float(run.total(loss)), clock.seconds()
                 each = (seconds - marked[1]) / (step - marked[0])
+                rate = cfg.train_batch_tokens / max(each, 1e-9)
                 run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
                         lr_scale=scale, ms_per_step=1000 * each,
-                        tok_per_s=int(cfg.train_batch_tokens / max(each, 1e-9)), train_seconds=seconds,
+                        tok_per_s=int(rate), train_seconds=seconds,
                         **({"skipped": int(optimizer.skipped)} if optimizer.skipped else {}))
                 last, marked = total if math.isfinite(total) else last, (step, seconds)
+                bar.set_postfix_str(f"step {step}, {total:.3f} nats, {rate:,.0f} tok/s", refresh=False)
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
                 before = run.graphs()["graphs"]
                 seen = settled(model, cfg) if now.rounded else contextlib.nullcontext()
