@@ -389,7 +389,7 @@ class QuantKnobs:
     quant: str = "waterfill"
     """Steps of the codes: sdclip (so many standard deviations a row, #1394) | waterfill (equal cost everywhere)."""
     bits_per_weight: float = 5.0
-    """QUANT=waterfill: most bits of a code on average; fewer where ARTIFACT_BYTES_CAP asks for it."""
+    """QUANT=waterfill: most bits of a weight that is not zero, on average; fewer if ARTIFACT_BYTES_CAP asks for it."""
     row_softness: float = 0.7
     """QUANT=waterfill: exponent of the rows' Fisher information, 0 (ignored) to 1 (full)."""
     gptq_two_sided: bool = False
@@ -1907,7 +1907,7 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
     is not trained on. `UserError` with the remedy; else the counts, for the log.
 
     Validation stays closed until the artifact is written: of its documents only the keys are known, which `prepare.py`
-    left in val_keys.npy ([documents, 2] uint64: key, length). Each rank looks through its training shards.
+    left in val_keys.u64 (key and length of each, little-endian uint64). Each rank looks through its training shards.
     """
     folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
     streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
@@ -1921,16 +1921,12 @@ def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
             where = "on disk" if (name, tokens) in found else "in manifest.json"
             raise UserError(f"{folder}/{one_line(name)}: of {tokens:,} tokens only {where}; fetch or prepare the data "
                             f"again")
-    path, verify = folder / "val_keys.npy", f"`python data/prepare.py verify {folder}`"
+    path, verify = folder / "val_keys.u64", f"`python data/prepare.py verify {folder}`"
     if not path.is_file():
         run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
         return {}
-    try:
-        rows = np.load(path, allow_pickle=False)
-        ensure(rows.dtype == np.uint64 and rows.ndim == 2 and rows.shape[1] == 2, "not what save_keys writes")
-    except Exception:  # NumPy's reader lets out what its tokenizer and its zip reader come across
-        raise UserError(f"{path}: damaged; delete it and run {verify}") from None
-    keys, lengths = rows.T
+    require(path.stat().st_size % 16 == 0, f"{path}: damaged; delete it and run {verify}")
+    keys, lengths = np.fromfile(path, "<u8").reshape(-1, 2).T
     require(lengths.sum() == len(streams["val"]), f"{path}: of {int(lengths.sum()):,} tokens, validation has "
             f"{len(streams['val']):,}; delete it and run {verify}")
     if len(keys) != VAL_DOCUMENTS and "val" not in said:

@@ -25,9 +25,8 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as tg
-from bench.common import Row, show, text_dataset
+from bench.common import ROOT, Row, show, text_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
 """Most that a run may take, which takes five on a quiet core."""
 PHASES = ("prime", "train", "calibrate", "gptq", "pack", "score_quantized", "adapt", "shared_sgd")

@@ -44,9 +44,8 @@ import numpy as np
 import torch
 
 import train_gpt as tg
-from bench.common import Row, program, show, write_shard
+from bench.common import ROOT, Row, program, show, write_shard
 
-ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
 MEMORY, SECONDS, ROOM = 64 << 20, 10.0, 1 << 30
 """What one input may take: resident bytes, seconds of one core; and bytes of address space, resident or not."""
@@ -165,7 +164,7 @@ def read_manifest(data: bytes, folder: Path) -> object:
 def read_documents(data: bytes, folder: Path) -> object:
     """The list of validation documents."""
     cfg = dataset(folder)
-    (folder / "val_keys.npy").write_bytes(data)
+    (folder / "val_keys.u64").write_bytes(data)
     return tg.check_data(tg.TokenStream(folder, "fineweb_train"), cfg, QUIET)
 
 
@@ -326,8 +325,7 @@ def manifests() -> list[bytes]:
 
 def document_lists() -> list[bytes]:
     """The list of `dataset`'s two validation documents."""
-    np.save(file := io.BytesIO(), np.array([[1, 3], [2, 2]], dtype=np.uint64))
-    return [file.getvalue()]
+    return [np.array([[1, 3], [2, 2]], dtype="<u8").tobytes()]
 
 
 @functools.lru_cache(None)

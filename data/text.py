@@ -93,7 +93,7 @@ CHECKPOINT_SECONDS = 10.0
 """An interrupted run loses at most so much encoding."""
 
 MAX_COMPRESSED_TEXT_BYTES = 16_000_000
-"""Longest validation text that is given to xz and brotli: at this size 73 CPU-seconds, and 160 MB of memory each."""
+"""Longest validation text that is given to xz and brotli: at this size 73 CPU-seconds, and 160 MB of memory for xz."""
 
 
 def available_cpus() -> int:

@@ -281,13 +281,13 @@ def together(
 
 
 def save_keys(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(key, length) of each validation document, which it leaves in val_keys.npy: by them training sees whether it
+    """(key, length) of each validation document, which it leaves in val_keys.u64: by them training sees whether it
     has a validation document without opening validation."""
     keys, lengths = TokenStream(directory, "fineweb_val").document_keys()
-    new = directory / "val_keys.new.npy"
+    new = directory / "val_keys.new"
     with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
-        np.save(new, np.stack([keys, lengths.astype(np.uint64)], axis=1))
-        os.replace(new, directory / "val_keys.npy")
+        np.stack([keys, lengths.astype(np.uint64)], axis=1).astype("<u8").tofile(new)
+        os.replace(new, directory / "val_keys.u64")
     return keys, lengths
 
 

@@ -156,7 +156,7 @@ def visible(out: Path) -> list[str]:
 
 
 EXPECTED = [f"datasets/{NAME}/fineweb_train_{i:06d}.bin" for i in range(3)] + [
-    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", f"datasets/{NAME}/val_keys.npy",
+    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", f"datasets/{NAME}/val_keys.u64",
     "tokenizers/fineweb_1024_bpe.model"]
 
 

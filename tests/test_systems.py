@@ -7,13 +7,13 @@ import pytest
 from conftest import ROOT
 
 import train_gpt as tg
+from bench.systems import knobs_of
 
 SYSTEMS = sorted(path.parent.name for path in ROOT.glob("records/*/config.env"))
 
 
 def knobs(name: str) -> dict[str, str]:
-    lines = (ROOT / "records" / name / "config.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return knobs_of(ROOT / "records" / name)
 
 
 def test_all_systems_are_here():

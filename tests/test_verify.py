@@ -177,8 +177,8 @@ def test_keys_are_of_the_content_alone(tmp_path, monkeypatch, size):
     (lambda f: shutil.copy(f / "fineweb_train_000001.bin", f / "fineweb_train_000007.bin"),
      "fineweb_train_000007.bin: of .* only on disk"),
     (lambda f: edit(f / "fineweb_val_000000.bin", lambda ids: ids[:-5]), "fineweb_val_000000.bin: of .* only"),
-    (lambda f: np.save(f / "val_keys.npy", np.ones((3, 2), np.uint64)), "val_keys.npy: of 3 tokens"),
-    (lambda f: (f / "val_keys.npy").write_bytes(b"?"), "val_keys.npy: damaged"),
+    (lambda f: np.ones((3, 2), np.uint64).tofile(f / "val_keys.u64"), "val_keys.u64: of 3 tokens"),
+    (lambda f: (f / "val_keys.u64").write_bytes(b"?"), "val_keys.u64: damaged"),
     (lambda f: edit_manifest(f, lambda m: m["val"].pop("files")), "manifest.json: damaged"),
 ])
 def test_training_refuses_what_the_manifest_does_not_say(damage, words, copy):
@@ -193,7 +193,7 @@ def test_another_number_of_validation_documents_is_said_once(copy):
     run = process()
     start(copy, run)
     assert len(run.lines) == 1 and "not the official 50,000" in run.lines[0]["text"]
-    (copy / "val_keys.npy").unlink()
+    (copy / "val_keys.u64").unlink()
     run = process()
     assert start(copy, run) == {}
     assert len(run.lines) == 1 and "verify" in run.lines[0]["text"]
