@@ -56,6 +56,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -599,6 +600,8 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             parts = [part for part in getattr(self, name).split(",") if part]
             require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
                     f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
+        require(self.ttt != "lora" or self.ttt_lora_on.strip(",") != "", f"TTT_LORA_ON={self.ttt_lora_on}: expected "
+                f"some of q,k,v,o,mlp,head; TTT=none adapts nothing")
         for length, _ in seq_schedule(self):
             require(length <= self.train_seq_len, f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rows of {length} "
                     f"tokens are longer than the rows that are read, TRAIN_SEQ_LEN={self.train_seq_len}; raise that")
@@ -1331,7 +1334,8 @@ class Watch:
 
     Each rank leaves a sign of life in torchrun's store every second, with its place. One that gives none for half of
     DIST_TIMEOUT_SECONDS (stopped, its machine lost), one that fails (also: a collective that took DIST_TIMEOUT_SECONDS)
-    and a store that is gone end all: each prints rank, place and stacks, and exits. What cannot, torchrun kills.
+    and a store that is gone end all: each prints rank, place, open collectives and stacks, and exits. What cannot,
+    torchrun kills.
     """
 
     def __init__(self, run: Run, env: Mapping[str, str]) -> None:
@@ -1388,10 +1392,25 @@ class Watch:
     def end(self, reason: str) -> None:
         """Print where this rank is, with the stack of every thread, and exit: nothing can be awaited any more."""
         self.run.log("error", kind="lost", text=reason)
-        print(f"train_gpt.py: rank {self.run.rank} ends in phase {self.run.place}: {reason}", file=sys.stderr,
-              flush=True)
+        print(f"train_gpt.py: rank {self.run.rank} ends in phase {self.run.place}: {reason}{collectives()}",
+              file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
+
+
+def collectives() -> str:
+    """What this rank's peers have not joined yet, or what they did last, by torch's flight recorder; empty: no record.
+
+    A rank whose number is lower than the others' is the one that they wait for.
+    """
+    found = []
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's and NCCL's
+        with contextlib.suppress(Exception):  # a private interface, read while all is lost anyway
+            entries = json.loads(getattr(torch._C._distributed_c10d, name)())["entries"]
+            found += [f"{e['profiling_name']} number {e['collective_seq_id']} of {e['input_sizes']}"
+                      f"{'' if e['retired'] else ' (open)'}"
+                      for e in [e for e in entries if not e["retired"]][-3:] or entries[-1:]]
+    return "; collectives: " + ", ".join(found) if found else ""
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
@@ -4674,7 +4693,10 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
 
 
 def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
-    """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file."""
+    """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file.
+
+    Where that fails, what training has made lies in the system's temporary folder: `UserError` says under which name.
+    """
     problem, found = "", b""
     if run.is_main:
         try:
@@ -4682,6 +4704,10 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
             found = path.read_bytes()
         except OSError as error:
             problem = f"{path}: cannot write the artifact: {error}; make room or set ARTIFACT_DIR{run.goes_on()}"
+            with contextlib.suppress(OSError):
+                spare = Path(tempfile.mkdtemp(prefix="train_gpt-")) / path.name
+                write_whole(spare, lambda temporary: temporary.write_bytes(blob))
+                problem += f"; until then it is {spare}, which EVAL_ONLY={spare} scores"
     run.agree(problem)
     return run.share(found)
 
@@ -5750,7 +5776,8 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 if stop:
                     checkpoints.end_run(f"step {step}")
         batches.close()
-        run.graceful, total, seconds = False, math.nan if loss is None else float(run.total(loss)), clock.seconds()
+        total, seconds = math.nan if loss is None else float(run.total(loss)), clock.seconds()
+        run.graceful = not cfg.checkpoint_every  # what was trained is on no disk: `produce` makes the artifact first
         last = total if math.isfinite(total) else last
         stop = any(run.gather(run.stop))
         if stop or cfg.checkpoint_every:
@@ -5791,7 +5818,11 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
         kept = ScoreCheckpoints(blob, model, figures, cfg, run)
         kept.keep()  # before the artifact, which would else look like a finished run's
         kept.wait()
-        return write_artifact(blob, run.artifact_path, run), figures
+        blob = write_artifact(blob, run.artifact_path, run)
+    run.graceful = False
+    if any(run.gather(run.stop)):
+        kept.end_run("the artifact was written")
+    return blob, figures
 
 
 def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, figures: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@
 
 Model and data are the tests'. A run with a fault is this program with a plant in it: at a place of one rank it kills,
 stops, fills the disk and so on. After each fault the same command with RESUME=auto and no plant must end in the verdict
-of a run that nothing disturbed. Rows that mount a small tmpfs need root and are left out without.
+of a run that nothing disturbed. Rows that mount a small tmpfs or give up rights need root and are left out without.
 """
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ def act(action: str, folder: Path) -> None:
         with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
             while file.write(bytes(1 << 12)):
                 pass
+    elif action == "read-only":  # its owner alone may write to it, and this process is somebody else from here on
+        Path(os.environ["LOG_DIR"]).chmod(0o755)
+        os.seteuid(65534)
     elif action == "clear":
         (folder / "filler").unlink()
     elif action == "memory":
@@ -242,6 +245,8 @@ def table() -> list[Fault]:
         Fault("wall clock jumps by 11 days", "clock", "train:2"),
         Fault("out of memory in train", "memory", "train:3"), Fault("out of memory in adapt", "memory", "adapt:4")]
     if os.geteuid() == 0 and sys.platform == "linux":
+        rows += [Fault(f"folder turns read-only in {place.split(':')[0]}", "read-only", place)
+                 for place in ("train:3", "write", "adapt:3")]
         rows += [Fault("disk too small at the start", "none", "train", 0, 1, {"bigram_buckets": "65536"}, True),
                  Fault("disk full while training, room again at calibration", "fill&clear", "train:2&calibrate", 0, 1,
                        cap, True),

@@ -595,7 +595,11 @@ def test_the_written_file_is_what_every_rank_gets(run: tg.Run, small: bytes, tmp
 
 
 @pytest.mark.parametrize("where", ["no such folder", "under a file", "a folder"])
-def test_a_path_that_cannot_be_written_is_one_clear_line_and_leaves_nothing(run: tg.Run, tmp_path: Path, where: str):
+def test_a_path_that_cannot_be_written_is_one_clear_line_and_leaves_nothing_there(
+        run: tg.Run, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory):
+    """What training has made is saved elsewhere, if that can be."""
+    spare = tmp_path_factory.mktemp("spare")
+    monkeypatch.setattr(tg.tempfile, "tempdir", str(spare))
     (tmp_path / "file").touch()
     (tmp_path / "folder.bin").mkdir()
     path = tmp_path / {"no such folder": "none/a.bin", "under a file": "file/a.bin", "a folder": "folder.bin"}[where]
@@ -604,6 +608,12 @@ def test_a_path_that_cannot_be_written_is_one_clear_line_and_leaves_nothing(run:
         tg.write_artifact(b"bytes", path, run)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+    (saved,) = spare.rglob("*.bin")
+    assert saved.read_bytes() == b"bytes" and f"EVAL_ONLY={saved} scores" in str(error.value)
+    monkeypatch.setattr(tg.tempfile, "tempdir", str(spare / "none"))
+    with pytest.raises(tg.UserError, match="cannot write the artifact") as error:
+        tg.write_artifact(b"bytes", path, run)
+    assert "EVAL_ONLY" not in str(error.value)
 
 
 def test_a_failed_write_leaves_the_old_file(run: tg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """Checkpoints, signals and lost ranks: what was trained is not lost, and a run that cannot go on ends and says why."""
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,11 +67,34 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, dataset, tmp_path, capsys, mon
     assert mine["train_seconds"] > events(tmp_path, "resume")[0]["elapsed"] > 0
 
 
-def test_outside_training_a_signal_ends_the_run_at_once(dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tg, "calibrate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10))
-    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "train_gpt.py: SIGINT in phase calibrate\n"
+def signalled(patch, name, times):
+    """SIGINT, so many times, while the function of that name is at work."""
+    real = getattr(tg, name)
+    patch.setattr(tg, name, lambda *args: [os.kill(os.getpid(), signal.SIGINT) for _ in range(times)] and real(*args))
+
+
+def test_a_signal_between_training_and_artifact_loses_nothing(whole, dataset, tmp_path, capsys):
+    """What was trained is on no disk yet: the artifact is made, and scored by the run that goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, "calibrate", 1)
+        assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGINT
+    assert "SIGINT after the artifact was written: RESUME=1 RUN_ID=r goes on from" in capsys.readouterr().err
+    assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 0
+    assert events(tmp_path, "verdict")[0]["val_loss"] == events(whole, "verdict")[0]["val_loss"]
     assert not list(tmp_path.glob("*ckpt*"))
+
+
+@pytest.mark.parametrize("where, times, knobs", [("calibrate", 2, {}), ("calibrate", 1, {"checkpoint_every": 1e-9}),
+                                                 ("build_model", 1, {}), ("unpack", 1, {})])
+def test_outside_training_a_signal_ends_the_run_at_once(dataset, tmp_path, capsys, where, times, knobs):
+    """Where nothing is lost, or where it is asked twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, where, times)
+        assert tg.main([], environment(dataset, tmp_path, **QUICK, **knobs)) == 128 + signal.SIGINT
+    phase = {"build_model": "setup", "unpack": "load_artifact"}.get(where, where)
+    assert f"train_gpt.py: SIGINT in phase {phase}" in capsys.readouterr().err
+    assert (tmp_path / "r.bin").exists() == (where == "unpack")
 
 
 def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path):
@@ -404,6 +428,8 @@ def test_a_rank_that_hangs_ends_the_run_and_shows_where(dataset, tmp_path):
     lines = [line for line in err.splitlines() if line.startswith("train_gpt.py: rank")]
     assert {line.split()[2] for line in lines} == {"0", "1"} and len(lines) == 2
     assert all("rank 0 failed in phase train step" in line for line in lines) and "in forever\n" in err
+    waits, hangs = (int(re.search(r"; collectives: gloo:\w+ number (\d+) of \[", line)[1]) for line in sorted(lines))
+    assert hangs < waits
     assert time.monotonic() < start + 40
 
 
