@@ -1772,6 +1772,11 @@ def random_batch(num_rows: int, cfg: Config) -> Batch:
     return make_batch(rows, num_rows, cfg.train_seq_len)
 
 
+def beginning(ids: np.ndarray) -> str:
+    """What tells one stream from another: a hash of its first 4,096 ids."""
+    return hashlib.sha256(ids[:4096].tobytes()).hexdigest()[:12]
+
+
 class TrainData:
     """The training stream as numbered rows: row i is the same on every rank and in every run with this seed."""
 
@@ -1836,8 +1841,8 @@ class TrainData:
     @functools.cached_property
     def corpus(self) -> str:
         """What tells this corpus from others, as it is when the run begins: shards may be damaged while it lasts."""
-        head = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
-        return f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {head}"
+        begin = beginning(self.stream.read(0, min(len(self.stream), 4096)))
+        return f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {begin}"
 
     def seek(self, position: Mapping[str, Any]) -> int:
         """The step to go on with (see `steps`), in any world size. `UserError` if this run has other rows."""
@@ -3228,6 +3233,12 @@ def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
 
 
+def shapes_of(cfg: ModelKnobs) -> GPT:
+    """A model that takes no memory: names and shapes of its parameters."""
+    with torch.device("meta"):
+        return GPT(cfg)
+
+
 def build_model(cfg: Config, run: Run) -> GPT:
     """A freshly initialised model on this run's device; SEED and rank 0 decide the values."""
     torch.manual_seed(cfg.seed)
@@ -4506,9 +4517,8 @@ def read_artifact(blob: bytes) -> Artifact:
         require(all(type(value) is types[name] for name, value in dict(header["model"]).items()),
                 "a knob in the header has a value that is none of its kind")
         model = ModelKnobs(**header["model"])
-        with torch.device("meta"):
-            expected = [[name, route(parameter).stored, list(values.shape)]
-                        for name, values, parameter in GPT(model).tensors()]
+        expected = [[name, route(parameter).stored, list(values.shape)]
+                    for name, values, parameter in shapes_of(model).tensors()]
         preset, illegal = str(header["preset"]), str(header["illegal"])
         listed = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
         unit, states = float(header["unit"]), header["trellis"]
@@ -4601,11 +4611,9 @@ def illegal(cfg: Config) -> str:
 def predicted_bytes(cfg: Config, code_bytes: int) -> dict[str, int]:
     """Estimated packed bytes by stream before training: BITS_PER_WEIGHT or what the cap leaves, or under SDClip those
     of Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
-    with torch.device("meta"):
-        tensors = [(values, route(parameter).stored) for _, values, parameter in GPT(cfg).tensors()]
     total: dict[str, float] = collections.defaultdict(float)
-    for values, stored in tensors:
-        for stream, size in stream_parts(stored, values.shape):
+    for _, values, parameter in shapes_of(cfg).tensors():
+        for stream, size in stream_parts(route(parameter).stored, values.shape):
             bits = 8.0
             if stream.startswith("gptq:"):
                 width, sigmas = cfg.grid(stream.removeprefix("gptq:"))
@@ -5271,8 +5279,7 @@ class ScoreCheckpoints(Checkpoints):
     def restore(self, scorer: Scorer) -> None:
         """The ledger as far as it got."""
         self.scorer, ledger, progress = scorer, scorer.ledger, self.state["progress"]
-        head = hashlib.sha256(scorer.val.ids[:4096].tobytes()).hexdigest()[:12]
-        self.corpus = f"{len(ledger.nats)} targets that begin {head}"
+        self.corpus = f"{len(ledger.nats)} targets that begin {beginning(scorer.val.ids)}"
         if progress:
             require(progress.get("corpus") == self.corpus, f"{self.paths[0]}: made on {progress.get('corpus')}, the "
                     f"validation shards have {self.corpus}")
@@ -5505,8 +5512,7 @@ def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
     Exact are weights, optimizer and adapters; activations are elements kept of a token and visit, as counted on a CPU
     (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept), measured against in bench/LOG.md.
     """
-    with torch.device("meta"):
-        named = dict(GPT(cfg).named_parameters())
+    named = dict(shapes_of(cfg).named_parameters())
     weights = 4 * sum(p.numel() for p in named.values())
     banks = 4 * sum(p.numel() for name, p in named.items() if route(name).rule == "muon")
     matrices = [p.shape for p in named.values() if p.dim() == 3]
@@ -5542,9 +5548,7 @@ def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
 
 def checkpoint_bytes(cfg: Config, targets: int) -> int:
     """Size of the larger kind of checkpoint: weights, average, momentum of all; or ledger, weights and momentum."""
-    with torch.device("meta"):
-        named = dict(GPT(cfg).named_parameters())
-    sizes = {name: 4 * p.numel() for name, p in named.items()}
+    sizes = {name: 4 * p.numel() for name, p in shapes_of(cfg).named_parameters()}
     training = sum(size * (3 if route(name).rule == "muon" else 4) for name, size in sizes.items())
     events = 96 // min(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
     return max(training, 2 * sum(sizes.values()) + targets * (4 + events)) + (1 << 16)
@@ -5954,9 +5958,7 @@ def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
 
 def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> int:
     """`--check`: config, layer plan, routes, predicted size and the state of the data; trains nothing."""
-    with torch.device("meta"):
-        model = GPT(cfg)
-    describe(cfg, model, run, warnings, code_bytes)
+    describe(cfg, shapes_of(cfg), run, warnings, code_bytes)
     sizes = predicted_bytes(cfg, code_bytes)
     run.log("predicted", total_bytes=sum(sizes.values()) + code_bytes, code_bytes=code_bytes,
             cap_bytes=cfg.artifact_bytes_cap, **{f"bytes_{k.replace(':', '_')}": v for k, v in sizes.items()})

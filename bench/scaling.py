@@ -58,8 +58,7 @@ def parts(path: Path | None) -> tuple[float, float, float]:
 
 def scaling_rows(cfg: tg.Config, each: float, fixed: float, speed: float, nvlink: float, network: float) -> list[Row]:
     """Rows by world size for the config's global batch."""
-    with torch.device("meta"):
-        model = tg.GPT(cfg)
+    model = tg.shapes_of(cfg)
     banks = [p for name, p in model.named_parameters() if tg.route(name).rule == "muon"]
     small = 4.0 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in banks))
     rows: list[Row] = []

@@ -470,8 +470,7 @@ def test_a_claim_of_many_gigabytes_is_refused_before_it_is_unpacked(small: bytes
     """The header fits its model, and a few bytes of Brotli could fulfil the claim."""
     header, streams = taken_apart(small)
     header["model"].update(vocab_size=65536, model_dim=2**17)
-    with torch.device("meta"):
-        tensors = list(tg.GPT(tg.ModelKnobs(**header["model"])).tensors())
+    tensors = tg.shapes_of(tg.ModelKnobs(**header["model"])).tensors()
     header["tensors"] = [[name, tg.route(parameter).stored, list(v.shape)] for name, v, parameter in tensors]
     sizes: dict[str, int] = {}
     for _, stored, shape in header["tensors"]:

@@ -383,9 +383,7 @@ def test_docstrings_show_what_happens():
 
 
 def test_the_record_has_the_known_number_of_parameters():
-    with torch.device("meta"):
-        model = tg.GPT(tg.ModelKnobs())
-    counts = {name: p.numel() for name, p in model.named_parameters()}
+    counts = {name: p.numel() for name, p in tg.shapes_of(tg.ModelKnobs()).named_parameters()}
     large = {"qo_bank": 5_767_168, "kv_bank": 2_883_584, "mlp_up_bank": 11_534_336, "mlp_down_bank": 11_534_336,
              "tok_emb": 4_194_304}
     assert {name: counts[name] for name in large} == large
