@@ -5525,8 +5525,7 @@ def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
     quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
     step = tokens * (kept + scores * cfg.train_seq_len + (2 * width * vocab if run.is_cuda else 0))
     eval_tokens = cfg.eval_rows * cfg.eval_seq_len
-    base = (600 << 20 if run.is_cuda else 500 << 20) + (0 if run.is_cuda else 25 * targets) + \
-        60 * targets * cfg.ngram_tilt_enabled
+    base = (600 << 20) + (0 if run.is_cuda else 25 * targets) + 60 * targets * cfg.ngram_tilt_enabled
     logits = 12 * min(1 << 26, eval_tokens * vocab)
     windows = 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits
     found = {"train": 4 * weights + banks // run.world + 2 * (weights - banks) + step,

@@ -17,8 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import train_gpt as tg
 from bench.common import Row, program, show
 from bench.step import newton_schulz_flops
