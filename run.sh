@@ -31,15 +31,16 @@ usage() {
 ./run.sh audit --static PATH    read a submission's sources for what was ruled illegal
 ./run.sh bench [SECTION ...]    measure the parts against their floors: step profile kernels loader artifact
 ./run.sh bench --gpu            on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
-./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | ngram [MILLIONS] | encoding MODEL CORPUS |
-                                caseops TRAIN VAL | scaling [JSON] | memory | faults [WORD ...] | soak [RUNS] |
-                                systems [NAME ...]
+./run.sh bench NAME ...         bench/NAME.py: evaluation ARTIFACT | codec ARTIFACT | ngram [MILLIONS] | plain_step |
+                                encoding MODEL CORPUS | caseops TRAIN VAL | scaling [JSON] | memory | systems [NAME ...] |
+                                faults [WORD ...] | soak [RUNS]
 ./run.sh bench fuzz [SECONDS] [TARGET ...]        search for inputs that break a reader; --mutations N: count
 ./run.sh test [PYTEST ARGS]     set up and run the tests
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh lock                   make requirements.lock: the hashes of what setup installs (needs the package index)
 ./run.sh help                   this text
 
+Relative paths are those of the folder where run.sh lies. Variables for other programs go before the command.
 PYTHON=python3.12 ./run.sh ...  another interpreter for .venv (3.10 or newer)
 AUDIT=1 ./run.sh train ...      audit the artifact that the run has made
 NPROC=2 ./run.sh train ...      number of processes (default: one for each GPU, or 1)
@@ -95,7 +96,9 @@ setup() {
   echo "run.sh: making .venv with $("$python" -V) and installing requirements.txt (once; minutes)" >&2
   "$python" -m venv --clear $site .venv ||
     fail "'$python -m venv' does not work: install it (Debian, Ubuntu: apt-get install python3-venv)"
-  if [ -n "$site" ]; then
+  if [ -n "$site" ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    echo "run.sh: .venv does not see it (it lies in an environment of its own): installing another" >&2
+  elif [ -n "$site" ]; then
     wanted=.venv/requirements.txt
     grep -vE '^(torch|triton)==' requirements.txt >"$wanted"
   fi
@@ -117,7 +120,12 @@ take_knobs() {
   for pair in "$@"; do
     [[ $pair =~ ^[A-Z][A-Z0-9_]*=.* ]] || fail "'$pair': expected KNOB=value, such as SEED=42 (./run.sh knobs lists them)"
     export "${pair?}"
+    case ${pair%%=*} in
+      NPROC | AUDIT | CUDA_* | HF_* | NCCL_* | OMP_* | PYTORCH_* | TORCH* | TRITON_* | WANDB_*) ;;  # other programs'
+      *) KNOBS_TYPED="${KNOBS_TYPED:-} ${pair%%=*}" ;;
+    esac
   done
+  export KNOBS_TYPED=${KNOBS_TYPED:-}  # train_gpt.py refuses those of these names that are no knobs
 }
 
 # The knobs of a folder's config.env that the environment does not set itself. Whoever wrote that file decides no more
@@ -148,7 +156,10 @@ take_arguments() {
 }
 
 train() {
-  local processes=${NPROC:-$(.venv/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+  local processes=${NPROC:-1}
+  [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$processes: expected a number of processes, 1 or more"
+  [ -n "${NPROC:-}" ] || [ "${DEVICE:-auto}" = cpu ] ||
+    processes=$(.venv/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
   if [ "$processes" -gt 1 ]; then
     .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py
   else
@@ -156,11 +167,13 @@ train() {
   fi
 }
 
+# The log and the artifact of the run RUN_ID.
+log() { echo "${LOG_DIR:-logs}/$RUN_ID.jsonl"; }
+artifact() { echo "${EVAL_ONLY:-${ARTIFACT_DIR:-${LOG_DIR:-logs}}/$RUN_ID.bin}"; }
+
 # AUDIT=1: try to refute the score of the artifact that the run has just made.
 audit() {
-  [ "${AUDIT:-0}" = 0 ] ||
-    .venv/bin/python records/audit.py "${EVAL_ONLY:-${ARTIFACT_DIR:-${LOG_DIR:-logs}}/$RUN_ID.bin}" \
-      "LOG=${LOG_DIR:-logs}/$RUN_ID.jsonl"
+  [ "${AUDIT:-0}" = 0 ] || .venv/bin/python records/audit.py "$(artifact)" "LOG=$(log)"
 }
 
 verb=demo
@@ -177,12 +190,12 @@ case $verb in
     train
     audit
     echo
-    .venv/bin/python records/summary.py "logs/$RUN_ID.jsonl"
+    .venv/bin/python records/summary.py "$(log)"
     cat <<TXT
 
 Next: ./run.sh knobs                                       every knob
       ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    the demo with other values
-      EVAL_ONLY=logs/$RUN_ID.bin ./run.sh train            score the same artifact again
+      EVAL_ONLY=$(artifact) ./run.sh train            score the same artifact again
       ./run.sh data text FILES... --name mine              your own text
 TXT
     ;;

@@ -800,8 +800,8 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
     """Field name -> text for every knob in `env`, and one warning for each variable without effect.
 
     Old names are mapped (`RENAMED`, the switches, `SPECIAL`). A name that is neither a knob nor known
-    raises `UserError` if it is one or two edits from a knob or has one of `KNOB_PREFIXES`; anything else in the
-    environment is none of our business.
+    raises `UserError` if it is one or two edits from a knob, has one of `KNOB_PREFIXES`, or was typed as an argument
+    (run.sh lists these in KNOBS_TYPED); anything else in the environment is none of our business.
     """
     env = {name: value.strip() for name, value in env.items()}
     given = {name.lower(): env[name] for name in env if name.isupper() and name.lower() in fields}
@@ -869,7 +869,8 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
         else:
             given["n_int6_layers"] = "0"
 
-    known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *STRANGERS, *SPECIAL}
+    typed = set(env.get("KNOBS_TYPED", "").split())
+    known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *(STRANGERS - typed), *SPECIAL}
     for name in sorted(set(env) - knobs - known):
         reason = next((why for patterns, why in NO_EFFECT
                        if any(fnmatch.fnmatchcase(name, p) for p in patterns.split())), None)
@@ -879,9 +880,10 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
         near = sorted((edits(name, knob), knob) for knob in knobs if abs(len(name) - len(knob)) <= 2)
         # Short names may differ by one edit only (SEED, but not HEAD or USER).
         close = name.isupper() and bool(near) and near[0][0] <= (2 if len(near[0][1]) > 9 else 1)
-        if close or name.startswith(KNOB_PREFIXES):
+        if close or name in typed or name.startswith(KNOB_PREFIXES):
             nearest = near[0][1] if close else difflib.get_close_matches(name, knobs, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}={env[name]}: no such knob; did you mean {nearest}? (--help lists them all)")
+            raise UserError(f"{name}={env[name]}: no such knob; did you mean {nearest}? (--help lists them all"
+                            f"{'; what is for other programs goes before the command' * (name in typed)})")
     return given, [f"{', '.join(names)}: no effect here: {why}" for why, names in reasons.items()]
 
 
@@ -1101,7 +1103,7 @@ class Run:
         return self
 
     def _signalled(self, number: int, frame: object) -> None:
-        """Training ends after its step, with a checkpoint; anything else ends at once, as does what is asked twice."""
+        """Where something would be lost (`graceful`) the run ends a little later; else, or asked twice, at once."""
         asked, self.stop = self.stop, signal.Signals(number).name
         if asked or not self.graceful:
             raise StoppedError(self.stop, f"in phase {self.place}{self.goes_on()}")

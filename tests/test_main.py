@@ -2,10 +2,12 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,7 @@ def test_no_second_lies_outside_the_phases(single: Path):
 def test_the_demo_trains(single: Path):
     """Four steps of the tiny model: the loss falls below that of a uniform guess."""
     losses = [e["loss_nats"] for e in events(single, "train")]
-    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert len(losses) == 4 and losses[-1] < math.log(int(TINY["vocab_size"])) < losses[0] + 0.1
 
 
 def test_validation_is_opened_after_the_artifact_is_frozen(dataset, tmp_path, monkeypatch):
@@ -187,9 +189,15 @@ def test_a_wall_clock_budget_is_kept(dataset, tmp_path):
     assert end["reason"] == "budget" and end["train_seconds"] < 2.5  # a busy machine may make the last step longer
 
 
-def test_a_probe_of_validation_is_marked_and_not_charged(dataset, tmp_path):
+def test_a_probe_of_validation_is_marked_and_not_charged(dataset, tmp_path, monkeypatch):
+    real = tg.evaluate
+    monkeypatch.setattr(tg, "evaluate", lambda *args: time.sleep(args[-1] == "probe") or real(*args))
     assert tg.main([], environment(dataset, tmp_path, val_loss_every=2)) == 0
     assert [e["step"] for e in events(tmp_path, "val_probe")] == [2, 4]
+    (end,), (verdict,) = events(tmp_path, "train_end"), events(tmp_path, "verdict")
+    whole = sum(e["phase_seconds"] for e in events(tmp_path, "phase") if e["budget"] == "train")
+    assert end["train_seconds"] < whole - 2 and verdict["train_seconds"] < whole - 2 + 0.01
+    assert verdict["other_seconds"] > 2
 
 
 @pytest.mark.parametrize("record", RECORD_COMMANDS)

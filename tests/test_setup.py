@@ -24,6 +24,27 @@ def test_a_linked_environment_is_never_emptied(tmp_path: Path):
     assert (other / "bin" / "python").exists() and (clone / ".venv").is_symlink()
 
 
+@pytest.mark.parametrize("seen, wanted", [(0, ".venv/requirements.txt"), (1, "requirements.txt")])
+def test_a_torch_is_borrowed_only_where_the_new_environment_sees_it(tmp_path: Path, seen: int, wanted: str):
+    """That of an interpreter which is an environment itself stays there."""
+    for name in ("run.sh", "requirements.txt", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$0 $*" in
+  *hashlib*) exec {sys.executable} "$@" ;;
+  *.venv*"import torch"*) exit {seen} ;;
+  *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *"-m pip"*) shift 3; echo PIP "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(["./run.sh", "setup"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[-2:] == ["-r", wanted], done.stderr
+    assert ("does not see it" in done.stderr) == bool(seen)
+
+
 # What each verb answers without torch: the script, arguments, the exit status.
 LIGHT = {
     "audit": ("records/audit.py --static bench/scaling.py", 0), "check": ("records/submission.py check nowhere", 2),

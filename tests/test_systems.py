@@ -82,6 +82,28 @@ def test_a_folder_gives_knobs_and_arguments_and_environment_come_first(verb: str
     assert "EMA_DECAY=0.5" in run(shell, verb, "EMA_DECAY=0.5").stdout.splitlines()
 
 
+def test_what_is_typed_must_be_a_knob(shell: Path):
+    """What the environment has besides, or what other programs read, need not."""
+    lines = run(shell, "train", "LEARNING_RATE=1", "NCCL_NET=Socket", "NPROC=1", EPOCHS="3").stdout.splitlines()
+    typed = next(line for line in lines if line.startswith("KNOBS_TYPED="))
+    assert typed.split("=")[1].split() == ["LEARNING_RATE"] and {"NCCL_NET=Socket", "EPOCHS=3"} <= set(lines)
+
+
+def test_processes_are_a_number_and_one_on_a_cpu(shell: Path):
+    done = run(shell, "train", "NPROC=two")
+    assert done.returncode == 2 and done.stderr.startswith("run.sh: NPROC=two: expected a number")
+    python = shell / ".venv/bin/python"
+    python.write_text(python.read_text().replace("echo 1;;", "echo 8;;"))  # GPUs
+    ran = {device: run(shell, "train", DEVICE=device).stdout.splitlines()[0] for device in ("cpu", "auto")}
+    assert ran == {"cpu": "RAN train_gpt.py",
+                   "auto": "RAN -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"}
+
+
+def test_the_demo_shows_the_log_where_it_is(shell: Path):
+    lines = run(shell, LOG_DIR="elsewhere", RUN_ID="r").stdout
+    assert "RAN records/summary.py elsewhere/r.jsonl" in lines and "EVAL_ONLY=elsewhere/r.bin ./run.sh train" in lines
+
+
 def test_check_of_a_submissions_folder_is_its_check(shell: Path):
     (shell / "other").mkdir()
     assert "RAN records/submission.py check other" in run(shell, "check", "other").stdout.splitlines()
