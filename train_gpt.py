@@ -95,8 +95,12 @@ class DivergedError(UserError):
     exit_code = 3
 
 
-class MemoryGoneError(UserError):
-    """Memory did not last on this rank; the others know nothing of it."""
+class LocalError(UserError):
+    """A mistake that this rank alone knows of."""
+
+
+class MemoryGoneError(LocalError):
+    """Memory did not last."""
 
 
 class StoppedError(UserError):
@@ -361,7 +365,7 @@ class ScheduleKnobs:
     max_wallclock_seconds: float = 600.0
     """Budget of training plus GPTQ. 0: train ITERATIONS steps instead, bit-reproducible on a CPU."""
     gptq_reserve_seconds: float = 8.0
-    """Part of the budget kept for calibration, GPTQ and packing (#1868 used 8; the records 0.5 to 13)."""
+    """Part of the budget kept for calibration and GPTQ (#1868 used 8; the records 0.5 to 13)."""
     iterations: int = 20_000
     """Most optimizer steps; the whole budget when MAX_WALLCLOCK_SECONDS=0."""
     warmdown_frac: float = 0.85
@@ -431,7 +435,8 @@ class EvalKnobs:
     eval_stride: int = 64
     """Sliding windows advance by this many targets (#122). 0: plain only, documents cut into EVAL_SEQ_LEN."""
     eval_ladder: str = "ema,quantized"
-    """Scores for comparison before the one that counts, outside the budget: any of ema, quantized, sliding."""
+    """Scores for comparison before the one that counts, outside the budget: any of ema, quantized, sliding. What they
+    compile, the one that counts finds compiled."""
     eval_seconds_budget: float = 600.0
     """Budget of evaluation from opening the artifact; nothing adapts while the projected end lies beyond it."""
     ttt: str = "lora"
@@ -543,8 +548,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, num_loops=0,
         ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0, tied_embed_init_std=0.02,
         bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02, tied_embed_lr=0.005, muon_momentum=0.9,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, ema_decay=0.97, max_wallclock_seconds=190.0,
-        gptq_reserve_seconds=5.0, warmup_steps=1, train_log_every=50, gptq_calibration_batches=16, eval_seq_len=256,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, ema_decay=0.97, max_wallclock_seconds=195.0,
+        gptq_reserve_seconds=13.0, warmup_steps=1, train_log_every=50, gptq_calibration_batches=16, eval_seq_len=256,
         eval_stride=64, val_batch_tokens=65536, eval_ladder="ema,quantized,sliding", eval_seconds_budget=60.0,
         ttt_context="cache", ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0,
         ngram_tilt_enabled=True),
@@ -578,6 +583,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
         for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness", "qat_start"):
             require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
+        require(self.seed < 2 ** 63, f"SEED={self.seed}: expected less than 2^63")
         require(self.trellis_states in (1, 4, 8), f"TRELLIS_STATES={self.trellis_states}: expected 1 (none), 4 or 8")
         require(not self.n_int6_layers or self.matrix_bits > 2, f"N_INT6_LAYERS={self.n_int6_layers}: the others get "
                 f"one bit less than MATRIX_BITS={self.matrix_bits}, and 2 is the least")
@@ -606,9 +612,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
             require(length <= self.train_seq_len, f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rows of {length} "
                     f"tokens are longer than the rows that are read, TRAIN_SEQ_LEN={self.train_seq_len}; raise that")
         chunk_edges(1, self.ttt_chunk_size)
-        largest = max(int(part.split(":")[-1]) for part in self.ttt_chunk_size.split(","))
-        require(self.ttt != "lora" or largest <= self.eval_seq_len, f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: expected "
-                f"chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which are scored in one forward")
+        require(self.ttt != "lora" or max(chunk_sizes(self.ttt_chunk_size)) <= self.eval_seq_len, f"TTT_CHUNK_SIZE="
+                f"{self.ttt_chunk_size}: expected chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which "
+                f"are scored in one forward")
         ngram_rules(self.ngram_rules)
         require(self.ttt_freeze_blocks <= self.num_layers and self.prequant_ttt_freeze_blocks <= self.num_layers,
                 f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} PREQUANT_TTT_FREEZE_BLOCKS="
@@ -637,6 +643,11 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         """Rows of one evaluation forward on one device."""
         return max(1, self.val_batch_tokens // 8 // self.eval_seq_len)
 
+    @property
+    def stride(self) -> int:
+        """Targets by which sliding windows advance; whole windows where EVAL_STRIDE=0."""
+        return self.eval_stride or self.eval_seq_len
+
     def grid(self, family: str) -> tuple[int, float]:
         """(bits, clip in standard deviations) of the codes of one family of matrices: attn, mlp or embed."""
         return {"attn": (self.matrix_bits, self.attn_clip_sigmas), "mlp": (self.matrix_bits, self.mlp_clip_sigmas),
@@ -655,10 +666,10 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         preset = given.get("preset", stored.get("preset", "record"))
         require(preset in PRESETS, f"PRESET={preset}: expected one of {', '.join(PRESETS)}")
         values = {**PRESETS[preset], **stored, "preset": preset}
+        fixed = {f.name for f in dataclasses.fields(ModelKnobs)} & set(stored)
         for name, text in given.items():
             value = parse(name, types[name], text)
-            fixed = name in stored and name in {f.name for f in dataclasses.fields(ModelKnobs)}
-            require(not fixed or value == stored[name],
+            require(name not in fixed or value == stored[name],
                     f"{name.upper()}={text}: the artifact was made with {stored.get(name)}; unset it")
             values[name] = value
         return cls(**values), warnings
@@ -683,6 +694,11 @@ def chunk_edges(length: int, schedule: str) -> list[int]:
     while edges[-1] < length:
         edges.append(edges[-1] + next((int(size) for limit, size in pairs if edges[-1] < int(limit)), int(last)))
     return edges
+
+
+def chunk_sizes(schedule: str) -> list[int]:
+    """The sizes that TTT_CHUNK_SIZE names, in targets."""
+    return [int(part.split(":")[-1]) for part in schedule.split(",")]
 
 
 def ngram_rules(rules: str) -> list[tuple[int, float, int]]:
@@ -836,7 +852,7 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
         offer("PARALLEL_RESIDUAL_START", "PARALLEL_START_LAYER", str(max(start, 0)))
     if "RECUR_LAYERS" in env:
         parts = env["RECUR_LAYERS"].split(",")
-        blocks = [int(part) for part in parts if part.strip().isdigit()]
+        blocks = [int(part) for part in parts if part.strip().isdecimal()]
         require(bool(blocks) and len(blocks) == len(parts) and blocks == list(range(blocks[0], blocks[-1] + 1)),
                 f"RECUR_LAYERS={env['RECUR_LAYERS']}: expected consecutive blocks such as 4,5")
         offer("RECUR_LAYERS", "LOOP_START", str(blocks[0]))
@@ -1000,6 +1016,11 @@ class Run:
         """Phase, and step where it has some: what is told of a rank that is lost."""
         self.stop, self.graceful = "", False
         """Name of the signal that asks this run to end; whether someone looks at it, or it must end the run itself."""
+        self.resumes = ""
+        """What this run goes on with: train, score, or nothing."""
+        self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
+        self.disk_full = False
+        self._mirror: subprocess.Popen | None = None
         self.device = self._pick_device(cfg)
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             cfg.dtype, torch.bfloat16 if self.is_cuda or cpu_has_bf16_units() else torch.float32)
@@ -1022,11 +1043,6 @@ class Run:
             self.watch = Watch(self, env)
         self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
         self._name(self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}"))
-        self.resumes = ""
-        """What this run goes on with: train, score, or nothing."""
-        self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
-        self.disk_full = False
-        self._mirror: subprocess.Popen | None = None
         if log:
             self._open_log()
 
@@ -1041,9 +1057,9 @@ class Run:
         if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
         require(torch.cuda.is_available(), "DEVICE=cuda: torch sees no CUDA device; DEVICE=cpu runs without")
-        count = torch.cuda.device_count()
-        require(self.local_rank < count,
-                f"local rank {self.local_rank} has no GPU: torch sees {count}; lower --nproc_per_node to {count}")
+        if self.local_rank >= (count := torch.cuda.device_count()):
+            raise LocalError(f"local rank {self.local_rank} has no GPU: torch sees {count}; lower --nproc_per_node to "
+                             f"{count}")
         return torch.device("cuda", self.local_rank)
 
     def _open_log(self) -> None:
@@ -1116,7 +1132,7 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.watch is not None and error is not None and (
-                not isinstance(error, UserError) or isinstance(error, MemoryGoneError)):
+                not isinstance(error, UserError) or isinstance(error, LocalError)):
             self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
@@ -1135,7 +1151,8 @@ class Run:
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
             self.watch.done.set()
-            dist.destroy_process_group()
+            if error is None or not self.is_cuda:  # NCCL would wait for what the other ranks never join
+                dist.destroy_process_group()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -1198,6 +1215,14 @@ class Run:
             return [value]
         boxes: list[Any] = [None] * self.world
         dist.all_gather_object(boxes, value)
+        return boxes
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's Python object, in the order of ranks, on rank 0; nothing elsewhere."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world * self.is_main
+        dist.gather_object(value, boxes if self.is_main else None, dst=0)
         return boxes
 
     def agree(self, problem: str) -> None:
@@ -1497,7 +1522,7 @@ class Checkpoints:
 
     def end_run(self, where: str) -> None:
         """Raise `StoppedError` with what to do next, once the file is whole."""
-        problem, run = self.run.share(self.wait()), self.run
+        (problem, where), run = self.run.share((self.wait(), where)), self.run
         raise StoppedError(run.stop or "SIGTERM", f"after {where}: " + (
             problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {self.paths[0]}"))
 
@@ -1518,9 +1543,11 @@ class Checkpoints:
                     self.run.log("warning", text=problems[-1])
         state, problems = self.run.share((state, problems))
         require(state is not None, "; ".join(problems))
-        for name, value in self.knobs().items():
-            require(state["knobs"].get(name) == value, f"{name.upper()}={show(value)}, but the checkpoint was made "
-                    f"with {show(state['knobs'].get(name))}; set that back, or start anew with another RUN_ID")
+        here, there = self.knobs(), state["knobs"]
+        for name in {**here, **there}:  # also those that another version of this program has
+            require(here.get(name) == there.get(name), f"{one_line(name).upper()}={show(here.get(name))}, but the "
+                    f"checkpoint was made with {one_line(show(there.get(name)))}; set that back, or start anew with "
+                    f"another RUN_ID")
         return state, found
 
     def remove(self) -> None:
@@ -1829,9 +1856,10 @@ class TrainData:
         """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""
         first = step * self.cfg.train_rows
         rows = [self.row(i) for i in range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)]
-        require(max((int(row.max()) for row in rows), default=0) < self.cfg.vocab_size, f"{self.cfg.dataset_dir}: a "
-                f"training shard holds ids beyond VOCAB_SIZE={self.cfg.vocab_size} now, which it did not when the run "
-                f"began; repair it and RESUME=auto")
+        if max((int(row.max()) for row in rows), default=0) >= self.cfg.vocab_size:
+            raise LocalError(f"{self.cfg.dataset_dir}: a training shard holds ids beyond VOCAB_SIZE="
+                             f"{self.cfg.vocab_size} now, which it did not when the run began; repair it and "
+                             f"RESUME=auto")
         return [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
                            self.cfg.train_seq_len) for m in range(self.num_micro)]
 
@@ -2110,8 +2138,8 @@ class Ledger:
         if run.world == 1:
             return own
         targets = self.times.nonzero().flatten()
-        given = run.gather(None if run.is_main else (own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)],
-                                                     targets, self.nats[targets]))
+        given = run.collect(None if run.is_main else (own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)],
+                                                      targets, self.nats[targets]))
         if not run.is_main:
             self.nats[targets], self.times[targets] = 0, 0
             self.events, self.settled = self.events[self.settled:], 0
@@ -2364,7 +2392,8 @@ def flash_attention(name: str, function: Callable[..., Any]) -> Attention:
     """FlashAttention's variable-length function, 2 or 3: the same arguments."""
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
-        y = function(q, k, v, cu, cu, longest, longest, causal=True, window_size=(before, 0 if before >= 0 else -1))
+        y = function(q, k, v, cu, cu, longest, longest, causal=True, window_size=(before, 0 if before >= 0 else -1),
+                     deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y  # older builds of 3 also return the log-sum-exp
 
     return flat_attention(name, varlen)
@@ -2390,7 +2419,8 @@ def fa4_attention() -> Attention:
     def call(function: Callable[..., Any], tensors: Sequence[Tensor], cu: Tensor, longest: int, before: int, **more: Any
              ) -> tuple[Tensor, ...]:
         wanted = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
-                      window_size_left=before if before >= 0 else None)
+                      window_size_left=before if before >= 0 else None,
+                      deterministic=torch.are_deterministic_algorithms_enabled())
         known = inspect.signature(function).parameters  # max_seqlen came late to some of them
         return function(*(t.contiguous() for t in tensors), **{k: v for k, v in wanted.items() if k in known}, **more)
 
@@ -2611,9 +2641,10 @@ def triton_kernels() -> dict[str, Any]:
     tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 32, 4, 2)]
     configs = [triton.Config(dict(ROWS=rows, COLS=cols, DEPTH=depth), num_warps=warps, num_stages=stages)
                for rows, cols, depth, warps, stages in tiles]
-    # The fastest tile of a shape is found when the graphs are primed; the interpreter on a CPU takes the smallest.
-    product = triton.autotune(configs if torch.cuda.is_available() else configs[-1:], key=["N", "K", "BACKWARD"])(
-        triton.jit(mlp_kernel))
+    # The fastest tile of a shape is found when the graphs are primed; the interpreter on a CPU takes the smallest, and
+    # so do runs that must be alike: which is the fastest may hang on what else the GPU does.
+    free = torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled()
+    product = triton.autotune(configs if free else configs[-1:], key=["N", "K", "BACKWARD"])(triton.jit(mlp_kernel))
     row_kernel = triton.jit(nats_kernel)
 
     def activated(a: Tensor, b: Tensor, pre: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
@@ -3561,7 +3592,7 @@ class TrainClock:
     """
 
     GPU_SYNC_STEPS = 8
-    """Steps between measurements on a GPU, and the number of steps that the host may lead."""
+    """Steps between measurements on a GPU; the host may lead by just under twice as many."""
 
     def __init__(self, cfg: Config, run: Run, step: int = 0, elapsed: float = 0.0, each: float = 0.0) -> None:
         """`step`, `elapsed` seconds and `each` step's: where a checkpoint goes on."""
@@ -3719,7 +3750,7 @@ def factorize(gram_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *
             return upper
         log("gptq_damping", failed=int(bad.sum()), damp=float(damps[bad].max()), next=10 * float(damps[bad].max()))
         damps = torch.where(bad, 10 * damps, damps)
-    raise UserError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
+    raise LocalError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
 
 SEGMENT = 64
@@ -3876,7 +3907,10 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
                 # Drawn by row, so that the number of ranks does not change what is drawn.
                 uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in part])
                 drawn = torch.from_numpy(uniform.astype(np.float32)).to(run.device).view(-1, 1)
+                # torch refuses cumsum where algorithms must be deterministic, as that of one long vector is not.
+                torch.use_deterministic_algorithms(False)
                 targets = (capped.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp_max(cfg.vocab_size - 1)
+                torch.use_deterministic_algorithms(cfg.deterministic)
             model.kernels.cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
             bar.update(len(part))
     model.requires_grad_(True)
@@ -4100,7 +4134,7 @@ class Quantizer:
 
     @torch.no_grad()
     def quantize(self, unit: float, rounding: Callable[[Stack, float], Tensor] | None = None) -> dict[str, Quantized]:
-        """Every tensor as it will be stored; each rank does its share of the matrices, all get all.
+        """Every tensor as it will be stored, on rank 0; each rank does its share of the matrices.
 
         `rounding`: `solved` (None) or `nearest`.
         """
@@ -4109,9 +4143,9 @@ class Quantizer:
             parts = (rounding or self.solved)(stack, unit).cpu(), stack.rows.cpu(), stack.columns.cpu()
             own.update({name: Quantized(stack.stored, *of) for name, *of in zip(stack.names, *parts)})
         done = dict(self.plain)
-        for part in self.run.gather(own):
+        for part in self.run.collect(own):
             done.update(part)
-        return {name: done[name] for name, _, _ in self.model.tensors()}
+        return {name: done[name] for name, _, _ in self.model.tensors() if self.run.is_main}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -4636,7 +4670,8 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
 
     One unit multiplies all steps. Where the cap binds it is guessed from entropies and the packed size of nearest
-    codes, and finished with true sizes, until at most a thousandth of the cap is left. `UserError` when nothing fits.
+    codes, and finished with true sizes, until at most a thousandth of the cap is left, or no time for another GPTQ.
+    `UserError` when nothing fits.
     """
     cap = cfg.artifact_bytes_cap - code_bytes
     codec = pick_codec(cfg.codec)
@@ -4645,14 +4680,19 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
     def packed(tensors: Mapping[str, Quantized], octaves: float, states: int, codec: str) -> bytes:
-        return run.share(b"" if not run.is_main else pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset,
-                                                          illegal(cfg)))
+        with run.phase("pack"):
+            return run.share(b"" if not run.is_main else pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset,
+                                                              illegal(cfg)))
+
+    def late() -> bool:
+        """Whether another attempt like the last would end beyond the budget."""
+        each = next((phase.seconds for phase in reversed(run.phases) if phase.name == "gptq"), 0.0)
+        return run.share(0 < cfg.max_wallclock_seconds < run.spent("train") + each)
 
     def attempt(octaves: float) -> bytes:
         with run.phase("gptq", "train"):
             tensors = quantizer.quantize(2.0 ** octaves)
-        with run.phase("pack"):
-            blob = packed(tensors, octaves, quantizer.trellis.states, codec)
+        blob = packed(tensors, octaves, quantizer.trellis.states, codec)
         run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
                 left_bytes=cap - len(blob))
         return blob
@@ -4676,7 +4716,7 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
     blob = attempt(octaves)
     big, fits = (None, (octaves, blob)) if len(blob) <= cap else ((octaves, len(blob)), None)
     for number in range(14):
-        if fits is not None and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap):
+        if fits is not None and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap or late()):
             break
         if fits is None:
             coarser = 1.02 * (big[1] - 0.9996 * cap) / slope * 2 ** max(0, number - 3)
@@ -4699,6 +4739,11 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             break
     require(fits is not None, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
             f"{len(blob):,} do not fit however coarse the steps; use a smaller model")
+    over = run.spent("train") - cfg.max_wallclock_seconds
+    if cfg.max_wallclock_seconds and over > 0:
+        run.log("warning", text=f"training, calibration and GPTQ took {over:.1f} s more than MAX_WALLCLOCK_SECONDS="
+                f"{cfg.max_wallclock_seconds:g}: set GPTQ_RESERVE_SECONDS="
+                f"{math.ceil(cfg.gptq_reserve_seconds + over + 0.5)}")
     return fits[1]
 
 
@@ -5080,11 +5125,11 @@ def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: P
                                    begins[live] + end)
         if isinstance(past, KeyValueCache):
             past.advance(size, new)
-        pace.did(cost, time.perf_counter() - started)
-        if end == total:
+        if end == total:  # waits for the device
             real = column[1:] < left_R1
             scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
             scorer.ledger.settle()
+        pace.did(cost, time.perf_counter() - started)
         yield cost
 
 
@@ -5101,7 +5146,7 @@ def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
 class SharedSgd:
     """Steps of the shared weights on stretches of the stream, over all ranks; the rule is a torch optimizer.
 
-    Where the run compiles, the graph is made here, in a phase of its own and on random ids.
+    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it.
     """
 
     def __init__(self, model: GPT, ids: np.ndarray, optimizer: Callable[[], torch.optim.Optimizer], clip: float,
@@ -5113,9 +5158,8 @@ class SharedSgd:
         self.micro = max(1, min(-(-batch_rows // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         self.forget()
         if run.compiles:
-            with run.phase("prime_sgd"):
-                self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
-                self.optimizer.zero_grad(set_to_none=True)
+            self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def forget(self) -> None:
         """Begin with fresh optimizer state."""
@@ -5177,7 +5221,7 @@ class Pace:
     """Watches the projected end of evaluation: while it lies beyond EVAL_SECONDS_BUDGET, nothing adapts.
 
     What does not adapt is still scored, by what has been learned: no target is ever left out. Waiting for other ranks
-    counts as time, but not as the pace of this rank's work.
+    counts as time; as the pace of this rank's work only within a chunk of TTT=sgd, which all ranks end together.
     """
     LEAST_SECONDS = 5.0
     """Work before the first projection: the first steps load kernels and say little."""
@@ -5270,7 +5314,7 @@ class ScoreCheckpoints(Checkpoints):
     def _expected(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         progress = state["progress"]
         if set(state["seconds"]) != {"train", "eval", "none"} or progress and not all(
-                type(progress.get(name)) is int and progress[name] >= -1 for name in self.COUNTS):
+                type(progress.get(name)) is int and progress[name] >= -(name == "learned_in") for name in self.COUNTS):
             raise ValueError("its head is not a checkpoint's")
         shapes = {"nats": ((progress["targets"],), torch.float32),
                   "events": ((progress["events"], 6), torch.int64)} if progress else {}
@@ -5347,9 +5391,8 @@ def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Score
 
 def score_plain(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
     """Fixed weights, windows by EVAL_STRIDE."""
-    stride = cfg.eval_stride or cfg.eval_seq_len
     scorer.kept.start()
-    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), scorer, "score")
+    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, cfg.stride), scorer, "score")
 
 
 def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
@@ -5357,8 +5400,7 @@ def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer)
 
     A window belongs to the chunk of its first scored target. Momentum runs on; the rate falls as a cosine over chunks.
     """
-    stride = cfg.eval_stride or cfg.eval_seq_len
-    windows = plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride)
+    windows = plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, cfg.stride)
     firsts = [w.first for w in windows]
     count = -(-val.num_targets // cfg.ttt_chunk_tokens)
     sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
@@ -5426,7 +5468,7 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
                     cfg.prequant_ttt_grad_clip, cfg.prequant_ttt_freeze_blocks,
                     cfg.prequant_ttt_batch_seqs, cfg, run)
     for epoch in range(cfg.prequant_ttt_epochs):
-        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * epoch / cfg.prequant_ttt_epochs))
+        share = 0.1 + 0.9 * cosine(epoch, cfg.prequant_ttt_epochs + 1)
         sgd.learn(0, val.num_targets, cfg.prequant_ttt_lr * share)
 
 
@@ -5534,7 +5576,7 @@ def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
              "fit": 3 * weights + 3 * sums + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
              "score" if cfg.ttt != "lora" else "ladder": windows}
     if cfg.ttt == "lora":
-        chunk = max(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+        chunk = max(chunk_sizes(cfg.ttt_chunk_size))
         run_tokens = chunk if cfg.ttt_context == "cache" else cfg.eval_seq_len
         sites = [p for p in cfg.ttt_lora_on.split(",") if p]
         outs = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=vocab)
@@ -5551,7 +5593,7 @@ def checkpoint_bytes(cfg: Config, targets: int) -> int:
     """Size of the larger kind of checkpoint: weights, average, momentum of all; or ledger, weights and momentum."""
     sizes = {name: 4 * p.numel() for name, p in shapes_of(cfg).named_parameters()}
     training = sum(size * (3 if route(name).rule == "muon" else 4) for name, size in sizes.items())
-    events = 96 // min(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+    events = 96 // min(chunk_sizes(cfg.ttt_chunk_size))
     return max(training, 2 * sum(sizes.values()) + targets * (4 + events)) + (1 << 16)
 
 
@@ -5660,7 +5702,7 @@ class TrainCheckpoints(Checkpoints):
         self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
         if run.is_cuda and cfg.checkpoint_every:  # allocated before the clock starts
             self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True)
-                           for name, t in self.tensors().items()}
+                           for name, t in self.tensors().items() if run.is_main}
 
     def knobs(self) -> dict[str, Any]:
         """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
@@ -5751,7 +5793,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             ema.update()
             step += 1
             if step <= 5 or step % cfg.train_log_every == 0:
-                total, seconds = float(run.total(loss)), clock.seconds()
+                total, seconds = float(run.total(loss.clone())), clock.seconds()
                 each = (seconds - marked[1]) / (step - marked[0])
                 rate = cfg.train_batch_tokens / max(each, 1e-9)
                 run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
@@ -5781,14 +5823,14 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 if stop:
                     checkpoints.end_run(f"step {step}")
         batches.close()
-        total, seconds = math.nan if loss is None else float(run.total(loss)), clock.seconds()
-        run.graceful = not cfg.checkpoint_every  # what was trained is on no disk: `produce` makes the artifact first
+        total, seconds = math.nan if loss is None else float(run.total(loss.clone())), clock.seconds()
         last = total if math.isfinite(total) else last
         stop = any(run.gather(run.stop))
         if stop or cfg.checkpoint_every:
             keep()
         if stop:
             checkpoints.end_run(f"step {step}")
+        run.graceful = not cfg.checkpoint_every  # what was trained is on no disk: `produce` makes the artifact first
         checkpoints.wait()
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not all(torch.isfinite(average).all() for average in ema.average):
@@ -5824,9 +5866,9 @@ def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, 
         kept.keep()  # before the artifact, which would else look like a finished run's
         kept.wait()
         blob = write_artifact(blob, run.artifact_path, run)
-    run.graceful = False
     if any(run.gather(run.stop)):
         kept.end_run("the artifact was written")
+    run.graceful = False
     return blob, figures
 
 
@@ -5850,7 +5892,7 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
     if kept.resumed:
         kept.load()
     ladder = kept.state["ladder"]
-    strides = {"ema": cfg.eval_seq_len, "quantized": cfg.eval_seq_len, "sliding": cfg.eval_stride or cfg.eval_seq_len}
+    strides = {"ema": cfg.eval_seq_len, "quantized": cfg.eval_seq_len, "sliding": cfg.stride}
 
     def rung(name: str, score: Score) -> None:
         run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
@@ -5881,14 +5923,13 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
             run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val.starts))
     rung({"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) +
          ("+ngram" if cfg.ngram_tilt_enabled else ""), score)
-    total = time.perf_counter() - run.started
+    spent = run.seconds()
     run.log("verdict", val_bpb=score.val_bpb, val_loss=score.val_loss, tokens=score.tokens, bytes=score.bytes,
             ladder=ladder, artifact_bytes=len(blob) + code_bytes, weight_bytes=len(blob), code_bytes=code_bytes,
-            cap_bytes=cfg.artifact_bytes_cap, train_seconds=round(run.spent("train"), 3),
-            eval_seconds=round(run.spent("eval"), 3), other_seconds=round(total - run.spent("train") -
-                                                                         run.spent("eval"), 3),
-            total_seconds=round(total, 3), parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed,
-            run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal,
+            cap_bytes=cfg.artifact_bytes_cap, train_seconds=round(spent["train"], 3),
+            eval_seconds=round(spent["eval"], 3), other_seconds=round(spent["none"], 3),
+            total_seconds=round(sum(spent.values()), 3), parameters=sum(p.numel() for p in model.parameters()),
+            seed=cfg.seed, run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal,
             **kept.state["figures"], **({"scored_before": int(scorer.ledger.done.sum())} if kept.resumed else {}))
     run.agree("" if run.logged() else f"{run.log_path}: the disk is full, its verdict is on the screen alone; make room"
               f"{run.goes_on()}")
@@ -5896,7 +5937,7 @@ def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, 
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """The whole program; returns the exit status (0 done, 2 user error, 3 diverged)."""
+    """The whole program; returns the exit status (0 done, 2 user error, 3 diverged, 128 + the signal that ended it)."""
     is_main = env.get("RANK", "0") == "0"
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
@@ -5933,7 +5974,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
                     judge(blob, model, cfg, run, code_bytes, figures)
             return 0
     except UserError as error:
-        if is_main or run is not None:
+        if is_main or run is not None or isinstance(error, LocalError):
             print(f"train_gpt.py: {'' if is_main else 'rank ' + env['RANK'] + ': '}{error}", file=sys.stderr)
         return error.exit_code
 
@@ -5948,7 +5989,7 @@ def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
             raise
         phase = run.place.split()[0]
-        names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd", "prime_sgd": "shared_sgd",
+        names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd",
                  "score": "adapt" if cfg.ttt == "lora" else "score"}
         name = names.get(phase, "train" if phase == "train" else "ladder" if phase.startswith("score_") else "fit")
         name = name if name in predicted_memory(cfg, run, 0) else "score"

@@ -1,5 +1,6 @@
 """Artifact: bytes to identical logits, hostile bytes to one clear line, shipped source, fit to the cap."""
 import ast
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -706,6 +707,23 @@ def test_the_search_for_the_unit_ends_within_a_thousandth_below_the_cap(
     with tg.Run(cfg, {}, log=False) as run:
         assert 0.999 * cap <= len(tg.fit_to_cap(model, unit_sums(model), 700, cfg, run)) <= cap
     assert len(tried) <= 15
+
+
+def test_no_gptq_begins_that_would_end_beyond_the_budget(monkeypatch: pytest.MonkeyPatch):
+    """What fits is taken though it leaves room; what the budget was overdrawn by is said, with the remedy."""
+    sizes = iter([15000, 9000, 9500, 9995])
+    monkeypatch.setattr(tg.Quantizer, "quantize", lambda self, unit: unit)
+    monkeypatch.setattr(tg, "pack", lambda unit, *rest: bytes(next(sizes)))
+    cfg = tiny(model_dim=64, quant="sdclip", artifact_bytes_cap=10_000)
+    model, said = noisy(cfg), []
+    with tg.Run(cfg, {}, log=False) as run:
+        monkeypatch.setattr(run, "log", lambda event, **values: said.append(values.get("text", "")))
+        assert len(tg.fit_to_cap(model, unit_sums(model), 0, cfg, run)) == 9995 and not any(said)
+        sizes = iter([15000, 9000, 9500])
+        cfg = dataclasses.replace(cfg, max_wallclock_seconds=600.0)
+        run.phases.append(tg.Phase("train", "train", 0.0, 603.2, 0, 603.2))
+        assert len(tg.fit_to_cap(model, unit_sums(model), 0, cfg, run)) == 9000 and next(sizes) == 9500
+    assert "s more than MAX_WALLCLOCK_SECONDS=600: set GPTQ_RESERVE_SECONDS=12" in said[-1]
 
 
 @pytest.mark.parametrize("cap,code_bytes", [(3000, 0), (10**6, 999_000), (10, 50_000)])

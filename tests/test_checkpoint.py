@@ -202,6 +202,19 @@ def test_a_checkpoint_is_not_taken_for_another_run(knobs, expected, halted, data
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*ckpt*")} == before
 
 
+def test_a_checkpoint_of_a_version_with_another_knob_is_refused(halted, dataset, tmp_path, capsys, monkeypatch):
+    """Whose weights would not be loaded: what is no knob here has no value to compare with."""
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    own = tg.TrainCheckpoints.knobs
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.TrainCheckpoints, "knobs", lambda self: {**own(self), "extra": 1})
+        stop_after(patch, 3)
+        assert tg.main([], environment(dataset, tmp_path / "other", **QUICK)) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert tg.main([], environment(dataset, tmp_path / "other", resume="1", **QUICK)) == 2
+    assert "EXTRA=None, but the checkpoint was made with 1" in capsys.readouterr().err
+
+
 def test_resume_auto_starts_anew_where_nothing_is_saved(whole, dataset, tmp_path, monkeypatch):
     without_artifact(monkeypatch)
     assert tg.main([], environment(dataset, tmp_path, resume="auto", **QUICK)) == 2

@@ -419,6 +419,8 @@ def test_variables_of_adaptation_become_knobs(env, expected):
     ("TTT_CHUNK_SIZE=256:8", "TTT_CHUNK_SIZE=256:8"), ("TTT_CHUNK_SIZE=256:8,2000:0,48", "TTT_CHUNK_SIZE=256:8,2000:0"),
     ("NGRAM_RULES=8:0.7", "NGRAM_RULES=8:0.7: expected length:share:count"), ("NGRAM_RULES=8:1.2:1", "NGRAM_RULES"),
     ("NGRAM_RULES=8:0.5:1,8:0.6:2", "NGRAM_RULES"), ("NGRAM_RULES=", "NGRAM_RULES"),
+    ("SEED=9223372036854775808", "SEED=9223372036854775808: expected less than 2^63"),
+    ("RECUR_LAYERS=\u00b2", "RECUR_LAYERS=\u00b2: expected consecutive blocks"),
     ("TTT_LORA_ON=", "TTT_LORA_ON=: expected some of"), ("TTT_LORA_ON=,", "TTT_LORA_ON=,: expected some of"),
     ("TTT_LORA_ON=q,w", "TTT_LORA_ON=q,w: expected some of q,k,v,o,mlp,head"), ("EVAL_LADDER=ema,ema", "EVAL_LADDER"),
     ("TTT_MASK=qv", "TTT_MASK=qv: expected such as no_qv"), ("TTT=yes", "TTT=yes: expected one of none, lora, sgd"),

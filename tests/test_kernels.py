@@ -112,7 +112,8 @@ def fake_flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, before: int | None) 
 def flash_packages(monkeypatch: pytest.MonkeyPatch):
     """Packages with the functions that FlashAttention 2, 3 and 4 have, with their parameters, in plain PyTorch."""
     def two(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-            causal=False, window_size=(-1, -1)):
+            causal=False, window_size=(-1, -1), deterministic=False):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert causal and cu_seqlens_q is cu_seqlens_k and window_size[1] == (0 if window_size[0] >= 0 else -1)
         return fake_flash(q, k, v, cu_seqlens_q, window_size[0])[0]
 
@@ -125,7 +126,8 @@ def flash_packages(monkeypatch: pytest.MonkeyPatch):
         return *fake_flash(q, k, v, cu_seqlens_q, window_size_left), None, None
 
     def backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-                 cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+                 cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=False):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert causal and max_seqlen_q == max_seqlen_k == 11 and bool((lse == 0.5).all())
         assert torch.equal(out, fake_flash(q, k, v, cu_seqlens_q, window_size_left)[0])
 
@@ -150,8 +152,12 @@ def flash_packages(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
 @pytest.mark.parametrize("window", [0, 3])
-def test_flash_attention_is_called_as_it_wants_to_be(name: str, window: int, flash_packages):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_is_called_as_it_wants_to_be(name: str, window: int, deterministic: bool, flash_packages,
+                                                     request: pytest.FixtureRequest):
     """Causal, with the pieces' starts, the window, and the gradient: by the packages' own parameters and results."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(deterministic)
     kernel, inputs = tg.ATTENTIONS[name](), qkv(4, 2)
     found, expected = kernel.run(*inputs, kernel.prepare(packed_rows()), window), naive_attention(*inputs, window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -137,8 +137,8 @@ def compare(folder: Path, single: Path) -> None:
 
     Adaptation amplifies what differs between the two artifacts; to one artifact ranks adapt as one within 2e-3 (below).
     """
-    mine, theirs = ([e["loss_nats"] for e in events(f, "train")] for f in (folder, single))
-    assert mine == pytest.approx(theirs, abs=2e-4) and len(mine) == 4
+    mine, theirs = ([e["loss_nats"] for e in events(f, "train") + events(f, "train_end")] for f in (folder, single))
+    assert mine == pytest.approx(theirs, abs=2e-4) and len(mine) == 5
     mine, theirs = (events(f, "verdict")[0] for f in (folder, single))
     fixed = ("ema", "quantized", "sliding")
     assert [mine["ladder"][r] for r in fixed] == pytest.approx([theirs["ladder"][r] for r in fixed], abs=2e-3)
@@ -211,6 +211,15 @@ def test_check_accepts_the_run_commands_of_records(record: int, capsys, tmp_path
     assert not list(tmp_path.iterdir())
     if record == 1855:
         assert "parameters=35945671" in out
+
+
+def test_a_rank_that_has_no_gpu_says_so(capsys, monkeypatch):
+    """The others have one, and nothing to say."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert tg.main([], {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8", "DEVICE": "cuda"}) == 2
+    assert capsys.readouterr().err == "train_gpt.py: rank 5: local rank 5 has no GPU: torch sees 4; lower " \
+                                      "--nproc_per_node to 4\n"
 
 
 @pytest.mark.parametrize("change, expected", [

@@ -322,8 +322,8 @@ def test_rank_0_takes_over_what_others_have_settled_and_one_rank_goes_on_with_it
     """Documents at work stay with their rank; afterwards totals and events are those of a ledger that saw it all."""
     starts, sent = np.array([0, 10, 20]), []
     main, other = tg.Ledger(30, starts), tg.Ledger(30, starts)
-    first = types.SimpleNamespace(world=2, is_main=True, gather=lambda x: [None, sent[0]])
-    second = types.SimpleNamespace(world=2, is_main=False, gather=lambda x: sent.append(x) or [None, x])
+    first = types.SimpleNamespace(world=2, is_main=True, collect=lambda x: [None, sent[0]])
+    second = types.SimpleNamespace(world=2, is_main=False, collect=sent.append)
     for ledger, document in ((main, 0), (other, 1)):
         ledger.note(tg.Ledger.SCORE, document, starts[document], starts[document] + 10)
         ledger.record(torch.arange(10) + 10 * document, torch.full((10,), 1.0 + document))
