@@ -377,6 +377,7 @@ if os.environ["RANK"] == "1":
     tg.Ema.update = forever
 sys.exit(tg.main([], os.environ))
 """
+ALONE = HANGS.replace("time.sleep(1000)", "raise tg.LocalError('planted')")
 
 
 def two_ranks(dataset: dict, folder: Path, script: str = "train_gpt.py") -> tuple[subprocess.Popen, list[int]]:
@@ -444,6 +445,14 @@ def test_a_rank_that_hangs_ends_the_run_and_shows_where(dataset, tmp_path):
     waits, hangs = (int(re.search(r"; collectives: gloo:\w+ number (\d+) of \[", line)[1]) for line in sorted(lines))
     assert hangs < waits
     assert time.monotonic() < start + 40
+
+
+@linux
+def test_a_mistake_of_one_rank_is_told_by_all(dataset, tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    err = ended(*two_ranks(dataset, tmp_path, str(tmp_path / "alone.py")), 20)
+    lines = [line for line in err.splitlines() if line.startswith("train_gpt.py: rank")]
+    assert lines and all("rank 1 failed in phase train step 3: LocalError: planted" in line for line in lines)
 
 
 @linux

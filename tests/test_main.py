@@ -306,6 +306,7 @@ def test_a_verdict_that_reached_no_disk_is_an_error_and_is_made_again(dataset, t
 
 
 def test_an_artifact_without_room_names_the_remedy(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.tempfile, "tempdir", str(tmp_path))
     limits = tg.resource.getrlimit(tg.resource.RLIMIT_FSIZE)
     tg.resource.setrlimit(tg.resource.RLIMIT_FSIZE, (1000, limits[1]))
     run.checkpoint_path.touch()
