@@ -273,7 +273,7 @@ class ModelKnobs:
         require(1 < self.vocab_size <= 65_536, f"VOCAB_SIZE={self.vocab_size}: expected 2..65536 (ids are uint16)")
         require(2 <= self.num_layers <= 1024, f"NUM_LAYERS={self.num_layers}: expected at least 2, at most 1024")
         require(0 <= self.num_loops <= 64, f"NUM_LOOPS={self.num_loops}: expected 0 or more, at most 64")
-        require(self.num_heads >= 1 and self.model_dim % (2 * self.num_heads) == 0,
+        require(self.num_heads >= 1 and self.model_dim >= 1 and self.model_dim % (2 * self.num_heads) == 0,
                 f"MODEL_DIM={self.model_dim}: expected a multiple of 2 * NUM_HEADS = {2 * self.num_heads}")
         require(self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
                 f"NUM_KV_HEADS={self.num_kv_heads}: expected a divisor of NUM_HEADS={self.num_heads}")
@@ -572,7 +572,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "seq_change_warmup_steps", "checkpoint_every", "max_skipped_steps",
                      "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
-                     "xsa_last_n", "max_skips", "n_int6_layers", "seed", "adam_eps", "ttt_lora_alpha", "ttt_lora_lr",
+                     "xsa_last_n", "max_skips", "n_int6_layers", "seed", "ttt_lora_alpha", "ttt_lora_lr",
                      "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
                      "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip",
                      "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr",
@@ -593,7 +593,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in ("matrix_bits", "embed_bits"):
             require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
         for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
-                     "eval_seconds_budget", "bits_per_weight"):
+                     "eval_seconds_budget", "bits_per_weight", "adam_eps"):
             require(getattr(self, name) > 0, f"{name.upper()}={getattr(self, name)}: expected a positive number")
         require(self.train_batch_tokens % self.train_seq_len == 0,
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
@@ -5814,9 +5814,10 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             if step % clock.every == 0:
                 diverged, stop, due = checkpoints.poll()
                 if diverged:
+                    known = f"{last:.4f} nats" if math.isfinite(last) else "none"
                     raise DivergedError(
                         f"loss or gradient is not finite at step {step} (frac {frac:.3f}), in {int(optimizer.skipped)} "
-                        f"steps so far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {last:.4f} nats; lower "
+                        f"steps so far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {known}; lower "
                         f"MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
                 if stop or due:
                     keep()

@@ -183,6 +183,8 @@ def test_a_value_that_does_not_parse_is_one_line_with_knob_and_value(variable, t
 @pytest.mark.parametrize("knobs, blamed", [
     ("NUM_HEADS=3", "MODEL_DIM=512"),
     ("NUM_HEADS=0", "MODEL_DIM=512"),
+    ("MODEL_DIM=0", "MODEL_DIM=0"),
+    ("ADAM_EPS=0", "ADAM_EPS=0.0: expected a positive number"),
     ("NUM_KV_HEADS=3", "NUM_KV_HEADS=3"),
     ("MODEL_DIM=500", "MODEL_DIM=500"),
     ("NUM_LAYERS=0 NUM_LOOPS=0 PARALLEL_RESIDUAL=none", "NUM_LAYERS=0: expected at least 2"),
