@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import linecache
 import os
 import sys
 import tempfile
@@ -37,12 +36,12 @@ from evidence import (
     audit_log,
     failed,
     load_module,
-    options,
     readable,
     spelled,
     static_main,
     table,
 )
+from logs import InputError, find_log, log_folder, pairs
 
 if __name__ == "__main__" and sys.argv[1:2] == ["--static"]:  # torch takes longer to import than sources to read
     sys.exit(static_main(sys.argv[2:]))
@@ -55,19 +54,6 @@ EXACT = 1e-5
 """Largest change of a score, in nats, that counts as none where all shapes stay the same."""
 LAYOUT = 1e-3
 """The same where documents change length and so are batched otherwise: rounding, amplified by what learns."""
-
-
-# -- the module under audit -----------------------------------------------------------------------------
-
-
-def module_from_source(source: str, name: str) -> ModuleType:
-    """Run a script's text as a new module; registered, because dataclasses and `inspect` look modules up."""
-    module = ModuleType(name)
-    module.__file__ = f"{name}.py"
-    linecache.cache[module.__file__] = len(source), None, source.splitlines(True), module.__file__
-    sys.modules[name] = module
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
 
 
 # -- one observed run of the evaluation -----------------------------------------------------------------
@@ -655,19 +641,14 @@ def rehearsal_config(module: ModuleType, cfg: Any, folder: Path, tokenizer: Path
         compile="off")
 
 
-def write_shard(module: ModuleType, path: Path, ids: np.ndarray) -> None:
-    """One shard in the challenge's format."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = module.SHARD_MAGIC, module.SHARD_VERSION, len(ids)
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
-
-
 def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | None) -> list[Finding]:
     """A2: train, pack and judge in miniature, and see which tokens are read in which phase.
 
     ids [N] are written as training and as validation shards. The validation's tokens may be read only after
     `write_artifact` has begun, training's only before that and, once training has started, on its clock.
     """
+    sys.path.append(str(ROOT))
+    from bench.common import write_shard  # the format is the challenge's, whatever the module under audit is
     reads: list[tuple[str, str]] = []
     open_phases: list[tuple[str, str]] = []
     frozen = trained = False
@@ -719,10 +700,10 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         repeats = -(-256 // len(ids))
-        write_shard(module, folder / "fineweb_train_000000.bin", np.tile(ids, repeats))
-        write_shard(module, folder / "fineweb_val_000000.bin", ids)
+        write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, repeats))
+        write_shard(folder / "fineweb_val_000000.bin", ids)
         if cfg.caseops_enabled:
-            write_shard(module, folder / "fineweb_val_bytes_000000.bin", np.ones(len(ids)))
+            write_shard(folder / "fineweb_val_bytes_000000.bin", np.ones(len(ids)))
         small = rehearsal_config(module, cfg, folder, tokenizer)
         module.TokenStream, module.write_artifact = Stream, freeze
         try:
@@ -776,7 +757,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0 if arguments else 2
         if arguments[0] == "--static":
             return static_main(arguments[1:])
-        path, given = Path(arguments[0]), options(arguments[1:])
+        path, given = Path(arguments[0]), pairs(arguments[1:])
         if not path.is_file():
             raise AuditError(f"{path}: no such artifact; give a .bin that a run has written")
         log = given.pop("LOG", "")
@@ -784,10 +765,10 @@ def main(arguments: Sequence[str]) -> int:
         subject, cfg = artifact_subject(path, {**knobs, **given})
         findings = audit(subject) + rehearse(subject.module, cfg, subject.ids, subject.tokenizer)
         if log:
-            findings += readable(log, audit_log, Path(log), path.stat().st_size)
+            findings += readable(log, audit_log, find_log(log, log_folder()), path.stat().st_size)
         print(table(findings))
         return failed(findings)
-    except (AuditError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"audit.py: {error}", file=sys.stderr)
         return 2
     except Exception as error:

@@ -13,8 +13,8 @@ compared.
 """
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import re
 import statistics
 import sys
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import InputError, Scored, differing, scored_group, scored_log
+from logs import InputError, Scored, differing, log_folder, log_paths, scored_group, scored_log
 
 WRITTEN_NATS, WRITTEN_P, PRACTISED_P = 0.005, 0.01, 0.25
 """The challenge's README: this gain at this p; and the p by which its maintainers chose the leaderboard's rows."""
@@ -105,9 +105,14 @@ def compare(a: Sequence[Scored], b: Sequence[Scored]) -> Comparison:
 
 def tried(runs: Sequence[Scored]) -> str:
     """How many runs lie where these were read: those that were not chosen are what a p-value cannot see."""
+    def has_score(path: Path) -> bool:
+        with contextlib.suppress(InputError):  # a verdict that is none as known
+            return scored_log(path) is not None
+        return False
+
     folders = sorted({run.log.parent for run in runs if run.log})
     logs = [path for folder in folders for path in folder.glob("*.jsonl")]
-    ended = sum(scored_log(path) is not None for path in logs)
+    ended = sum(map(has_score, logs))
     unknown = sum(run.log is None for run in runs)
     parts = {f"{len(logs)} logs in {', '.join(map(str, folders))}, {ended} of them with a verdict": logs,
              f"unknown for the {unknown} scores that come without a log": unknown}
@@ -166,6 +171,14 @@ def report(a: Sequence[Scored], b: Sequence[Scored], names: tuple[str, str] = ("
     return "\n".join(lines)
 
 
+def named(argument: str, default: str) -> tuple[str, str]:
+    """(name, runs) of an argument NAME=runs or runs; a sweep's run ids and globs of them have an = in them, too."""
+    with contextlib.suppress(InputError):
+        return default, log_paths(argument.split(",")[0].strip(), log_folder()) and argument
+    given = re.fullmatch(r"(\w+)=(.+)", argument)
+    return given.groups() if given else (default, argument)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status 0, or 2 with one line where nothing can be compared."""
     try:
@@ -176,10 +189,9 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(f"expected two groups of runs, got {len(arguments)}; such as ./run.sh compare "
                              f"'base-*' 'wider-*' or A=1.0576,1.0573 B=logs/mine-*.jsonl (quote globs)")
         names, groups = [], []
-        for name, argument in zip("AB", arguments):
-            given = re.fullmatch(r"(\w+)=(.+)", argument)
-            name, text = given.groups() if given else (name, argument)
-            runs, unfinished = scored_group(text, Path(os.environ.get("LOG_DIR") or "logs"))
+        for default, argument in zip("AB", arguments):
+            name, text = named(argument, default)
+            runs, unfinished = scored_group(text, log_folder())
             for path in unfinished:
                 print(f"compare.py: {path}: left out, it has no verdict", file=sys.stderr)
             names.append(name)

@@ -23,14 +23,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import summary
+from logs import InputError, events, last, pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CONDITIONS = ("C1", "C2", "C3", "C4", "accounting")
 
 
-class AuditError(Exception):
+class AuditError(InputError):
     """The audit cannot be made as asked; one line for the user."""
 
 
@@ -74,37 +74,33 @@ def load_module(path: Path) -> ModuleType:
 
 # -- the log of a run -----------------------------------------------------------------------------------
 
-def find_log(run: str) -> Path:
-    """The JSON lines of a run given as their path, its text log's, or its id in logs/. Raises `AuditError`."""
-    places = [Path(run).with_suffix(".jsonl") if run.endswith((".txt", ".bin")) else Path(run),
-              Path("logs") / f"{run}.jsonl"]
-    for place in places:
-        if place.is_file() and place.suffix == ".jsonl":
-            return place
-    raise AuditError(f"{run}: no such run; give the .jsonl of a log, or the id of a run in logs/")
-
-
-TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp8192": 0.2683,
-                   "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": 47_851_520 / 151_074_309}
+CASEOPS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp4096": 0.301, "fineweb10B_sp8192": 0.26834,
+                   CASEOPS: 47_851_520 / 151_074_309}
 """Of the whole validation set under the published tokenizers (rules 1.4)."""
+
+
+def dataset_name(caseops: bool, vocab_size: object) -> str:
+    """The published dataset of a vocabulary."""
+    return CASEOPS if caseops else f"fineweb10B_sp{vocab_size}"
 
 
 def audit_log(path: Path, blob_bytes: int | None) -> list[Finding]:
     """A1..A4 on a run's JSON lines; `blob_bytes`: size of the audited artifact. Raises `AuditError` without verdict."""
-    events = summary.events(path) if path.is_file() else []
-    verdict, config = summary.last(events, "verdict"), summary.last(events, "config") or {}
+    found = events(path) if path.is_file() else []
+    verdict, config = last(found, "verdict"), last(found, "config") or {}
     if verdict is None:
         raise AuditError(f"LOG={path}: holds no verdict; give the .jsonl of a finished run")
-    phases = [(e["seconds"] - e["phase_seconds"], e["seconds"], e["name"]) for e in events if e["event"] == "phase"]
+    phases = [(e["seconds"] - e["phase_seconds"], e["seconds"], e["name"]) for e in found if e["event"] == "phase"]
     gap, at = 0.0, 0.0
     for begin, end, _ in phases:
         gap, at = max(gap, begin - at), max(at, end)
     total = float(verdict["total_seconds"])
     gap, allowed = max(gap, total - at), max(2.0, 0.02 * total)
     names = [name for _, _, name in phases]
-    opened = [i for i, e in enumerate(events) if e["event"] in ("val_probe", "val_data") or
+    opened = [i for i, e in enumerate(found) if e["event"] in ("val_probe", "val_data") or
               (e["event"] == "phase" and e["name"] in ("prequant_ttt", "val_probe"))]
-    written = [i for i, e in enumerate(events) if e["event"] == "phase" and e["name"] == "write"]
+    written = [i for i, e in enumerate(found) if e["event"] == "phase" and e["name"] == "write"]
     trained = "train" in names
     early = trained and (not written or any(i < written[0] for i in opened))
     limits = {"train": float(config.get("max_wallclock_seconds") or math.inf),
@@ -112,8 +108,7 @@ def audit_log(path: Path, blob_bytes: int | None) -> list[Finding]:
     spent = {budget: float(verdict[f"{budget}_seconds"]) for budget in limits}
     over = [budget for budget in limits if spent[budget] > limits[budget]]
     ratio = verdict["tokens"] / verdict["bytes"]
-    name = config.get("dataset") or ("fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-                                     if config.get("caseops_enabled") else f"fineweb10B_sp{config.get('vocab_size')}")
+    name = config.get("dataset") or dataset_name(config.get("caseops_enabled"), config.get("vocab_size"))
     known = TOKENS_PER_BYTE.get(name) if verdict["tokens"] > 10_000_000 else None
     implied = verdict["val_loss"] / math.log(2) * ratio
     wrong = abs(implied - verdict["val_bpb"]) > 1e-5 * implied or \
@@ -453,8 +448,8 @@ def static_main(arguments: Sequence[str]) -> int:
     try:
         if not arguments:
             raise AuditError("--static: give the folder of a submission or a script")
-        findings = readable(arguments[0], static_audit, Path(arguments[0]), options(arguments[1:]))
-    except (AuditError, OSError) as error:
+        findings = readable(arguments[0], static_audit, Path(arguments[0]), pairs(arguments[1:]))
+    except (InputError, OSError) as error:
         print(f"audit.py: {error}", file=sys.stderr)
         return 2
     print(table(findings))
@@ -488,11 +483,3 @@ def verdict_line(findings: Sequence[Finding], conditions: Sequence[str]) -> str:
         parts.append(f"{condition}=" + ("-" if not own else f"FAIL({','.join(dict.fromkeys(failed))})" if failed
                                         else "pass"))
     return "verdict " + " ".join(parts)
-
-
-def options(arguments: Sequence[str]) -> dict[str, str]:
-    """KNOB=value arguments. Raises `AuditError` for anything else."""
-    for argument in arguments:
-        if "=" not in argument:
-            raise AuditError(f"{argument}: expected KNOB=value, such as TTT=none; see the first lines of audit.py")
-    return dict(argument.split("=", 1) for argument in arguments)

@@ -1,19 +1,27 @@
-"""What runs have left, read without torch: logs by run id, glob or folder; scores and the knobs behind them."""
+"""What runs have left, read without torch: logs by run id, glob or folder; scores and the knobs behind them.
+
+Also what the tools of this folder share on the command line: KNOB=value, runs, names of files.
+"""
 from __future__ import annotations
 
 import glob
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from summary import events, last
-
-PRIVATE = frozenset("seed run_id log_dir artifact_dir eval_only threads dist_timeout_seconds resume checkpoint_every "
-                    "wandb tensorboard".split())
-"""Knobs in which two runs of one configuration may differ."""
+DATA = frozenset("data_dir data_path tokenizer_path".split())
+"""Knobs that say where the data lie."""
+WRITTEN = frozenset("run_id log_dir artifact_dir resume checkpoint_every dist_timeout_seconds wandb "
+                    "tensorboard".split())
+"""Knobs that say what is written where and when."""
+NO_RESULT = DATA | WRITTEN | {"eval_only"}
+"""Knobs that are no part of a result: `train_gpt.NO_RESULT`, without torch."""
+PRIVATE = NO_RESULT - DATA | {"seed", "threads"}
+"""Knobs in which two runs of one configuration may differ; other data may be another text."""
 
 
 class InputError(Exception):
@@ -34,8 +42,66 @@ class Scored(NamedTuple):
     """Where it was read, if from a run's own log."""
 
 
+def event_of(line: str | bytes) -> dict[str, Any] | None:
+    """The event of one line of a log; None for what is none, such as a line that a crash cut short."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """The events of one JSON-lines log."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [event for event in map(event_of, lines) if event is not None]
+
+
+def last(found: Sequence[Mapping[str, Any]], event: str) -> Any:
+    """The last event of that name, or None."""
+    return next((e for e in reversed(found) if e["event"] == event), None)
+
+
+def pairs(parts: Sequence[str]) -> dict[str, str]:
+    """KNOB=value arguments. Raises `InputError` for anything else, and for a name twice."""
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise InputError(f"{part}: expected KNOB=value, such as SEED=42 (./run.sh knobs lists them)")
+        if name in found:
+            raise InputError(f"{part}: given twice; leave it out")
+        found[name] = value
+    return found
+
+
+def split_options(arguments: Sequence[str], known: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """(the others, NAME=value with a known name): the id of a sweep's run has an = in it, too."""
+    options = [a for a in arguments if "=" in a and a.partition("=")[0] in known]
+    return [a for a in arguments if a not in options], pairs(options)
+
+
+def text_of(value: Any) -> str:
+    """A knob's value in a log, as the environment has it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def file_name(text: str) -> str:
+    """A text as (part of) the name of a file: without folders, spaces, and what shells and globs read."""
+    return re.sub(r"[^\w.+=-]", "_", text)[:120]
+
+
+def log_folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Where runs are logged."""
+    return Path(env.get("LOG_DIR") or "logs")
+
+
 def log_paths(item: str, folder: Path) -> list[Path]:
-    """JSON-lines logs that a path, folder, run id or glob of either stands for. Raises `InputError` for none."""
+    """JSON-lines logs that a path, folder, run id or glob of either stands for; also the path of a run's .txt or .bin.
+
+    Raises `InputError` for none.
+    """
+    item = re.sub(r"\.(txt|bin)$", ".jsonl", item)
     places = [item, f"{item}.jsonl", str(folder / item), str(folder / f"{item}.jsonl")]
     for place in places:
         path = Path(place)
@@ -44,6 +110,14 @@ def log_paths(item: str, folder: Path) -> list[Path]:
         if found := [p for p in found if p.suffix == ".jsonl"]:
             return found
     raise InputError(f"{item}: no such log, run id or glob, here or in {folder}/; expected such as demo-*")
+
+
+def find_log(item: str, folder: Path) -> Path:
+    """The one log that a path or run id stands for. Raises `InputError` for none and for several."""
+    found = log_paths(item, folder)
+    if len(found) > 1:
+        raise InputError(f"{item}: {len(found)} logs; expected one, such as {found[0]}")
+    return found[0]
 
 
 def scored_log(path: Path) -> Scored | None:

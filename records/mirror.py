@@ -3,16 +3,15 @@
     WANDB=1 TENSORBOARD=1 ./run.sh train ...            train_gpt.py starts this beside the run
     python records/mirror.py RUN wandb tensorboard      ./run.sh mirror RUN ...: of a run that has ended
 
-RUN is the id of a run in logs/ or the path of its .jsonl. The log is all that this reads, and it is a process of its
-own: a service that stalls or fails, and whatever its client does to signals and streams, cannot reach the run. A mirror
-that fails says so once; the same events can be sent later. Every number of an event becomes `event/number`, or
+RUN is the id of a run in LOG_DIR (logs) or the path of its log. The log is all that this reads, and it is a process of
+its own: a service that stalls or fails, and whatever its client does to signals and streams, cannot reach the run. A
+mirror that fails says so once; the same events can be sent later. Every number of an event becomes `event/number`, or
 `event/name/number` where the event has a name, by training step and by tokens seen. Services are configured by their
 own variables: WANDB_MODE=offline, WANDB_PROJECT (parameter-golf), WANDB_ENTITY, ... `tensorboard --logdir
 logs/tensorboard` shows the other. Neither package is required by anything else.
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
@@ -21,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import AuditError, find_log
+from evidence import readable
+from logs import InputError, event_of, find_log, log_folder
 
 POLL_SECONDS = 1.0
 """How often a growing log is looked at."""
@@ -95,11 +95,10 @@ def mirror(path: Path, names: Sequence[str], follow: bool) -> int:
     config: dict[str, Any] = {}
     step, failed = 0, 0
     for line in lines(path, follow):
-        try:
-            event = json.loads(line)
-        except ValueError:  # a crash cut it short, and the run went on below
+        if (event := event_of(line)) is None:  # a crash cut it short, and the run went on below
             continue
-        kind, values, step = event["event"], numbers(event), event.get("step", event.get("steps", step))
+        kind, values, seconds = event["event"], numbers(event), event.get("seconds", 0.0)
+        step = event.get("step", event.get("steps", step))
         if kind in ("start", "versions", "config"):  # what the run is; nothing to draw
             config.update({k: v for k, v in event.items() if k not in ("event", "seconds")})
             continue
@@ -107,9 +106,9 @@ def mirror(path: Path, names: Sequence[str], follow: bool) -> int:
         for name in list(services):
             try:
                 if services[name] is None:
-                    began = path.stat().st_mtime - event["seconds"]
+                    began = path.stat().st_mtime - seconds
                     services[name] = SERVICES[name](path, config, began)
-                services[name].write(event["seconds"], step, values)
+                services[name].write(seconds, step, values)
             except Exception as error:
                 failed += complain(name, error, path)
                 del services[name]
@@ -134,11 +133,11 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 0 all went well, 1 a service failed, 2 a mistake in the arguments."""
     try:
         if len(arguments) < 2 or not set(arguments[1:]) <= {*SERVICES, "--follow"}:
-            raise AuditError("expected a run and where to copy it: " + " ".join(SERVICES))
-        path = find_log(arguments[0])
+            raise InputError("expected a run and where to copy it: " + " ".join(SERVICES))
+        path = find_log(arguments[0], log_folder())
         names = [name for name in SERVICES if name in arguments]
-        return 1 if mirror(path, names, "--follow" in arguments) else 0
-    except AuditError as error:
+        return 1 if readable(path, mirror, path, names, "--follow" in arguments) else 0
+    except InputError as error:
         print(f"mirror.py: {error}", file=sys.stderr)
         return 2
 

@@ -1,10 +1,11 @@
 """Runs again what a log says was run, and compares: does the same code give the same losses, artifact and score?
 
-    python records/replay.py LOG.jsonl [KNOB=value ...]        (./run.sh replay LOG)
+    python records/replay.py RUN [KNOB=value ...]        (./run.sh replay RUN: a run id, or the path of a log)
 
-Everything comes from the log: every knob, and the number of processes (all on this machine). Knobs given here replace
-the log's, such as DATA_PATH where the data lie elsewhere. The new log is `logs/<run_id>-replay-<time>.jsonl`, in the
-LOG_DIR of the log. Exit status: 0 the same, 1 something differs, 2 it cannot be run.
+What is run comes from the log: every knob that decides the result, and the number of processes (all on this machine).
+Knobs given here replace the log's, such as DATA_PATH where the data lie elsewhere. What the log does not decide: the
+new log `<run_id>-replay-<time>.jsonl` and its artifact go to LOG_DIR and ARTIFACT_DIR, without them beside the log, and
+nothing is sent anywhere. Exit status: 0 the same, 1 something differs, 2 it cannot be run.
 
 A CPU repeats a budget in steps (MAX_WALLCLOCK_SECONDS=0) bit for bit, on the same packages and kind of processor; a GPU
 with DETERMINISTIC=1. A budget in seconds ends after another number of steps each time.
@@ -20,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import AuditError, readable
-from summary import events, last
+from evidence import readable
+from logs import WRITTEN, InputError, events, file_name, find_log, last, log_folder, pairs, text_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,26 +35,26 @@ GIVEN = {"start": ("code_sha256", "python", "torch", "device", "world", "dtype",
 FOUND = {"train_end": ("steps", "loss_nats"), "artifact": ("sha256",),
          "verdict": ("artifact_bytes", "ledger_sha256", "ladder", "val_loss", "val_bpb")}
 """What is compared."""
-ELSEWHERE = ("run_id", "resume", "checkpoint_every")
-"""Knobs that say where files lie or when they are written, and are no part of the result."""
-
-
-class ReplayError(Exception):
-    """One line for the user; exit status 2."""
 
 
 def knobs_of(found: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
-    """Environment with every knob of the logged run."""
+    """Environment with every knob of the logged run that is part of its result."""
     config = last(found, "config")
     if config is None or last(found, "start") is None:
-        raise ReplayError(f"{path}: no log of train_gpt.py: it names no knobs; give the run's .jsonl")
+        raise InputError(f"{path}: no log of train_gpt.py: it names no knobs; give the run's .jsonl")
     if last(found, "verdict") is None:
-        raise ReplayError(f"{path}: the run has no verdict to compare with (unfinished, or it failed)")
+        raise InputError(f"{path}: the run has no verdict to compare with (unfinished, or it failed)")
     from train_gpt import Config  # a log may come from anyone: no LD_PRELOAD, and nothing else that is no knob
     if not 1 <= int(last(found, "start")["world"]) <= 1024:
-        raise ReplayError(f"{path}: world={last(found, 'start')['world']}: expected a number of processes")
-    return {f.name.upper(): str(int(value) if isinstance(value := config[f.name], bool) else value)
-            for f in dataclasses.fields(Config) if f.name in config and f.name not in ELSEWHERE}
+        raise InputError(f"{path}: world={last(found, 'start')['world']}: expected a number of processes")
+    return {f.name.upper(): text_of(config[f.name])
+            for f in dataclasses.fields(Config) if f.name in config and f.name not in WRITTEN}
+
+
+def places(run_id: str, path: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Where the replay of a log writes; of the logged run id its name alone, since a log may come from anyone."""
+    return {"RUN_ID": f"{file_name(Path(run_id).name)}-replay-{time.strftime('%Y%m%d-%H%M%S')}",
+            "LOG_DIR": env.get("LOG_DIR") or str(path.parent), "ARTIFACT_DIR": env.get("ARTIFACT_DIR", "")}
 
 
 def start(env: Mapping[str, str], world: int) -> int:
@@ -100,21 +101,18 @@ def report(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """Exit status, see above."""
     try:
-        if not arguments or "=" in arguments[0] or not all("=" in pair for pair in arguments[1:]):
-            raise ReplayError("expected LOG.jsonl [KNOB=value ...]")
-        path = Path(arguments[0]).with_suffix(".jsonl")
-        if not path.is_file():
-            raise ReplayError(f"{path}: no such log")
+        if not arguments:
+            raise InputError("expected RUN [KNOB=value ...]: a run id, or the path of a log")
+        path, given = find_log(arguments[0], log_folder(env)), pairs(arguments[1:])
         then = events(path)
-        knobs = readable(path, knobs_of, then, path)
-        knobs["RUN_ID"] = f"{last(then, 'start')['run_id']}-replay-{time.strftime('%Y%m%d-%H%M%S')}"
-        knobs.update(pair.split("=", 1) for pair in arguments[1:])
-        clean = {name: value for name, value in env.items() if name not in {*knobs, *(n.upper() for n in ELSEWHERE)}}
-        status = start({**clean, **knobs}, last(then, "start")["world"])
+        knobs = {**readable(path, knobs_of, then, path), **places(str(last(then, "start").get("run_id")), path, env),
+                 **given}
+        clean = {name: value for name, value in env.items() if name.lower() not in WRITTEN}
+        status = start({**clean, **knobs}, int(last(then, "start")["world"]))
         if status:
-            raise ReplayError(f"the run ended with status {status}, see above")
-        lines, same = report(then, events(Path(knobs["LOG_DIR"]) / f"{knobs['RUN_ID']}.jsonl"))
-    except (AuditError, ReplayError) as error:
+            raise InputError(f"the run ended with status {status}, see above")
+        lines, same = readable(path, report, then, events(Path(knobs["LOG_DIR"]) / f"{knobs['RUN_ID']}.jsonl"))
+    except (InputError, OSError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(["", *lines]))

@@ -2,7 +2,8 @@
 
     python records/report.py RUN... [OUT=report.html]
 
-RUN is the id of a run in logs/ or the path of its .jsonl, also of a run that goes on or has failed. Every figure is the
+RUN is the id of a run in LOG_DIR (logs), the path of its log, or a glob of either, also of a run that goes on or has
+failed. Every figure is the
 log's, and stands in a table below its picture. The page follows the reader's light or dark setting and fits a narrow
 screen; it loads nothing.
 """
@@ -18,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import summary
-from evidence import AuditError, find_log, options, readable
+from evidence import readable
+from logs import InputError, events, last, log_folder, log_paths, split_options
 
 INK, LINE = "#0a0b0c", "#0d0e0f"
 SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]
@@ -56,13 +57,13 @@ class Run(NamedTuple):
 
     def last(self, event: str) -> dict[str, Any]:
         """The last event of that name; empty if there is none."""
-        return summary.last(self.events, event) or {}
+        return last(self.events, event) or {}
 
     @property
     def ended(self) -> str:
         """The error that the run ended in; empty: in none, or it went on after it."""
-        last = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
-        return str(last.get("text") or last.get("kind") or "")
+        end = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
+        return str(end.get("text") or end.get("kind") or "")
 
 
 class Section(NamedTuple):
@@ -420,22 +421,21 @@ def page(runs: list[Run]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Exit status 2 and one line if there is nothing to show."""
     try:
-        given = options([a for a in arguments if re.match("[A-Z]+=", a)])
-        names = [a for a in arguments if not re.match("[A-Z]+=", a)]
-        if not names or "--help" in names or set(given) - {"OUT"}:
+        names, given = split_options(arguments, ("OUT",))
+        if not names or "--help" in names:
             print(__doc__)
             return 0 if "--help" in names else 2
-        paths = [find_log(name) for name in names]
+        paths = [path for name in names for path in log_paths(name, log_folder())]
         ids = [path.stem if [p.stem for p in paths].count(path.stem) == 1 else str(path) for path in paths]
-        runs = [Run(name, summary.events(path)) for name, path in zip(ids, paths)]
+        runs = [Run(name, events(path)) for name, path in zip(ids, paths)]
         for path, run in zip(paths, runs):
             if not run.last("config"):
-                raise AuditError(f"{path}: no log of a run (no config in it)")
+                raise InputError(f"{path}: no log of a run (no config in it)")
         out = Path(given.get("OUT", "report.html"))
         out.write_text(readable(", ".join(ids), page, runs), encoding="utf-8")
         print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")
         return 0
-    except (AuditError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
 

@@ -4,10 +4,10 @@
                                         [BASELINE=folder] [SCRIPT=train_gpt.py] [ROOT=records]
     python records/submission.py check FOLDER
 
-RUN is the id of a run in logs/ or the path of its .jsonl; its artifact lies where the run has written it. The folder is
-ROOT/<track>/<date>_<name>/: `train_gpt.py` packed (these bytes are counted) and readable, the logs of every seed,
-config.env, requirements.txt, audit.txt, submission.json and a README, all figures taken from the logs. It appears only
-if every check passes. Exit status: 0 nothing refuted, 1 refuted, 2 cannot be done as asked.
+RUN is the id of a run in LOG_DIR (logs), the path of its log, or a glob of either; its artifact lies where the run has
+written it. The folder is ROOT/<track>/<date>_<name>/: `train_gpt.py` packed (these bytes are counted) and readable, the
+logs of every seed, config.env, requirements.txt, audit.txt, submission.json and a README, all figures taken from the
+logs. It appears only if every check passes. Exit status: 0 nothing refuted, 1 refuted, 2 cannot be done as asked.
 
 Checks beside those of the audit (their codes A and S are `audit.py`'s):
   P1 files   P2 fields   P3 arithmetic   P4 figures against the logs   P5 one code, one config, one validation set
@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import summary
 from evidence import (
     CAP,
     CONDITIONS,
@@ -41,14 +40,14 @@ from evidence import (
     AuditError,
     Finding,
     audit_log,
-    find_log,
+    failed,
     load_module,
-    options,
     readable,
     static_audit,
     table,
     unwrapped,
 )
+from logs import NO_RESULT, InputError, events, log_folder, log_paths, split_options, text_of
 
 
 class Track(NamedTuple):
@@ -64,35 +63,34 @@ class Track(NamedTuple):
 
 
 TRACKS = {"track_10min_16mb": Track(600.0, 3, "H100", 8), "track_non_record_16mb": Track(math.inf, 1, "", 0)}
-PLACES = ("seed", "run_id", "log_dir", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "threads",
-          "dist_timeout_seconds", "resume", "checkpoint_every", "wandb", "tensorboard")
+PLACES = NO_RESULT | {"seed", "threads"}
 """Knobs in which the runs of one submission may differ."""
 FIELDS = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": (int, float)}
 """Fields of submission.json without which a submission was never merged."""
 USUAL = {"blurb": str, "val_loss": (int, float), "bytes_total": int, "bytes_code": int}
 """The rest of the published minimum; merged ones lack some of them."""
-RATIOS = {**TOKENS_PER_BYTE, "fineweb10B_sp4096": 0.30123}
 WRONG_RATIOS = (0.2280, 0.2953, 0.3213, 0.363, 0.366, 1.0)
 """Tokens per byte of submissions whose bytes were counted wrongly."""
 FOREIGN = {"val_bpb": r"val_bpb\s*[:=]\s*(\d\.\d+)", "bytes": r"submission size[^\n]*?:\s*([\d,]+)",
            "train": r"train_time:([\d.]+)ms", "eval": r"(?:ttt|exact|sliding)\w*\b[^\n]*eval_time:([\d.]+)ms"}
 """Figures in the text logs of the published scripts (the last of each counts)."""
+OPTIONS = ("AUTHOR", "GITHUB_ID", "BLURB", "TRACK", "SEEDS", "DATE", "BASELINE", "SCRIPT", "ROOT")
+"""What `submit` takes beside NAME and runs."""
 Log = dict[str, dict[str, Any]]
 """The last event of each name in one run's JSON lines."""
+
+
+class Refuted(AuditError):
+    """A check or the audit speaks against the runs; exit status 1."""
 
 
 def read_log(path: Path) -> Log:
     """The last event of each name, in the order of their times: a run that goes on begins with `start` again."""
     found: Log = {}
-    for event in summary.events(path):
+    for event in events(path):
         found.pop(event["event"], None)
         found[event["event"]] = event
     return found
-
-
-def text_of(value: Any) -> str:
-    """A knob's value as the environment has it."""
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -259,7 +257,7 @@ def check_arithmetic(told: Mapping[str, Any], track: Track) -> list[Finding]:
         own = [r["val_tokens"] / r["val_bytes"] for r in results.values() if r.get("val_bytes")]
         wrong = any(abs(ratio - known) < 6e-4 for known in WRONG_RATIOS) or \
             (bool(own) and abs(ratio / statistics.fmean(own) - 1) > 1e-4)
-        known = bool(own) or any(abs(ratio / r - 1) < 1e-3 for r in RATIOS.values())
+        known = bool(own) or any(abs(ratio / r - 1) < 1e-3 for r in TOKENS_PER_BYTE.values())
         test("P3", known and not wrong, f"tokens_per_byte={ratio:.5f}", "this ratio comes from wrongly counted bytes: "
              "ruling O" if wrong else "no published tokenizer has this ratio", suspect=not wrong)
     if results and seeds:
@@ -482,7 +480,10 @@ def config_lines(module: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: Path) -> str:
-    """The report of `audit.py` on one artifact under its run's knobs. Raises `AuditError` if it refutes the score."""
+    """The report of `audit.py` on one artifact under its run's knobs.
+
+    Raises `Refuted` if it refutes the score, `AuditError` if it cannot be made.
+    """
     import audit
     machine = ("device", "dtype", "compile", "attention", "kernels", "run_id", "eval_only", "threads")
     knobs = [f"{name.upper()}={text_of(value)}" for name, value in config.items()
@@ -491,23 +492,20 @@ def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: 
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = audit.main([str(artifact), f"LOG={log}", f"SCRIPT={script}", *knobs])
     if status:
-        raise AuditError(f"{artifact}: the audit {'refutes the score' if status == 1 else 'cannot be made'}:\n"
-                         f"{out.getvalue()}{err.getvalue()}".rstrip())
+        kind, what = (Refuted, "refutes the score") if status == 1 else (AuditError, "cannot be made")
+        raise kind(f"{artifact}: the audit {what}:\n{out.getvalue()}{err.getvalue()}".rstrip())
     return out.getvalue()
 
 
 def submit(name: str, runs: Sequence[str], given: Mapping[str, str]) -> Path:
-    """The new folder, complete and checked. Raises `AuditError` and leaves nothing where anything is wrong."""
-    known = ("AUTHOR", "GITHUB_ID", "BLURB", "TRACK", "SEEDS", "DATE", "BASELINE", "SCRIPT", "ROOT")
-    for key in sorted(set(given) - set(known)):
-        raise AuditError(f"{key}: expected one of {', '.join(known)}")
+    """The new folder, complete and checked. Raises `InputError` and leaves nothing where anything is wrong."""
     for key in ("AUTHOR", "GITHUB_ID"):
         if not given.get(key):
             raise AuditError(f"{key}= is missing: it goes into submission.json, such as AUTHOR='Ada Lovelace' "
                              f"GITHUB_ID=ada")
     if not re.fullmatch(r"[\w.+-]+", name):
         raise AuditError(f"{name!r}: expected a name of letters, digits, _ . + - for the folder")
-    paths = [find_log(run) for run in runs]
+    paths = [path for run in runs for path in log_paths(run, log_folder())]
     logs = [read_log(path) for path in paths]
     for path, log in zip(paths, logs):
         if not {"start", "config", "artifact", "verdict", "train_end"} <= set(log):
@@ -574,10 +572,10 @@ def submit(name: str, runs: Sequence[str], given: Mapping[str, str]) -> Path:
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """Raises `AuditError` with every finding that fails."""
+    """Raises `Refuted` with every finding that fails."""
     bad = [f"  {f.code} {f.figures}: {f.text}" for f in findings if not f.ok and not f.suspect]
     if bad:
-        raise AuditError("\n".join(["nothing was made; refused for:", *bad]))
+        raise Refuted("\n".join(["nothing was made; refused for:", *bad]))
 
 
 def artifact_of(path: Path, log: Log) -> Path:
@@ -617,18 +615,18 @@ def main(arguments: Sequence[str]) -> int:
         if verb == "check" and len(rest) == 1:
             findings = check(Path(rest[0]))
             print(table(findings, ("package", *CONDITIONS)))
-            return int(any(not f.ok and not f.suspect for f in findings))
-        names = [a for a in rest if not re.match(r"[A-Z_]+=", a)]
+            return failed(findings)
+        names, given = split_options(rest, OPTIONS)
         if verb == "submit" and len(names) > 1:
-            folder = submit(names[0], names[1:], options([a for a in rest if a not in names]))
+            folder = submit(names[0], names[1:], given)
             print(f"{folder}\nEvery check passes. Read README.md, say what is new, and check it again: "
                   f"./run.sh check {folder}")
             return 0
         print(__doc__)
         return 2 * (verb not in ("-h", "--help"))
-    except (AuditError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"submission.py: {error}", file=sys.stderr)
-        return 1 + (not str(error).startswith(("nothing was made", "the audit refutes")))
+        return 1 if isinstance(error, Refuted) else 2
 
 
 if __name__ == "__main__":

@@ -1,45 +1,27 @@
 """Prints the short table of a finished run: the ladder of scores, the artifact's bytes, the seconds of each phase.
 
-    python records/summary.py [LOG.jsonl]        (default: the newest log in logs/)
+    python records/summary.py [RUN]        RUN: run id, or path of a log; default: the newest in LOG_DIR (logs)
 
 Reads only what the run logged and the manifest of its dataset; computes nothing anew.
 """
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
+
+from logs import InputError, events, find_log, last, log_folder
 
 RUNGS = {"ema": "averaged weights, before quantization", "quantized": "from the artifact, plain",
          "sliding": "from the artifact, sliding windows", "plain": "from the artifact, plain",
          "lora": "documents' own adapters learn from what is scored", "sgd": "the model learns from what is scored"}
 
 
-def events(path: Path) -> list[dict[str, Any]]:
-    """The events of one JSON-lines log; what is none, such as a line that a crash cut short, is dropped."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            found.append(event)
-    return found
-
-
-def last(found: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
-    """The last event of that name."""
-    return next((e for e in reversed(found) if e["event"] == event), None)
-
-
 def table(path: Path) -> str:
-    """The table of one run. Raises `ValueError` if the run has no verdict."""
+    """The table of one run. Raises `InputError` if the run has no verdict."""
     found = events(path)
     verdict = last(found, "verdict")
     if verdict is None:
-        raise ValueError(f"{path}: the run has no verdict (unfinished, or it failed); see {path.with_suffix('.txt')}")
+        raise InputError(f"{path}: the run has no verdict (unfinished, or it failed); see {path.with_suffix('.txt')}")
     rows = [("val_bpb", "")]
     for rung, bpb in verdict["ladder"].items():
         name, *tilt = rung.split("+")
@@ -73,21 +55,22 @@ def table(path: Path) -> str:
 def main(arguments: list[str]) -> int:
     """Exit status 2 and one line if there is nothing to show."""
     try:
-        if arguments:
-            path = Path(arguments[0])
-            if not path.is_file():
-                raise ValueError(f"{path}: no such log")
-        else:
-            logs = sorted(Path("logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
-            if not logs:
-                raise ValueError("logs/: no run yet; ./run.sh makes one")
-            path = logs[-1]
+        if set(arguments) & {"-h", "--help"}:
+            print(__doc__)
+            return 0
+        if len(arguments) > 1:
+            raise InputError(f"expected one run, got {len(arguments)}; ./run.sh compare and report take several")
+        folder = log_folder()
+        logs = [find_log(arguments[0], folder)] if arguments else \
+            sorted(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
+        if not logs:
+            raise InputError(f"{folder}/: no run yet; ./run.sh makes one")
         try:
-            print(table(path))
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a log as known ({type(error).__name__}: {error})") from None
+            print(table(logs[-1]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{logs[-1]}: not a log as known ({type(error).__name__}: {error})") from None
         return 0
-    except ValueError as error:
+    except (InputError, OSError) as error:
         print(f"summary.py: {error}", file=sys.stderr)
         return 2
 

@@ -3,9 +3,11 @@ import base64
 import copy
 import dataclasses
 import json
+import linecache
 import lzma
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -200,7 +202,13 @@ def planted(name: str, edits: list[tuple[str, str]]) -> object:
         assert times == 1, (f"plant {name!r} cannot be set: train_gpt.py holds {old!r} {times} times, not once; adapt "
                             f"the plant in tests/test_audit.py to the new text")
         source = source.replace(old, new)
-    return audit.module_from_source(source, "planted_" + "".join(c if c.isalnum() else "_" for c in name))
+    # Registered, because dataclasses and `inspect` look modules up.
+    module = ModuleType("planted_" + "".join(c if c.isalnum() else "_" for c in name))
+    module.__file__ = f"{module.__name__}.py"
+    linecache.cache[module.__file__] = len(source), None, source.splitlines(True), module.__file__
+    sys.modules[module.__name__] = module
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    return module
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -90,6 +90,21 @@ def test_runs_by_id_glob_folder_and_path_with_the_number_tried(tmp_path, monkeyp
         assert "changed: MATRIX_LR 0.022 -> 0.026" in out and "WARNING" not in out
 
 
+def test_a_sweeps_runs_are_no_name_and_an_odd_log_is_only_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOG_DIR", str(tmp_path))
+    for i, bpb in enumerate((1.00, 1.01)):
+        write_log(tmp_path / f"MATRIX_LR=0.02-SEED={i}-k.jsonl", bpb)
+        write_log(tmp_path / f"MATRIX_LR=0.03-SEED={i}-k.jsonl", bpb - 0.1)
+    (tmp_path / "odd.jsonl").write_text('{"event": "verdict", "val_bpb": null}\n')
+    old = ",".join(f"MATRIX_LR=0.02-SEED={i}-k" for i in (0, 1))
+    new = "MATRIX_LR=0.03-*"
+    for a, b, names in ((old, new, "AB"), (f"A={old}", f"MATRIX_LR={new}", ("A", "MATRIX_LR"))):
+        assert compare.main([a, b]) == 0
+        out = capsys.readouterr().out
+        assert all(f"{name:{len(names[1])}s}  n=2  mean" in out for name in names)
+        assert "5 logs in" in out and "4 of them with a verdict" in out
+
+
 def test_what_speaks_against_a_group_is_said():
     mixed = [*scored(1.0, knobs={"matrix_lr": 0.02}), *scored(1.0, knobs={"matrix_lr": 0.03}, illegal="C3")]
     text = compare.report(scored(1.1, 1.2, bytes_per_token=4.0), mixed)

@@ -44,7 +44,7 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"event": "x"}\n')
     for argument, expected in ((cut, "no verdict"), (other, "names no knobs"), (tmp_path / "none", "no such log"),
-                               ("SEED=1", "expected LOG.jsonl")):
+                               ("SEED=1", "SEED=1: no such log")):
         done = replay(argument)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
@@ -53,6 +53,7 @@ def test_a_log_sets_knobs_and_nothing_else(folder):
     """Whoever made it may have put in what loaders and interpreters obey, or a million processes."""
     sys.path.insert(0, str(ROOT / "records"))
     import evidence
+    import logs
     import replay
     found = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
     knobs = replay.knobs_of(found, folder)
@@ -60,8 +61,28 @@ def test_a_log_sets_knobs_and_nothing_else(folder):
     assert replay.knobs_of(found, folder) == knobs and knobs["SEED"] == "1337" and "RUN_ID" not in knobs
     for world in (10**6, 0, "many", None):
         next(e for e in found if e["event"] == "start")["world"] = world
-        with pytest.raises((replay.ReplayError, evidence.AuditError)):
+        with pytest.raises(logs.InputError):
             evidence.readable("the log", replay.knobs_of, found, folder)
+
+
+def test_a_log_does_not_say_where_its_replay_writes_nor_who_is_told(folder, tmp_path, monkeypatch):
+    """Run id, folders and services are the user's; the logged run id gives a name, and no way out of the folder."""
+    sys.path.insert(0, str(ROOT / "records"))
+    import replay
+    lines = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
+    next(e for e in lines if e["event"] == "start").update(run_id="../../up and out")
+    next(e for e in lines if e["event"] == "config").update(
+        wandb=True, tensorboard=True, log_dir="/nowhere", artifact_dir="/nowhere", resume="1", run_id="../x")
+    log = tmp_path / "MATRIX_LR=0.018-SEED=42-k1.jsonl"  # as a sweep names them
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    monkeypatch.setattr(replay, "start", lambda env, world: seen.append(env) or 7)
+    for env, more in (({"WANDB": "1", "RUN_ID": "y"}, []), ({"LOG_DIR": "a", "ARTIFACT_DIR": "b"}, []),
+                      ({"LOG_DIR": "a"}, ["LOG_DIR=c"])):
+        assert replay.main([str(log), *more], env) == 2
+    assert all(not {"WANDB", "TENSORBOARD", "RESUME"} & set(env) for env in seen)
+    assert [(env["LOG_DIR"], env["ARTIFACT_DIR"]) for env in seen] == [(str(tmp_path), ""), ("a", "b"), ("c", "")]
+    assert all(env["RUN_ID"].startswith("up_and_out-replay-") for env in seen)
 
 
 def test_the_log_says_from_what_it_was_made(folder):

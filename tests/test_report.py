@@ -159,7 +159,7 @@ def test_lines_are_drawn_where_the_figures_are(monkeypatch: pytest.MonkeyPatch, 
     """What is drawn, not only what stands in the table."""
     from matplotlib.figure import Figure
     log(tmp_path / "a.jsonl", 1)
-    run = report.Run("a", report.summary.events(tmp_path / "a.jsonl"))
+    run = report.Run("a", report.events(tmp_path / "a.jsonl"))
     for draw, index, expected in (
             (report.draw_loss, 0, [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")]),
             (report.draw_step, 0, [(10, 100.0), (15, 150.0), (20, 150.0)]),
@@ -188,8 +188,19 @@ def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):
     assert Parsed(text).pictures["loss"] == 1 and "The logs hold nothing of this." in text
 
 
+def test_runs_are_found_by_id_and_glob_and_only_out_is_an_option(tmp_path: Path, monkeypatch, capsys):
+    """A sweep's run ids begin with KNOB=value."""
+    monkeypatch.setenv("LOG_DIR", str(tmp_path))
+    for seed in (1, 2):
+        log(tmp_path / f"SEED={seed}-k{seed}.jsonl", seed)
+    for runs in (["SEED=1-k1", "SEED=2-k2"], ["SEED=*"]):
+        assert report.main([*runs, f"OUT={tmp_path}/r.html"]) == 0
+        assert "2 runs" in capsys.readouterr().out
+    assert report.main(["SEED=3-k3"]) == 2 and "SEED=3-k3: no such log" in capsys.readouterr().err
+
+
 def test_it_needs_no_torch_and_says_what_is_missing(tmp_path: Path):
     code = "import sys; sys.path.insert(0, 'records'); import report; s = report.main(['nowhere']); " \
            "assert not {'torch', 'matplotlib'} & set(sys.modules); sys.exit(s)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("report.py: nowhere: no such run"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("report.py: nowhere: no such log"), done.stderr

@@ -204,8 +204,8 @@ def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp
     log = submission.read_log(tmp_path / "r.jsonl")
     assert log["start"]["code_sha256"] == hashlib.sha256((made / "train_gpt.py").read_bytes()).hexdigest()
     first = submission.read_log(next(made.glob("*.jsonl")))
-    assert {k: v for k, v in log["config"].items() if k not in submission.PLACES + ("seconds",)} == \
-        {k: v for k, v in first["config"].items() if k not in submission.PLACES + ("seconds",)}
+    assert {k: v for k, v in log["config"].items() if k not in submission.PLACES | {"seconds"}} == \
+        {k: v for k, v in first["config"].items() if k not in submission.PLACES | {"seconds"}}
 
 
 def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> list[str]:
@@ -241,9 +241,34 @@ def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: li
     assert not list((tmp_path / "records").rglob("*/*"))
 
 
+@pytest.mark.parametrize("stage, error, status", [
+    ("dynamic_audit", submission.Refuted("a.bin: the audit refutes the score:\nD1"), 1),
+    ("check", submission.Refuted("nothing was made; refused for: P1"), 1),
+    ("dynamic_audit", AuditError("a.bin: the audit cannot be made"), 2)])
+def test_the_exit_status_tells_refuted_from_impossible(stage: str, error: AuditError, status: int, runs: list[str],
+                                                       tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
+    monkeypatch.setattr(submission, stage, fails)
+    who = [f"{name}={value}" for name, value in WHO.items()]
+    assert submission.main(["submit", "x", *runs, *who, f"ROOT={tmp_path / 'records'}"]) == status
+    assert str(error) in capsys.readouterr().err and not list((tmp_path / "records").rglob("*/*"))
+
+
+def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("LOG_DIR", str(tmp_path))
+    (tmp_path / "MATRIX_LR=0.018-SEED=42-k.jsonl").write_text('{"event": "start"}\n')
+    who = [f"{name}={value}" for name, value in WHO.items()]
+    for run, words in (("MATRIX_LR=0.018-SEED=42-k", "no log of a whole run"), ("LR=1", "LR=1: no such log")):
+        assert submission.main(["submit", "x", run, *who]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, given, words", [
     (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
-    (3, {"AUTHOR": ""}, "AUTHOR= is missing"), (3, {"AUTOR": "x"}, "AUTOR: expected one of"),
+    (3, {"AUTHOR": ""}, "AUTHOR= is missing"),
     (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
 def test_submit_says_what_it_lacks(number: int, given: dict[str, str], words: str, runs: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch):

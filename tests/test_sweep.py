@@ -190,7 +190,7 @@ def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
     status, one, _ = conduct(jobs(1, 2, 3, WAIT="1"), tmp_path, command)
     assert status == 0 and one.states[0].run_id.endswith(".2")
     assert [seed for seed, *_ in starts(tmp_path)] == ["1", "1", "2", "3"]
-    from summary import events
+    from logs import events
     assert [e.get("outcome", "start") for e in events(record)] == ["start", *["start", "done"] * 3]
 
 

@@ -75,7 +75,7 @@ def test_a_hopeless_trial_is_stopped(tuner):
     worker = tuner({"MATRIX_LR": 0.9}, STUCK="0.5")
     status, out = work(worker, 5)
     assert states(worker) == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED] and "1 stopped early" in out
-    from summary import events
+    from logs import events
     ends = [e for e in events(worker.folder / "sweep" / "runs.jsonl") if e["event"] == "end"]
     assert ends[-1]["outcome"] == "interrupted" and ends[-1]["status"] < 0  # its process is gone
 
