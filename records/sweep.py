@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import hashlib
 import heapq
 import itertools
@@ -35,16 +36,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import PRIVATE, InputError, scored_log
+from logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from summary import events, last
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = (str(ROOT / "run.sh"), "train")
@@ -65,7 +65,7 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """Start of the run ids of its attempts."""
-        return re.sub(r"[^\w.+=-]", "_", self.label.replace(" ", "-"))[:120] + f"-{self.key}"
+        return file_name(self.label.replace(" ", "-")) + f"-{self.key}"
 
     @property
     def group(self) -> str:
@@ -92,36 +92,19 @@ class State:
 # -- what is to be run ----------------------------------------------------------------------------------
 
 
-def pairs(parts: Sequence[str]) -> dict[str, str]:
-    """KNOB=value arguments. Raises `InputError` for anything else, for a name twice and for names that a sweep sets."""
-    found: dict[str, str] = {}
-    for part in parts:
-        name, equals, value = part.partition("=")
-        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            raise InputError(f"{part}: expected KNOB=value, such as SEED=42,0 (./run.sh knobs lists them)")
-        if name in found or name == "RUN_ID":
-            why = "given twice" if name in found else "a sweep names its runs itself"
-            raise InputError(f"{part}: {why}; leave it out")
-        found[name] = value
-    return found
-
-
 def wanted(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """(knobs that vary, fixed knobs) of each run, from the command line's grid or file.
 
-    >>> [varied for varied, _ in wanted(["SEED=1,2", "LR=3", "--", "PRESET=demo"])]
-    [{'SEED': '1', 'LR': '3'}, {'SEED': '2', 'LR': '3'}]
+    Raises `InputError`.
+
+    >>> [varied for varied, _ in wanted(["SEED=1,2", "MATRIX_LR=0.03", "--", "PRESET=demo"])]
+    [{'SEED': '1', 'MATRIX_LR': '0.03'}, {'SEED': '2', 'MATRIX_LR': '0.03'}]
     """
     arguments = list(arguments)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     fixed = pairs(arguments[at + 1:])
     if at == 1 and "=" not in arguments[0]:
-        try:
-            lines = Path(arguments[0]).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InputError(f"{arguments[0]}: cannot be read ({error.strerror}); expected a file of runs or "
-                             f"KNOB=value,value") from None
-        rows = [pairs(parts) for line in lines if (parts := shlex.split(line, comments=True))]
+        rows = rows_of(arguments[0])
     else:
         grid = {name: value.split(",") for name, value in pairs(arguments[:at]).items()}
         for name, values in grid.items():
@@ -132,9 +115,40 @@ def wanted(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str
     if not rows:
         raise InputError("no run is named; such as ./run.sh sweep SEED=42,0,1234 MATRIX_LR=0.022,0.026 -- PRESET=demo")
     for row in rows:
+        if "RUN_ID" in {*row, *fixed}:
+            raise InputError("RUN_ID: a sweep names its runs itself; leave it out")
         if both := sorted((set(row) & set(fixed)) | (set(row) & {"LOG_DIR"})):
             raise InputError(f"{both[0]}: cannot vary and be fixed; LOG_DIR is always fixed")
     return [(row, fixed) for row in rows]
+
+
+def rows_of(file: str) -> list[dict[str, str]]:
+    """The runs of a file, a line each. Raises `InputError` with the number of a bad line."""
+    try:
+        lines = Path(file).read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); expected a file of runs or KNOB=value,value"
+                         ) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(pairs(shlex.split(line.decode("utf-8"), comments=True)))
+        except (InputError, ValueError) as error:
+            raise InputError(f"{file}, line {number}: {error}; expected KNOB=value ...") from None
+    return [row for row in rows if row]
+
+
+def refuse_strangers(names: Iterable[str]) -> None:
+    """Raises `InputError` for a name that is no knob, none that the trainer takes from older commands, and not AUDIT.
+
+    The trainer itself lets such a variable pass: any other program's may be in its environment.
+    """
+    import train_gpt as tg
+    known = [knob.name for knob in tg.knobs()] + [*tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES, *tg.SPECIAL]
+    known += ["AUDIT", *(pattern for patterns, _ in tg.NO_EFFECT for pattern in patterns.split())]
+    for name in names:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
+            raise InputError(f"{name}: no such knob (./run.sh knobs lists them); other variables go before the command")
 
 
 def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: Mapping[str, str], gpus: int
@@ -149,6 +163,7 @@ def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: M
             cfg, _ = tg.Config.from_env({**env, **fixed, **varied})
         except tg.UserError as error:
             raise InputError(f"{label}: {error}") from None
+        refuse_strangers([*varied, *fixed])
         same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PRIVATE or k in ("seed", "eval_only")}
         key = hashlib.sha256(json.dumps([same, gpus]).encode() + code).hexdigest()[:10]
         jobs.setdefault(key, Job(label, {**fixed, **varied}, key))
@@ -244,7 +259,17 @@ class Sweep:
 
     def attempts(self, job: Job) -> list[Path]:
         """Logs of all attempts at a job, whatever their labels."""
-        return sorted(p for p in self.folder.glob(f"*-{job.key}*.jsonl"))
+        name = re.compile(rf".*-{re.escape(job.key)}(\.\d+)?")
+        return sorted(path for path in self.folder.glob("*.jsonl") if name.fullmatch(path.stem))
+
+    def kept(self, job: Job) -> Path:
+        """Where the runs of a job leave checkpoints."""
+        return Path({**self.env, **job.knobs}.get("ARTIFACT_DIR") or self.folder)
+
+    def forget(self, job: Job) -> None:
+        """Remove the checkpoints of a job that nobody will go on with."""
+        for path in self.kept(job).glob(f"{job.name}*.ckpt"):
+            path.unlink(missing_ok=True)
 
     def look(self, state: State) -> bool:
         """Whether a job has a verdict; its score is taken over."""
@@ -299,7 +324,7 @@ class Sweep:
         env = {**self.env, **state.job.knobs, **self.places[index], "LOG_DIR": str(self.folder)}
         taken = {path.stem for path in self.folder.glob(f"{state.job.name}*")}
         ids = [state.job.name + (f".{n}" if n > 1 else "") for n in range(1, len(taken) + 2)]
-        kept = Path(env.get("ARTIFACT_DIR") or self.folder)
+        kept = self.kept(state.job)
         saved = [name for name in ids if any((kept / f"{name}{end}").exists() for end in (".ckpt", ".score.ckpt"))]
         state.run_id = saved[-1] if saved else next(name for name in ids if name not in taken)
         env |= {"RUN_ID": state.run_id, **({"RESUME": "auto"} if saved else {})}
@@ -498,7 +523,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             raise InputError(f"LAUNCHER={launcher}: expected local or slurm")
         rows = wanted(arguments)
         fixed = rows[0][1]
-        folder = Path(fixed.get("LOG_DIR") or env.get("LOG_DIR") or "logs").absolute()
+        folder = log_folder({**env, **fixed}).absolute()
         if launcher == "slurm":
             if not re.fullmatch(r"[1-9]\d*", env.get("GPUS_PER_RUN", "")):
                 raise InputError(f"GPUS_PER_RUN={env.get('GPUS_PER_RUN', '')}: LAUNCHER=slurm needs the number of GPUs "

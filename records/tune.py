@@ -6,15 +6,17 @@
     a..b      between two numbers, integers if both are; :log for a scale on which factors count alike
     a,b,c     one of these
     TRIALS    trials of the study, all workers together (default 20)
-    STUDY     name of the study (default: made from space and fixed knobs, so the same command goes on)
+    STUDY     name of the study: letters, digits, _ and - (default: made from space and fixed knobs, so the same command
+              goes on)
     TUNE_STORAGE   a database (postgresql://...) instead of LOG_DIR/tune/STUDY.journal, a file to which any number of
                    workers on one machine or one shared file system append
 
 The same command on another machine, or a second time on this one, is another worker of the study: each takes free GPUs
 (GPUS_PER_RUN) as a sweep does. The first trial is the configuration as it is, if the space has it. Trials are judged by
 val_bpb; with VAL_LOSS_EVERY=steps behind --, one whose probes are worse than the median of the others' is stopped. A
-killed worker costs its trial at most. SEED cannot be searched: picking seeds by their scores is against the rules. Logs
-and the record are those of a sweep. Exit status 0: done, 1: no trial has a score, 2: bad input, 130: interrupted.
+killed worker costs its trial at most; of trials without a score no checkpoints are kept. SEED cannot be searched:
+picking seeds by their scores is against the rules. Logs and the record are those of a sweep. Exit status 0: done, 1: no
+trial has a score, 2: bad input, 130: interrupted.
 """
 from __future__ import annotations
 
@@ -32,13 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from logs import InputError
+from logs import InputError, events, log_folder, pairs
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
-from summary import events
-from sweep import ROOT, TRAIN, Job, Sweep, lock, pairs, slots, unlock
+from sweep import ROOT, TRAIN, Job, Sweep, lock, refuse_strangers, slots, unlock
 
 RANGE = re.compile(r"([-+.\w]+?)\.\.([-+.\w]+?)(:log)?")
 
@@ -68,6 +69,11 @@ def space_of(arguments: Sequence[str]) -> dict[str, BaseDistribution]:
     return found
 
 
+def digest(text: str) -> str:
+    """Eight hexadecimal digits that stand for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def text_of(value: Any) -> str:
     """A suggested value as a knob takes it."""
     return format(value, ".6g") if isinstance(value, float) else str(value)
@@ -81,10 +87,11 @@ def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str]) -> d
         cfg, _ = tg.Config.from_env(env)
     except tg.UserError as error:
         raise InputError(str(error)) from None
+    refuse_strangers(space)
     values = {}
     for name, places in space.items():
         if not hasattr(cfg, name.lower()):
-            raise InputError(f"{name}: no such knob (./run.sh knobs lists them)")
+            raise InputError(f"{name}: an older name, which cannot be searched; ./run.sh knobs lists today's")
         value = getattr(cfg, name.lower())
         value = tg.show(value) if isinstance(places, CategoricalDistribution) else value
         inside = value in places.choices if isinstance(places, CategoricalDistribution) else \
@@ -108,23 +115,25 @@ class Tuner:
         """The run of a trial, as a sweep of one."""
         knobs = {name: text_of(value) for name, value in values.items()}
         job = Job(" ".join(f"{k}={v}" for k, v in sorted(knobs.items())), {**self.fixed, **knobs},
-                  f"{self.study.study_name}.t{number:05d}")
+                  f"{self.study.study_name}.{digest(self.study.study_name)}.t{number:05d}")
         return Sweep([job], self.folder, self.places, self.command, self.env)
 
     def bury(self) -> None:
         """Trials whose worker is gone get the score that their run has left, or have failed."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             sweep = self.sweep(trial.number, trial.params)
-            held = lock(sweep.own / f"{self.study.study_name}.t{trial.number:05d}.worker")
-            if held is None:
-                continue  # its worker lives
             (state,) = sweep.states
+            locks = [lock(sweep.own / f"{state.job.key}.{end}") for end in ("worker", "lock")]
+            if None in locks:  # its worker lives, or its run has outlived it
+                unlock(*(held for held in locks if held is not None))
+                continue
             with contextlib.suppress(RuntimeError):  # another worker was faster
                 if state.status == "done":
                     self.study.tell(trial.number, state.bpb)
                 else:
                     self.study.tell(trial.number, state=TrialState.FAIL)
-            unlock(held)
+                    sweep.forget(state.job)
+            unlock(*locks)
 
     def trial(self, console: Console, poll: float) -> None:
         """Ask for values, run them, report probes on the way, tell the score."""
@@ -170,6 +179,8 @@ class Tuner:
             if held is not None:
                 unlock(held)
             ended = self.study.trials[trial.number]
+            if ended.state in (TrialState.PRUNED, TrialState.FAIL):
+                sweep.forget(state.job)
             score = f"val_bpb={ended.value:.5f}" if ended.state == TrialState.COMPLETE else ended.state.name.lower()
             console.print(f"trial {trial.number:3d}  {score}  {state.job.label}", markup=False, highlight=False,
                           soft_wrap=True)
@@ -208,16 +219,19 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             return 0
         at = arguments.index("--") if "--" in arguments else len(arguments)
         space, fixed = space_of(arguments[:at]), pairs(arguments[at + 1:])
+        if "RUN_ID" in {*space, *fixed}:
+            raise InputError("RUN_ID: a study names its runs itself; leave it out")
         if both := sorted(set(space) & set(fixed)):
             raise InputError(f"{both[0]}: cannot be searched and be fixed")
         if not re.fullmatch(r"[1-9]\d*", trials := env.get("TRIALS") or "20"):
             raise InputError(f"TRIALS={trials}: expected a positive number")
         first = as_it_is(space, {**env, **fixed})
-        folder = Path(fixed.get("LOG_DIR") or env.get("LOG_DIR") or "logs").absolute()
-        told = json.dumps([sorted(arguments[:at]), fixed])
-        name = env.get("STUDY") or f"tune-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        refuse_strangers(fixed)
+        folder = log_folder({**env, **fixed}).absolute()
+        name = env.get("STUDY") or f"tune-{digest(json.dumps([sorted(arguments[:at]), fixed]))}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+            raise InputError(f"STUDY={name}: expected up to 60 letters, digits, _ and -")
         places = slots(env)
-        (folder / "tune").mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = open_study(name, env.get("TUNE_STORAGE") or folder / "tune" / f"{name}.journal", first)
         return Tuner(study, space, fixed, folder, places, env).work(int(trials), Console())
@@ -227,15 +241,26 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def open_study(name: str, storage: str | Path, first: Mapping[str, Any] | None) -> optuna.Study:
-    """Create or join a study that minimises; `first` is tried before anything else, once."""
+    """Create or join a study that minimises; `first` is tried before anything else, once.
+
+    Raises `InputError` where TUNE_STORAGE is no database, or cannot be reached.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+    opened: Any = storage
     if isinstance(storage, Path):
+        storage.parent.mkdir(parents=True, exist_ok=True)
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
-        storage = JournalStorage(JournalFileBackend(str(storage)))
-    study = optuna.create_study(
-        study_name=name, storage=storage, load_if_exists=True, direction="minimize",
-        sampler=optuna.samplers.TPESampler(constant_liar=True),  # running trials of other workers count as poor
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+        opened = JournalStorage(JournalFileBackend(str(storage)))
+    try:
+        study = optuna.create_study(
+            study_name=name, storage=opened, load_if_exists=True, direction="minimize",
+            sampler=optuna.samplers.TPESampler(constant_liar=True),  # running trials of other workers count as poor
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    except (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        shown = re.sub(r":[^:/@]*@", ":...@", str(storage))  # without its password
+        raise InputError(f"TUNE_STORAGE={shown}: {str(error).splitlines()[0]}; expected a database that can be "
+                         f"reached, such as sqlite:///study.db or postgresql://user@host/name, or none") from None
     if first is not None:
         study.enqueue_trial(dict(first), skip_if_exists=True)
     return study

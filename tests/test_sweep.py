@@ -1,4 +1,5 @@
 """A sweep trains each run once, whatever is killed on the way. The trainer is a stand-in that writes a run's log."""
+import contextlib
 import json
 import os
 import signal
@@ -204,10 +205,43 @@ def test_an_interrupt_ends_the_runs(tmp_path, command):
 
 
 def test_grid_and_file(tmp_path):
-    grid = sw.wanted(["SEED=1,2", "LR=3,4", "--", "WINDOWS=5,6"])
-    assert [(v["SEED"], v["LR"], f) for v, f in grid] == [(s, lr, {"WINDOWS": "5,6"}) for s in "12" for lr in "34"]
-    (tmp_path / "runs").write_text("# a comment\nSEED=1 WINDOWS='5, 6'\n\nSEED=2  # another\n")
-    assert [v for v, _ in sw.wanted([str(tmp_path / "runs")])] == [{"SEED": "1", "WINDOWS": "5, 6"}, {"SEED": "2"}]
+    grid = sw.wanted(["SEED=1,2", "MATRIX_LR=3,4", "--", "ATTN_WINDOWS=5,6"])
+    assert [(v["SEED"], v["MATRIX_LR"]) for v, _ in grid] == [("1", "3"), ("1", "4"), ("2", "3"), ("2", "4")]
+    assert all(fixed == {"ATTN_WINDOWS": "5,6"} for _, fixed in grid)
+    (tmp_path / "runs").write_text("# a comment\nSEED=1 ATTN_WINDOWS='5, 6'\n\nSEED=2  # another\n")
+    assert [v for v, _ in sw.wanted([str(tmp_path / "runs")])] == [
+        {"SEED": "1", "ATTN_WINDOWS": "5, 6"}, {"SEED": "2"}]
+
+
+@pytest.mark.parametrize("line, expected", [
+    (b"SEED='1", "line 2: No closing quotation"), (b"SEED=\xff", "line 2: 'utf-8' codec"),
+    (b"SEED", "line 2: SEED: expected KNOB=value"), (b"SEED=1 RUN_ID=x", "RUN_ID: a sweep names"),
+    (b"LEARNING_RATE=0.1", "LEARNING_RATE: no such knob")])
+def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_bytes(b"SEED=1\n" + line + b"\nSEED=3\n")
+    monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
+    env = {"CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path / "logs")}
+    assert sw.main([str(tmp_path / "runs")], env) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1 and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("varied, fixed, known", [
+    ({"LEARNING_RATE": "0.1"}, {}, False), ({"SEED": "1"}, {"NPROC": "2"}, False), ({"SEED": "1"}, {"X": ""}, False),
+    ({"MATRIX_LR": "0.1"}, {"AUDIT": "1", "TTT_ENABLED": "0", "LQER_RANK": "4", "SLIDING_WINDOW_ENABLED": "1"}, True)])
+def test_what_is_typed_must_be_a_knob(varied, fixed, known):
+    """Or a name that the trainer takes from older commands; what it would ignore makes one run of many."""
+    with contextlib.nullcontext() if known else pytest.raises(logs.InputError, match="no such knob .* before the comm"):
+        assert len(sw.identify([(varied, fixed)], {"HOME": "/", "NPROC": "2"}, 1)) == 1
+
+
+def test_a_key_is_not_the_end_of_another(tmp_path, command):
+    one = sw.Sweep(jobs(1), tmp_path, LONE, command)
+    job = one.states[0].job._replace(key="lr.t00001")
+    for name, taken in (("x-lr.t00001", True), ("y-lr.t00001.2", True), ("x-wide-lr.t000010", False),
+                        ("x-lr.t00001x", False), ("lr.t00001", False), ("x-lrxt00001", False)):
+        (tmp_path / f"{name}.jsonl").touch()
+        assert (name in {path.stem for path in one.attempts(job)}) == taken, name
 
 
 def test_a_run_is_its_configuration(tmp_path):

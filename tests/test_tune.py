@@ -17,7 +17,9 @@ TRAINER = """
 import json, os, pathlib, sys, time
 folder, lr = pathlib.Path(os.environ["LOG_DIR"]), float(os.environ["MATRIX_LR"])
 bpb = 1 + (lr - 0.3) ** 2
-log = open(folder / f"{os.environ['RUN_ID']}.jsonl", "x")
+for end in (".ckpt", ".score.previous.ckpt"):  # a run that ends well removes them
+    (pathlib.Path(os.environ.get("ARTIFACT_DIR", folder)) / (os.environ["RUN_ID"] + end)).touch()
+log = open(folder / f"{os.environ['RUN_ID']}.jsonl", "a" if os.environ.get("RESUME") else "x")
 def write(**event):
     print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
 write(event="train", frac=0.5, step=7, loss_nats=3.25)
@@ -26,6 +28,8 @@ if lr > float(os.environ.get("STUCK", "9")):
     time.sleep(60)
 if os.environ.get("BAD"):
     sys.exit("no luck")
+for path in pathlib.Path(os.environ.get("ARTIFACT_DIR", folder)).glob(f"{os.environ['RUN_ID']}*.ckpt"):
+    path.unlink()
 write(event="verdict", val_bpb=bpb, bytes=40, tokens=10, total_seconds=6.0)
 """
 
@@ -36,8 +40,8 @@ def tuner(tmp_path: Path):
     (tmp_path / "trainer.py").write_text(TRAINER)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def make(first: dict | None = None, **env: str) -> tune.Tuner:
-        study = tune.open_study("s", tmp_path / "s.journal", first)
+    def make(first: dict | None = None, study: str = "s", **env: str) -> tune.Tuner:
+        study = tune.open_study(study, tmp_path / f"{study}.journal", first)
         return tune.Tuner(study, tune.space_of(["MATRIX_LR=0.0..1.0"]), {"PRESET": "demo"}, tmp_path, [{}],
                           {**os.environ, **env}, [sys.executable, str(tmp_path / "trainer.py")])
 
@@ -78,25 +82,44 @@ def test_a_hopeless_trial_is_stopped(tuner):
     from logs import events
     ends = [e for e in events(worker.folder / "sweep" / "runs.jsonl") if e["event"] == "end"]
     assert ends[-1]["outcome"] == "interrupted" and ends[-1]["status"] < 0  # its process is gone
+    assert not list(worker.folder.glob("*.ckpt"))
 
 
 def test_trials_of_killed_workers_are_settled(tuner):
-    """One left a score, one nothing; a trial whose worker lives is left alone."""
+    """One left a score, one nothing but a checkpoint; a trial whose worker or run lives is left alone."""
     worker = tuner()
-    trials = [worker.study.ask(worker.space) for _ in range(3)]
+    trials = [worker.study.ask(worker.space) for _ in range(4)]
     done = worker.sweep(0, trials[0].params)
     assert sw.conduct(done, Console(file=open(os.devnull, "w")), poll=0.02) == 0
-    held = sw.lock(done.own / "s.t00002.worker")
+    keys = [worker.sweep(trial.number, trial.params).states[0].job.key for trial in trials]
+    held = [sw.lock(done.own / f"{keys[2]}.worker"), sw.lock(done.own / f"{keys[3]}.lock")]
+    left = [worker.folder / f"{worker.sweep(n, trials[n].params).states[0].job.name}.ckpt" for n in (1, 2, 3)]
+    for path in left:
+        path.touch()
     worker.bury()
-    assert states(worker) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+    assert states(worker) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
+    assert [path.exists() for path in left] == [False, True, True]
     assert worker.study.trials[0].value == pytest.approx(1 + (trials[0].params["MATRIX_LR"] - 0.3) ** 2, abs=1e-5)
-    sw.unlock(held)
+    sw.unlock(*held)
 
 
-def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner):
-    worker = tuner(BAD="1")
+def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner, tmp_path):
+    worker = tuner(BAD="1", ARTIFACT_DIR=str(tmp_path / "artifacts"))
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "another.ckpt").touch()
     status, out = work(worker, 2)
     assert status == 1 and states(worker) == [TrialState.FAIL] * 2 and "no luck" in out
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["another.ckpt"]
+
+
+def test_no_study_takes_anothers_logs(tuner):
+    """`lr` ends as `wide-lr` does; a run's log counts for its own study alone, though the values are the same."""
+    keys = []
+    for name in ("wide-lr", "lr"):
+        worker = tuner({"MATRIX_LR": 0.3}, study=name)
+        assert work(worker, 1)[0] == 0
+        keys.append(worker.sweep(0, {"MATRIX_LR": 0.3}).states[0].run_id)
+    assert len(set(keys)) == 2 and all(key.count("lr.") == 1 for key in keys)
 
 
 def test_space():
@@ -113,10 +136,23 @@ def test_space():
     (["MIN_LR=2..1"], {}, "not below the second"), (["MIN_LR=a..b"], {}, "MIN_LR=a..b: could not convert"),
     (["MIN_LR=0..1:log"], {}, "MIN_LR=0..1:log"), (["MIN_LT=0..1"], {}, "MIN_LT: no such knob"),
     (["MIN_LR=0..1", "--", "MIN_LR=0"], {}, "searched and be fixed"), (["MIN_LR=0..1"], {"TRIALS": "0"}, "TRIALS=0"),
-    (["MIN_LR=0..1", "--", "MATRIX_LR=x"], {}, "MATRIX_LR='x': expected a number")])
+    (["MIN_LR=0..1", "--", "MATRIX_LR=x"], {}, "MATRIX_LR='x': expected a number"),
+    (["MIN_LR=0..1", "--", "LEARNING_RATE=1"], {}, "LEARNING_RATE: no such knob"),
+    (["QAT_ENABLED=0,1"], {}, "QAT_ENABLED: an older name"), (["MIN_LR=0..1", "--", "RUN_ID=x"], {}, "RUN_ID: a study"),
+    (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp")])
 def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune.Tuner, "work", lambda *a: pytest.fail("runs would start"))
     assert tune.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) == 2
     err = capsys.readouterr().err
     assert expected in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("storage, shown", [
+    ("nonsense", "nonsense: Could not parse"), ("sqlite:////nowhere/x.db", "sqlite:////nowhere/x.db: (sqlite3.Op"),
+    ("redis://me:secret@host/0", "redis://me:...@host/0: "), ("such://x", "such://x: Can't load plugin")])
+def test_a_database_that_is_none_is_one_line(storage, shown, tmp_path, capsys):
+    env = {"CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path), "TUNE_STORAGE": storage}
+    assert tune.main(["MIN_LR=0..1"], env) == 2
+    err = capsys.readouterr().err
+    assert f"TUNE_STORAGE={shown}" in err and err.count("\n") == 1 and "secret" not in err and not list(tmp_path.iterdir())
