@@ -25,11 +25,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import InputError
+from logs import InputError, log_folder, pairs
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
-from sweep import pairs, visible_gpus
+from sweep import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_SECONDS = 30.0
@@ -57,6 +57,13 @@ def output(*command: str) -> str:
 # -- without torch --------------------------------------------------------------------------------------
 
 
+def installed(package: str) -> str:
+    """Its version; empty where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
+
+
 def python_lines() -> Iterator[Line]:
     """Interpreter, and every package of requirements.txt against its pin."""
     yield Line("ok" if sys.version_info >= (3, 10) else "failure", "python",
@@ -64,23 +71,21 @@ def python_lines() -> Iterator[Line]:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     install = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
     needs = [need for need in map(Requirement, lines) if not need.marker or need.marker.evaluate()]
-    found = 0
+    if installed("torch") and not installed("triton"):  # a torch for CPUs has none; `cuda_lines` asks for it
+        needs = [need for need in needs if need.name != "triton"]
     for need in needs:
-        try:
-            version = importlib.metadata.version(need.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = installed(need.name)
+        if not version:
             yield Line("failure", need.name, "not installed", install)
-            continue
-        found += 1
-        if need.name == "torch":  # any from 2.9 on, with the Triton that came with it: a GPU image has its own
+        elif need.name == "torch":  # any from 2.9 on, with the Triton that came with it: a GPU image has its own
             release = tuple(map(int, version.split(".")[:2]))
             level = "failure" if release < (2, 9) else "warning" if release > NEWEST_TORCH else "ok"
             unknown = ", newer than any that this was run with" if level == "warning" else ""
             yield Line(level, "torch", version + unknown, f"{install} (2.9 to {'.'.join(map(str, NEWEST_TORCH))})")
         elif need.name != "triton" and not need.specifier.contains(version, prereleases=True):
             yield Line("warning", need.name, f"{version}, pinned is {need.specifier}", install)
-    if found == len(needs):
-        yield Line("ok", "packages", f"all {found} of requirements.txt are installed")
+    if all(installed(need.name) for need in needs):
+        yield Line("ok", "packages", f"all {len(needs)} of requirements.txt are installed")
 
 
 def gpu_lines() -> Iterator[Line]:
@@ -119,8 +124,8 @@ def links_line(topology: str) -> Line:
         "a machine with SXM modules; without NVLink gradients cross the PCIe bus" if slow else "")
 
 
-def machine_lines(folders: Mapping[str, Path], need: int) -> Iterator[Line]:
-    """Cores and their load, memory, and free space: `need` bytes where runs are logged."""
+def machine_lines(folders: Mapping[str, Path]) -> Iterator[Line]:
+    """Cores and their load, memory, and folders that may be written, with their free space."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0]
     yield Line("warning" if load > cores / 2 else "ok", "cpu", f"{cores} cores, load {load:.1f}",
@@ -137,9 +142,7 @@ def machine_lines(folders: Mapping[str, Path], need: int) -> Iterator[Line]:
             yield Line("failure" if name != "data" else "warning", f"disk: {name}", f"{there} cannot be written",
                        f"set {name} to a folder of yours" if name != "data" else "set DATA_DIR to a folder of yours")
         else:
-            short = name != "data" and free < need
-            yield Line("failure" if short else "ok", f"disk: {name}", f"{free / 1e9:.1f} GB free in {there}",
-                       f"make room or set {name} elsewhere: a run may need {need / 1e6:.0f} MB")
+            yield Line("ok", f"disk: {name}", f"{free / 1e9:.1f} GB free in {there}")
 
 
 # -- with torch -----------------------------------------------------------------------------------------
@@ -180,8 +183,20 @@ def kernel_lines(tg: Any, cfg: Any, run: Any) -> Iterator[Line]:
                "pip install triton; DTYPE=bfloat16")
     codec = tg.pick_codec(cfg.codec)
     short = codec == "brotli" and cfg.codec == "auto"
-    yield Line("warning" if short else "ok", "codec", codec + (", artifacts are 1 to 2 % larger" if short else ""),
+    told = "auto: range, for small streams brotli where it is smaller" if codec == "auto" else codec
+    yield Line("warning" if short else "ok", "codec", told + ", artifacts are 1 to 2 % larger" * short,
                "pip install -r requirements.txt (constriction)")
+
+
+def resource_lines(tg: Any, cfg: Any, run: Any, targets: int) -> Iterator[Line]:
+    """What the run itself would say before training of the memory and disk that it lacks."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    run.log = lambda event, **values: told.append((event, values))
+    if problem := tg.resources(cfg, run, targets):
+        yield Line("failure", "disk", problem)
+    for event, values in told:
+        if event == "warning":
+            yield Line("warning", "resources", values["text"])
 
 
 def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
@@ -199,6 +214,7 @@ def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
             path = tg.tokenizer_path(cfg)
             tg.TokenBytes.load(path, cfg.vocab_size)
             yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {path}")
+        yield from resource_lines(tg, cfg, run, len(streams["val"]) - 1)
         if quick:
             return
         tg.require(not (problem := streams["train"].check(cfg.vocab_size)), problem)
@@ -298,9 +314,9 @@ def examine(knobs: Mapping[str, str], quick: bool) -> Iterator[Line]:
     env = {**os.environ, **knobs}
     yield from python_lines()
     yield from gpu_lines()
-    yield from machine_lines({"LOG_DIR": Path(env.get("LOG_DIR") or "logs"),
+    yield from machine_lines({"LOG_DIR": log_folder(env),
                               **({"ARTIFACT_DIR": Path(env["ARTIFACT_DIR"])} if env.get("ARTIFACT_DIR") else {}),
-                              "data": Path(env.get("DATA_DIR") or "data")}, need=32_000_000)
+                              "data": Path(env.get("DATA_DIR") or "data")})
     sys.path.insert(0, str(ROOT))
     try:
         import train_gpt as tg
@@ -332,6 +348,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         knobs = pairs([a for a in arguments if a != "--quick"])
+        processes = {**os.environ, **knobs}.get("NPROC") or "1"
+        if not re.fullmatch(r"[1-9]\d*", processes):
+            raise InputError(f"NPROC={processes}: expected the number of processes, 1 or more")
     except InputError as error:
         print(f"doctor.py: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,17 @@ def test_packages_against_their_pins(tmp_path, monkeypatch):
     assert the(doctor.python_lines(), "packages").level == "ok"
 
 
+@pytest.mark.parametrize("there, levels_found", [
+    ({"torch": "2.13.0+cpu", "triton": ""}, {"torch": "ok", "packages": "ok"}),
+    ({"torch": "2.13.0", "triton": "3.7.0"}, {"torch": "ok", "packages": "ok"}),
+    ({"torch": "", "triton": ""}, {"torch": "failure", "triton": "failure"})])
+def test_a_torch_for_cpus_needs_no_triton(there, levels_found, tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\ntriton==3.7.1\n")
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "installed", there.get)
+    assert levels(doctor.python_lines()) == {"python": "ok", **levels_found}
+
+
 @pytest.mark.parametrize("version, level", [("2.8.1", "failure"), ("2.9.0+cu128", "ok"), ("2.13.0", "ok"),
                                             ("3.0.0", "warning")])
 def test_torch_may_be_the_machines_own(version, level, tmp_path, monkeypatch):
@@ -62,11 +73,11 @@ def test_gpus_that_others_use_are_named(monkeypatch):
 
 
 def test_room_and_load(tmp_path, monkeypatch):
-    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path / "not" / "yet", "data": tmp_path}, need=1 << 62))
-    assert levels(lines)["disk: LOG_DIR"] == "failure" and levels(lines)["disk: data"] == "ok"
+    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path / "not" / "yet", "data": tmp_path}))
+    assert levels(lines)["disk: LOG_DIR"] == levels(lines)["disk: data"] == "ok"
     monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0, 0))
     monkeypatch.setattr(os, "access", lambda *a: False)
-    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path}, need=1))
+    lines = list(doctor.machine_lines({"LOG_DIR": tmp_path}))
     assert levels(lines)["cpu"] == "warning" and "cannot be written" in the(lines, "disk: LOG_DIR").found
 
 
@@ -78,7 +89,12 @@ def test_a_torch_that_does_not_see_the_gpus(build, remedy):
 
 
 def test_kernels_and_the_wheel_of_the_faster_one(run, monkeypatch):
-    assert levels(doctor.kernel_lines(tg, tiny(), run)) == {"attention": "ok", "kernels": "ok", "codec": "ok"}
+    lines = list(doctor.kernel_lines(tg, tiny(), run))
+    assert levels(lines) == {"attention": "ok", "kernels": "ok", "codec": "ok"}
+    assert the(lines, "codec").found.startswith("auto: range, ")
+    assert the(lines, "attention").found == tg.pick_kernels(tiny(), run).attention.name
+    assert the(lines, "kernels").found == "fused MLP and cross-entropy: by hand, eager, float32"
+    assert the(doctor.kernel_lines(tg, tiny(codec="brotli"), run), "codec")[:3] == ("ok", "codec", "brotli")
     cuda = SimpleNamespace(get_device_capability=lambda device: (9, 0))
     fake = SimpleNamespace(
         torch=SimpleNamespace(cuda=cuda, __version__="2.9.1+cu128", version=SimpleNamespace(cuda="12.8")),
@@ -87,6 +103,20 @@ def test_kernels_and_the_wheel_of_the_faster_one(run, monkeypatch):
     gpu = SimpleNamespace(is_cuda=True, device="cuda", compiles=True, dtype=tg.torch.bfloat16)
     lines = list(doctor.kernel_lines(fake, tiny(), gpu))
     assert [line.level for line in lines] == ["warning"] * 3 and lines[0].remedy.endswith("/cu128_torch291")
+    assert lines[0].found == "sdpa, though this is a Hopper GPU"
+    assert lines[1].found.endswith(", compiled, bfloat16")
+    assert lines[2].found == "brotli, artifacts are 1 to 2 % larger"
+
+
+def test_room_is_what_the_run_itself_asks_for(dataset, run, monkeypatch):
+    """Prediction of the artifact, and checkpoints where they are asked for; warnings are lines, too."""
+    assert list(doctor.resource_lines(tg, tiny(), run, 1000)) == []
+    free = SimpleNamespace(f_bavail=1 << 20, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda folder: free)
+    monkeypatch.setattr(tg, "memory_left", lambda run: 1)
+    lines = list(doctor.data_lines(tg, tiny(**dataset), run, quick=True))
+    assert the(lines, "disk").level == "failure" and "bytes free, the run needs" in the(lines, "disk").found
+    assert the(lines, "resources").level == "warning" and "MiB a process" in the(lines, "resources").found
 
 
 def test_data_and_tokenizer(dataset, run, tmp_path):
@@ -137,18 +167,20 @@ def test_a_probe_that_fails_is_a_line():
 
 def test_on_the_command_line(dataset, tmp_path):
     """One line for each part, plain where piped; only data that is there passes; nothing is written."""
-    knobs = [f"{k.upper()}={v}" for k, v in {**TINY, **dataset, "log_dir": str(tmp_path / "logs")}.items()]
+    knobs = {**TINY, **dataset, "log_dir": str(tmp_path / "logs"), "run_id": "r"}
+    knobs = [f"{k.upper()}={v}" for k, v in knobs.items()]
 
     def call(*more: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, ROOT / "records" / "doctor.py", "--quick", *more], text=True,
                               cwd=tmp_path, capture_output=True)
 
-    good, ugly = call(*knobs), call("x")
+    good, ugly, none = call(*knobs), call("x"), call("NPROC=x")
     bad = call("DATA_PATH=/nowhere", *(k for k in knobs if not k.startswith("DATA_PATH")))
     assert good.returncode == 0 and bad.returncode == 1 and ugly.returncode == 2, good.stdout + good.stderr
     assert "\x1b" not in good.stdout and good.stdout.splitlines()[-1].endswith("0 failure")
     assert "ok       tokenizer" in good.stdout and "failure  data " in bad.stdout
     assert "x: expected KNOB=value" in ugly.stderr
+    assert none.returncode == 2 and none.stderr.startswith("doctor.py: NPROC=x: expected the number of processes")
     assert not list(tmp_path.iterdir())
 
 
