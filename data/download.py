@@ -3,8 +3,9 @@ download.py -- the published FineWeb exports, from the Hugging Face hub: `prepar
 
 An export is a folder of a dataset repository: manifest.json, datasets/<name>/fineweb_{train,val}_%06d.bin, tokenizers/.
 One commit of it is looked up, and everything is fetched from that commit. A file is verified when it arrives (size,
-SHA-256 where the hub has one, header, ids) and waits in a hidden folder until all are there; the same command goes on
-after an interruption, file by file. The client itself goes on within a file when a connection breaks.
+SHA-256 where the hub has one, header) and waits in a hidden folder until all are there and their ids are those of the
+tokenizer; the same command goes on after an interruption, file by file. The client itself goes on within a file when a
+connection breaks.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ def one_line_errors(what: str) -> Any:
         status = error.response.status_code if error.response is not None else "no answer"
         raise UserError(f"{what}: the hub answers {status} ({str(error).splitlines()[0]}); is the name right? is it"
                         " public, or HF_TOKEN set?") from error
+    except huggingface_hub.errors.HFValidationError as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}; MATCHED_FINEWEB_REPO_ID is such as"
+                        " kevclark/parameter-golf") from error
     except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
         cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(f"{what}: {cause}; the same command goes on where this stopped") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import sys
@@ -20,7 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from documents import caseops
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "records"))
+from evidence import TOKENS_PER_BYTE, dataset_name
+
 from train_gpt import (
     BOS_ID,
     MAX_SHARED,
@@ -44,9 +49,6 @@ FORMAT = 1
 VAL_BYTES = 151_080_891
 """UTF-8 bytes of the official validation text, by a SentencePiece table; a CaseOps side file, which counts the text
 before normalisation, has 151,074,309."""
-
-BYTES_PER_TOKEN = {("sp", 1024): 2.436, ("sp", 4096): 3.322, ("sp", 8192): 3.7266, ("caseops", 8192): 3.1572}
-"""Of the official validation split, from the records' logs (1024 and 4096: medians of many submissions)."""
 
 BATCH_IDS = 1 << 19
 """Ids of the documents that are decoded together."""
@@ -263,11 +265,11 @@ def together(
                           "they differ: the score would divide by wrong bytes" if counted != decoded_bytes else ""))
     ratio, wrong = counted / max(1, len(val) - number), ""
     if manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS:
-        known = BYTES_PER_TOKEN.get(("caseops" if operators else "sp", tokenizer.vocab_size()), 0)
+        known = 1 / TOKENS_PER_BYTE.get(dataset_name(bool(operators), tokenizer.vocab_size()), math.inf)
         if abs(counted / VAL_BYTES - 1) > 1e-4:
             wrong = f"the official validation text has {VAL_BYTES:,} bytes"
         elif known and abs(counted / len(val) / known - 1) > 0.005:
-            wrong = f"the records have {known}"
+            wrong = f"the records have {known:.4f}"
         ratio = counted / len(val)
     rows.append(Check("bytes per token", f"{ratio:.4f}", wrong))
     keys, lengths = save_keys(directory)

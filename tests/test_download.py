@@ -301,3 +301,12 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, words, tmp_path, c
 def test_too_many_shards_are_refused_with_the_number_there_is(hub, tmp_path):
     with pytest.raises(tg.UserError, match="--train-shards 5: .* has 4 of fineweb10B_sp1024"):
         get(hub, tmp_path, 5)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "--x", "me/mine.git"])
+def test_a_name_that_is_none_of_a_repository_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", name)
+    assert prepare.main(["download", "--variant", "sp1024", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: " in error and "MATCHED_FINEWEB_REPO_ID is such as" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -224,7 +224,7 @@ def test_a_published_layout_is_held_against_the_official_split(copy, monkeypatch
     size = int(rows["bytes"].split()[0].replace(",", ""))
     monkeypatch.setattr(verify, "VAL_BYTES", size)
     assert not failures(folder)
-    monkeypatch.setattr(verify, "BYTES_PER_TOKEN", {("sp", VOCAB): float(rows["bytes per token"]) * 1.01})
+    monkeypatch.setitem(verify.TOKENS_PER_BYTE, f"fineweb10B_sp{VOCAB}", 1.01 / float(rows["bytes per token"]))
     assert "the records have" in failures(folder)[0].problem
 
 
