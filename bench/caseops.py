@@ -8,24 +8,27 @@ so equal compute) and equal text (steps in proportion to tokens per byte, STEPS 
 bytes of the original text. Within a comparison runs go seed by seed, so that what is interrupted is still balanced.
 Its files stay in logs/caseops/; finished tokenizers and runs are not made again: remove the folder for other text.
 """
-import gzip
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 import caseops
 import numpy as np
 import sentencepiece
-from documents import BOS, clean
+from documents import BOS, document, file_rows, input_files
+from logs import events, last
 from text import TRAINING
 
-from bench.common import write_shard
+import train_gpt as tg
+from bench.common import program, write_shard
 
 SHAPE = dict(PRESET="demo", VOCAB_SIZE="8192", NUM_LAYERS="2", MODEL_DIM="128", NUM_HEADS="2", NUM_KV_HEADS="1",
              PARALLEL_RESIDUAL="none", XSA_LAST_N="0", BIGRAM_BUCKETS="0", EVAL_LADDER="", EVAL_STRIDE="0",
@@ -33,10 +36,11 @@ SHAPE = dict(PRESET="demo", VOCAB_SIZE="8192", NUM_LAYERS="2", MODEL_DIM="128", 
 """A model whose 200 steps take about a minute of one core; no adaptation, no tilt."""
 
 
-def documents(path: str) -> list[str]:
-    """Texts of a .jsonl.gz, as data/prepare.py cleans them."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [clean(json.loads(line)["text"]) for line in file]
+def documents(path: Path) -> list[str]:
+    """Texts of a .jsonl[.gz|.zst], .parquet or .txt as data/prepare.py cleans them. `UserError` where there is none."""
+    texts = [document(row, "text")[0] for row in file_rows(input_files([path]), "text")]
+    tg.require(any(texts), f"{path}: holds no text")
+    return texts
 
 
 def build(name: str, train: list[str], val: list[str], knobs: dict[str, str], folder: Path) -> dict[str, float]:
@@ -76,22 +80,31 @@ def build(name: str, train: list[str], val: list[str], knobs: dict[str, str], fo
 
 
 def val_bpb(folder: Path, name: str, steps: int, seed: int, knobs: dict[str, str]) -> float:
-    """Bits per byte of the artifact of one run."""
+    """Bits per byte of the artifact of one run. `UserError` where it fails."""
     run_id = f"{name}-{steps}-{seed}"
     log = folder / f"{run_id}.jsonl"
-    if not log.exists() or '"verdict"' not in log.read_text():
-        subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], check=True, stdout=subprocess.DEVNULL, env={
+    if not log.exists() or last(events(log), "verdict") is None:
+        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], stdout=subprocess.DEVNULL, env={
             **os.environ, **knobs, "DATA_PATH": str(folder / name), "CASEOPS_ENABLED": "1", "RUN_ID": run_id,
             "ITERATIONS": str(steps), "SEED": str(seed), "LOG_DIR": str(folder), "OMP_NUM_THREADS": "1"})
-    events = [json.loads(line) for line in log.read_text().splitlines()]
-    return next(event["val_bpb"] for event in events if event.get("event") == "verdict")
+        tg.require(done.returncode == 0, f"{run_id}: the run fails with status {done.returncode}, see above")
+    return last(events(log), "verdict")["val_bpb"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Tables, then one line of JSON."""
-    train, val = documents(sys.argv[1]), documents(sys.argv[2])
-    steps, seeds = (int(a) for a in (*sys.argv[3:5], *("200", "3")[len(sys.argv[3:5]):]))
-    knobs = {**SHAPE, **{name: value for name, value in os.environ.items() if name in trainer_knobs()}}
+    parser = argparse.ArgumentParser(prog="./run.sh bench caseops", description=__doc__.split("\n\n")[0])
+    parser.add_argument("train", type=Path, help="documents: .jsonl[.gz|.zst], .parquet or .txt")
+    parser.add_argument("val", type=Path, help="others")
+    parser.add_argument("steps", nargs="?", type=int, default=200, help="default 200")
+    parser.add_argument("seeds", nargs="?", type=int, default=3, help="default 3")
+    asked = parser.parse_args(arguments)
+    steps, seeds = asked.steps, asked.seeds
+    tg.require(min(steps, seeds) > 0, f"{steps} {seeds}: expected at least one step and one seed")
+    names = {knob.name for knob in tg.knobs()}
+    knobs = {**SHAPE, **{name: value for name, value in os.environ.items() if name in names}}
+    tg.Config.from_env(knobs)
+    train, val = documents(asked.train), documents(asked.val)
     folder = ROOT / "logs" / "caseops"
     found = {}
     for name in caseops.VERSIONS:
@@ -111,13 +124,8 @@ def main() -> None:
             print(f"equal {plan:6} {name:5} steps={plans[plan][name]} n={len(values)} mean={np.mean(values):.4f} "
                   f"min={min(values):.4f} max={max(values):.4f}")
     print(json.dumps(dict(versions=found, steps=plans, val_bpb=scores, knobs=knobs)))
-
-
-def trainer_knobs() -> set[str]:
-    """Names of the trainer's knobs."""
-    import train_gpt as tg
-    return {knob.name for knob in tg.knobs()}
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(lambda: main(sys.argv[1:]))

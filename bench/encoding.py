@@ -1,11 +1,12 @@
 """What `prepare.py text` costs beside the raw SentencePiece call, and its peak memory by the size of the input.
 
-    python bench/encoding.py MODEL CORPUS [MB ...]      CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default sizes 10
+    ./run.sh bench encoding MODEL CORPUS [MB ...]      CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default sizes 10
 
 One line of JSON: CPU seconds per MB of one process, alternating in five rounds over the same documents (median), as
 ratios to SentencePiece's `encode`; then, for each size in MB, a corpus of so many copies, each text with the number of
 its copy in front, is prepared by a run of its own: wall time, and memory of its largest process.
 """
+import argparse
 import json
 import os
 import statistics
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import documents
+
+import train_gpt as tg
+from bench.common import program
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
@@ -56,27 +60,34 @@ def prepared(rows: Sequence[documents.Row], model: str, megabytes: float, folder
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)  # of the largest among it and its workers
-    if status:
-        sys.exit("encoding.py: prepare.py failed, see above")
+    tg.require(status == 0, "prepare.py failed, see above")
     return {"mb": round(size / 1e6), "seconds": round(time.perf_counter() - start, 1),
             "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """One line of JSON."""
-    model, corpus, *sizes = sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="./run.sh bench encoding", description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", type=Path, help="a SentencePiece model")
+    parser.add_argument("corpus", type=Path, help=".jsonl[.gz|.zst], .parquet or .txt")
+    parser.add_argument("sizes", nargs="*", type=float, metavar="MB", default=[10.0], help="of corpora (default 10)")
+    asked = parser.parse_args(arguments)
+    tg.require(min(asked.sizes) > 0, f"{min(asked.sizes):g}: expected a positive number of MB")
+    tg.load_sentencepiece(asked.model)
     rows, size = [], 0
-    for row in documents.file_rows(documents.input_files([Path(corpus)]), "text"):
+    for row in documents.file_rows(documents.input_files([asked.corpus]), "text"):
         rows.append(row)
         if (size := size + len(row.content)) > 5e6:
             break
-    found = costs(rows, model)
+    tg.require(size > 0, f"{asked.corpus}: holds no text")
+    found = costs(rows, str(asked.model))
     with tempfile.TemporaryDirectory() as folder:
-        runs = [prepared(rows, model, float(mb), Path(folder)) for mb in sizes or ("10",)]
+        runs = [prepared(rows, str(asked.model), mb, Path(folder)) for mb in asked.sizes]
     print(json.dumps({"cpu_seconds_per_mb": {name: round(value, 4) for name, value in found.items()},
                       "encode_to_sentencepiece": round(found["encode"] / found["sentencepiece"], 3),
                       "scan_to_sentencepiece": round(found["scan"] / found["sentencepiece"], 3), "runs": runs}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(lambda: main(sys.argv[1:]))

@@ -99,11 +99,13 @@ def main() -> int:
     """Four ways in turns, then the schedule."""
     tg.require(len(sys.argv) > 1 and Path(sys.argv[1]).is_file(), f"evaluation {' '.join(sys.argv[1:2])}: expected the "
                f"path of an artifact, such as logs/demo.bin")
+    count = sys.argv[2] if len(sys.argv) > 2 else "20000"
+    tg.require(count.isdecimal() and int(count) > 0, f"{count}: expected a number of targets, 1 or more")
     artifact = tg.unpack(Path(sys.argv[1]).read_bytes(), sys.argv[1])
     stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
     cfg = tg.Config.from_env(os.environ, stored)[0]
     with tg.Run(cfg, {}, log=False) as run:
-        val = first_targets(tg.ValData.load(cfg, run), int(sys.argv[2]) if len(sys.argv) > 2 else 20_000)
+        val = first_targets(tg.ValData.load(cfg, run), int(count))
         rows = way_rows(WAYS, artifact, val, cfg, run, machine(run))
         show(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
              f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads", rows)

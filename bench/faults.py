@@ -25,7 +25,11 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as tg
-from bench.common import ROOT, Row, show, text_dataset
+from bench.common import ROOT, Row, program, show, text_dataset
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import logs
 
 SECONDS = 120
 """Most that a run may take, which takes five on a quiet core."""
@@ -143,11 +147,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
     """Events of that name in the run's log."""
     path = folder / "r.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line that a full disk cut
-            found.append(json.loads(line))
-    return [e for e in found if e["event"] == name]
+    return [e for e in logs.events(path) if e["event"] == name] if path.exists() else []
 
 
 def said(err: str, folder: Path) -> str:
@@ -267,7 +267,7 @@ def main(words: Sequence[str]) -> int:
         for world in (1, 2):
             with tempfile.TemporaryDirectory() as folder:
                 status, err = finish(launch(knobs_of(Path(folder), data, {}), world))
-                tg.require(status == 0, f"the undisturbed run on {world} ranks fails: {err[-500:]}")
+                tg.require(status == 0, f"the undisturbed run on {world} ranks fails: {said(err, Path(folder))}")
                 expected[world] = verdict(Path(folder))
         for fault in table():
             if not words or any(word in fault.name for word in words):
@@ -284,4 +284,4 @@ if __name__ == "__main__":
         faulthandler.enable()  # as train_gpt.py does
         plant(json.loads(os.environ["BENCH_PLANT"]), Path(os.environ["BENCH_FOLDER"]))
         sys.exit(tg.main([], {k: v for k, v in os.environ.items() if not k.startswith("BENCH_")}))
-    sys.exit(main(sys.argv[1:]))
+    program(lambda: main(sys.argv[1:]))

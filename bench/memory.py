@@ -11,11 +11,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bench.common import Row, made_up_ids, show, text_dataset, write_shard
+import train_gpt as tg
+from bench.common import ROOT, Row, made_up_ids, program, show, text_dataset, write_shard
+
+sys.path.insert(0, str(ROOT / "records"))
+
+from logs import events, last
 
 SIZES: dict[str, dict[str, str]] = {
     "d256 L3, 2,048 tokens": {},
@@ -29,7 +35,10 @@ SIZES: dict[str, dict[str, str]] = {
 
 
 def measure(name: str, knobs: dict[str, str]) -> Row:
-    """One run: the stretch that was predicted to take most, its bytes, and what the process took."""
+    """One run: the stretch that was predicted to take most, its bytes, and what the process took.
+
+    Raises `UserError` where the run fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         env = {"PRESET": "demo", "DEVICE": "cpu", "DTYPE": "float32", "THREADS": "1", "MAX_WALLCLOCK_SECONDS": "0",
                "ITERATIONS": "2", "EVAL_LADDER": "", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
@@ -39,10 +48,10 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
         child = ("import resource, subprocess, sys; done = subprocess.run([sys.executable, 'train_gpt.py'], "
                  "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); "
                  "sys.exit(done.returncode)")
-        done = subprocess.run([sys.executable, "-c", child], env={**os.environ, **env}, text=True,
-                              cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, check=True)
-        lines = [json.loads(line) for line in (Path(folder) / "r.jsonl").read_text().splitlines()]
-    (told,) = [line for line in lines if line["event"] == "resources"]
+        done = subprocess.run([sys.executable, "-c", child], env={**os.environ, **env}, text=True, cwd=ROOT,
+                              stdout=subprocess.PIPE)
+        tg.require(done.returncode == 0, f"{name}: the run fails with status {done.returncode}, see above")
+        told = last(events(Path(folder) / "r.jsonl"), "resources")
     sizes = {k.removesuffix("_mib"): v for k, v in told.items() if k.endswith("_mib") and "_" not in k[:-4]}
     sizes |= {"shared_sgd": told["shared_sgd_mib"]} if "shared_sgd_mib" in told else {}
     sizes = {k: v for k, v in sizes.items() if k not in ("disk", "checkpoint")}
@@ -53,9 +62,16 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
             "predicted_over_measured": sizes[most] / measured}
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """The table."""
+    tg.require(not arguments, f"{' '.join(arguments)}: expected no argument")
     rows = []
     for size, changes in SIZES.items():
         rows.append(measure(size, changes))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     show("peak memory of a run", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    program(lambda: main(sys.argv[1:]))

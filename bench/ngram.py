@@ -5,16 +5,19 @@
 The stream is synthetic: ids by a Zipf law, with stretches of 20 to 400 ids copied from earlier places until they make
 up a fifth, so that long contexts repeat as boiler-plate does in web text.
 """
+import argparse
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 import train_gpt as tg
+from bench.common import program
 
 
 def stream(count: int, vocab_size: int) -> np.ndarray:
@@ -29,9 +32,12 @@ def stream(count: int, vocab_size: int) -> np.ndarray:
     return ids
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """One line of JSON."""
-    count = int(1e6 * float(sys.argv[1])) if len(sys.argv) > 1 else 5_000_000
+    parser = argparse.ArgumentParser(prog="./run.sh bench ngram", description=__doc__.split("\n\n")[0])
+    parser.add_argument("millions", nargs="?", type=float, default=5.0, help="length of the stream (default 5)")
+    count = round(1e6 * parser.parse_args(arguments).millions)
+    tg.require(count >= 1000, f"{count / 1e6:g}: expected at least 0.001 million ids")
     cfg, _ = tg.Config.from_env({"NGRAM_TILT_ENABLED": "1", **os.environ})
     with tg.Run(cfg, {}, log=False) as run:
         ids = torch.from_numpy(stream(count, cfg.vocab_size)).to(run.device)
@@ -48,7 +54,8 @@ def main() -> None:
                               threads=torch.get_num_threads(), seconds=round(seconds, 2),
                               peak_bytes_per_id=round(peak / count, 1), hinted_share=round(hinted / count, 4),
                               hints_right=round(right, 4))))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(lambda: main(sys.argv[1:]))

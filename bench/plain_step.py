@@ -1,6 +1,6 @@
 """Our training step against a straightforward one in PyTorch: the same losses, and the ratio of their speeds.
 
-    python bench/plain_step.py [STEPS]     knobs as for train_gpt.py, as environment variables; default PRESET=demo
+    ./run.sh bench plain_step [STEPS]      knobs as for train_gpt.py, as environment variables; default PRESET=demo
 
 `Plain` is the same model as one would write it down: a matrix each for q, k and v, channel scales on the activations,
 autograd through stock functions, Muon one matrix at a time, AdamW and EMA one tensor at a time. Both start at the same
@@ -9,6 +9,7 @@ busy machine slows both alike. The text is this Python's standard library, as by
 Prints both losses, the ratio of tokens per CPU-second (the median of the turns, and their range), and JSON. With
 THREADS=1 a CPU-second is a second that nobody else had.
 """
+import argparse
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt as tg
+from bench.common import program
 
 TURN = 5
 """Steps of one turn."""
@@ -219,9 +221,11 @@ def contest(cfg: tg.Config, run: tg.Run, steps: int) -> dict[str, list[float]]:
     return {name: [float(value) for value in values] for name, values in found.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Prints the table and the JSON."""
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    parser = argparse.ArgumentParser(prog="./run.sh bench plain_step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("steps", nargs="?", type=int, default=50, help="default 50")
+    steps = parser.parse_args(arguments).steps
     cfg, _ = tg.Config.from_env({"PRESET": "demo", **os.environ})
     tg.require(cfg.attn_gate in ("sparse", "none") and not cfg.normuon_beta2 and not cfg.cautious_wd
                and cfg.attn_windows == "0" and cfg.device != "cuda" and steps >= 1,
@@ -238,7 +242,8 @@ def main() -> None:
               f"tokens per CPU-second against plain {statistics.median(turns):.2f} (n={len(turns)} turns, "
               f"{min(turns):.2f} to {max(turns):.2f}; the first turn is warm-up)")
         print(json.dumps({"ratio": statistics.median(turns), "turns": turns, "largest_difference": apart, **found}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    program(lambda: main(sys.argv[1:]))

@@ -38,20 +38,28 @@ def ring_ms(moved: float, world: int, rounds: int, nvlink: float, network: float
 
 
 def parts(path: Path | None) -> tuple[float, float, float]:
-    """(ms of a row, ms that every step costs, FLOP/s of Newton-Schulz) from a bench's JSON, or the record's."""
+    """(ms of a row, ms that every step costs, FLOP/s of Newton-Schulz) from a bench's JSON, or the record's.
+
+    Raises `UserError` for another file.
+    """
     if path is None:
         return RECORD_ROW_MS, RECORD_FIXED_MS, SLOW_NEWTON_SCHULZ
-    report = json.loads(path.read_text())
-    tables = {title: {row["name"]: row for row in rows} for title, rows in report["tables"].items()}
-    off, on = tables.get("step, loop off"), tables.get("step, loop on", tables.get("step, loop off"))
-    tg.require(off is not None and report["world"] == 1, f"{path}: expected one process's ./run.sh bench, with `step`")
-    rows = report["tokens_a_rank"] // report["knobs"]["train_seq_len"]
-    few = -(-rows // 8)
-    many_ms, few_ms = off["forward"]["ms"] + off["backward"]["ms"], off["forward and backward, few rows"]["ms"]
-    launch = max(0.0, few_ms - few * (many_ms - few_ms) / max(1, rows - few))  # the line through both, at no rows
-    each = (on["forward"]["ms"] + on["backward"]["ms"] - launch) / rows
-    rest = on["optimizer"]["ms"] - on["newton_schulz"]["ms"] + on["ema"]["ms"]
-    return each, launch + rest, 1e12 * on["newton_schulz"]["tflop_s"]
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        tables = {title: {row["name"]: row for row in rows} for title, rows in report["tables"].items()}
+        off, on = tables.get("step, loop off"), tables.get("step, loop on", tables.get("step, loop off"))
+        tg.require(off is not None and report["world"] == 1, f"{path}: expected one process's ./run.sh bench, with "
+                   f"`step`")
+        rows = report["tokens_a_rank"] // report["knobs"]["train_seq_len"]
+        few = -(-rows // 8)
+        many_ms, few_ms = off["forward"]["ms"] + off["backward"]["ms"], off["forward and backward, few rows"]["ms"]
+        launch = max(0.0, few_ms - few * (many_ms - few_ms) / max(1, rows - few))  # the line through both, at no rows
+        each = (on["forward"]["ms"] + on["backward"]["ms"] - launch) / rows
+        rest = on["optimizer"]["ms"] - on["newton_schulz"]["ms"] + on["ema"]["ms"]
+        return each, launch + rest, 1e12 * on["newton_schulz"]["tflop_s"]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise tg.UserError(f"{path}: not the JSON of a ./run.sh bench with `step` ({type(error).__name__}: "
+                           f"{tg.one_line(error)})") from None
 
 
 def scaling_rows(cfg: tg.Config, each: float, fixed: float, speed: float, nvlink: float, network: float) -> list[Row]:

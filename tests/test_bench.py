@@ -1,18 +1,22 @@
 """The benches: FLOPs are counted right, every bench runs at tiny size, a trace is taken apart as it should be."""
 import functools
+import importlib
+import inspect
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, batch_of, tiny
+from conftest import ROOT, TINY, batch_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.all as bench
 import train_gpt as tg
 from bench import scaling
-from bench.common import setting
+from bench.common import program, setting
 from bench.profiling import UPDATE, analyze, gpu_work
 
 # -- FLOPs -----------------------------------------------------------------------------------------------
@@ -85,6 +89,53 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], sa
     with pytest.raises(tg.UserError, match=said) as error:
         bench.main([*arguments, "--out", str(tmp_path / "logs" / "x.json")], {"DEVICE": "cpu"})
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, env, said", [
+    ("encoding", {}, "the following arguments are required: model, corpus"),
+    ("encoding README.md run.sh", {}, "README.md: not a SentencePiece model"),
+    ("encoding README.md run.sh x", {}, "invalid float value: 'x'"),
+    ("encoding README.md run.sh 0", {}, "0: expected a positive number of MB"),
+    ("caseops", {}, "the following arguments are required: train, val"), ("caseops a b", {}, "a: no such file"),
+    ("caseops a b", {"VOCAB_SIZE": "x"}, "VOCAB_SIZE='x': expected an integer"),
+    ("caseops a b 0", {}, "0 3: expected at least one step"), ("ngram abc", {}, "invalid float value: 'abc'"),
+    ("ngram 0", {}, "0: expected at least 0.001"), ("ngram 0.001", {"NGRAM_RULES": "x"}, "NGRAM_RULES=x: expected"),
+    ("plain_step x", {}, "invalid int value: 'x'"), ("plain_step 0", {}, "at least one step"),
+    ("scaling README.md", {}, "README.md: not the JSON of"), ("scaling requirements.lock", {}, "not the JSON of"),
+    ("memory x", {}, "x: expected no argument"), ("evaluation README.md x", {}, "x: expected a number of targets")])
+def test_a_mistake_at_a_bench_is_one_line(command: str, env: dict[str, str], said: str, monkeypatch, capsys):
+    """No traceback and status 2; as its own program, without the half minute of a start."""
+    name, *arguments = command.split()
+    module = importlib.import_module(f"bench.{name}")
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        program(lambda: module.main(*[arguments] * bool(inspect.signature(module.main).parameters)))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and said in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+def test_every_bench_ends_by_program():
+    for path in (ROOT / "bench").glob("*.py"):
+        _, own, body = path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')
+        assert not own or "    program(" in body, path
+
+
+def test_a_bench_whose_run_fails_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the trainer's own lines the first, or its status; what they print is above."""
+    from bench import caseops, faults, memory
+    monkeypatch.setattr(faults, "finish", lambda process: (2, "x\ntrain_gpt.py: no luck\nTraceback\n"))
+    monkeypatch.setattr(faults, "launch", lambda *_: None)
+    monkeypatch.setattr(faults, "text_dataset", lambda folder: {})
+    failed = functools.partial(subprocess.CompletedProcess, [], 3, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **more: failed())
+    for body, words in ((lambda: faults.main([]), "run on 1 ranks fails: no luck"),
+                        (lambda: memory.measure("small", {}), "small: the run fails with status 3"),
+                        (lambda: caseops.val_bpb(tmp_path, "v1", 2, 1, {}), "v1-2-1: the run fails with status 3")):
+        with pytest.raises(tg.UserError, match=words):
+            body()
 
 
 def test_the_cuda_tests_are_found_and_say_why_they_are_skipped():
