@@ -11,6 +11,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -21,6 +22,7 @@ BUILDS = {"torch", "triton"}
 PYTHONS, MACHINES = ("3.10", "3.11", "3.12", "3.13"), (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
 NETWORK = {"socket", "ssl", "socketserver", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "asyncio", "webbrowser",
            "requests", "httpx", "httpx2", "urllib3", "aiohttp", "huggingface_hub", "hf_xet", "anyio", "wandb"}
+PROGRAMS = {"curl", "wget", "ssh", "scp", "rsync", "git", "nc"}
 
 # -- pinned files ---------------------------------------------------------------------------------------
 
@@ -140,15 +142,32 @@ def test_every_requirement_has_a_licence_on_the_list():
 # -- network --------------------------------------------------------------------------------------------
 
 
-def test_only_the_download_and_the_mirror_import_what_can_reach_a_network():
+def reaching(source: str) -> set[str]:
+    """What a source imports, or names in a call (`import_module("requests")`, `run(["curl", ...])`), of NETWORK."""
+    nodes = list(ast.walk(ast.parse(source)))
+    named = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    named |= {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+    given = [a for n in nodes if isinstance(n, ast.Call) for a in n.args]
+    given += [part for a in given if isinstance(a, (ast.List, ast.Tuple)) for part in a.elts]
+    named |= {a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return {name for name in named if re.split(r"[. ]", name)[0] in NETWORK | PROGRAMS}
+
+
+@pytest.mark.parametrize("source, found", [
+    ("import http.client", {"http.client"}), ("def f():\n from urllib import request", {"urllib"}),
+    ("g = importlib.import_module('requests')", {"requests"}), ("__import__('socket')", {"socket"}),
+    ("subprocess.run(['curl', url])", {"curl"}), ("os.system('wget -q x')", {"wget -q x"}),
+    ("import httpish; print('the socket', ['curl'])", {"curl"}), ("x = {'requests': 1}", set())])
+def test_what_reaches_out_is_seen(source, found):
+    assert reaching(source) == found
+
+
+def test_only_the_download_and_the_mirror_can_reach_a_network():
     """The mirror where WANDB=1 asks for it."""
     for path in [ROOT / "train_gpt.py", *(p for f in ("data", "records", "bench") for p in (ROOT / f).glob("*.py"))]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
-            n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        reaching = {name for name in imported if name.split(".")[0] in NETWORK}
+        found = reaching(path.read_text(encoding="utf-8"))
         asked = path in (ROOT / "data" / "download.py", ROOT / "records" / "mirror.py")
-        assert bool(reaching) == asked, f"{path}: {reaching}"
+        assert bool(found) == asked, f"{path}: {found}"
 
 
 GUARD = """
