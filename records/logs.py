@@ -101,8 +101,8 @@ def log_paths(item: str, folder: Path) -> list[Path]:
 
     Raises `InputError` for none.
     """
-    item = re.sub(r"\.(txt|bin)$", ".jsonl", item)
-    places = [item, f"{item}.jsonl", str(folder / item), str(folder / f"{item}.jsonl")]
+    name = re.sub(r"\.(txt|bin)$", ".jsonl", item)
+    places = [name, f"{name}.jsonl", str(folder / name), str(folder / f"{name}.jsonl")]
     for place in places:
         path = Path(place)
         found = [path] if path.is_file() else sorted(path.glob("*.jsonl")) if path.is_dir() else \

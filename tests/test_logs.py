@@ -1,4 +1,5 @@
 """What the tools share: runs are found alike by all of them, and the lists of knobs agree."""
+import doctest
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from conftest import ROOT
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
+import compare
 import logs
 import mirror
 import replay
 import submission
 import summary
+import sweep
 
 
 def test_knobs_that_are_no_part_of_a_result_are_the_trainers():
@@ -59,3 +62,9 @@ def test_show_and_mirror_look_where_runs_are_logged(tmp_path, monkeypatch, capsy
 def test_a_strange_step_is_one_line(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text('{"event": "train", "step": "x"}\n')
     assert mirror.main([str(tmp_path / "r.jsonl"), "wandb"]) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [compare, sweep])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
