@@ -41,7 +41,7 @@ from evidence import (
     static_main,
     table,
 )
-from logs import InputError, find_log, log_folder, pairs
+from logs import InputError, find_log, log_folder, pairs, typed
 
 if __name__ == "__main__" and sys.argv[1:2] == ["--static"]:  # torch takes longer to import than sources to read
     sys.exit(static_main(sys.argv[2:]))
@@ -762,7 +762,7 @@ def main(arguments: Sequence[str]) -> int:
             raise AuditError(f"{path}: no such artifact; give a .bin that a run has written")
         log = given.pop("LOG", "")
         knobs = {name: value for name, value in os.environ.items() if name != "SCRIPT"}
-        subject, cfg = artifact_subject(path, {**knobs, **given})
+        subject, cfg = artifact_subject(path, {**knobs, **typed(given)})
         findings = audit(subject) + rehearse(subject.module, cfg, subject.ids, subject.tokenizer)
         if log:
             findings += readable(log, audit_log, find_log(log, log_folder()), path.stat().st_size)

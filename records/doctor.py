@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import InputError, log_folder, pairs
+from logs import InputError, log_folder, pairs, typed
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
@@ -311,7 +311,7 @@ def probe() -> int:
 
 def examine(knobs: Mapping[str, str], quick: bool) -> Iterator[Line]:
     """All lines, each as soon as it is known. Nothing is written."""
-    env = {**os.environ, **knobs}
+    env = {**os.environ, **typed(knobs, ("AUDIT", "NPROC"))}
     yield from python_lines()
     yield from gpu_lines()
     yield from machine_lines({"LOG_DIR": log_folder(env),

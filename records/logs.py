@@ -75,6 +75,14 @@ def pairs(parts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def typed(knobs: Mapping[str, str], others: Collection[str] = ("AUDIT",)) -> dict[str, str]:
+    """KNOB=value arguments as environment, in which the trainer refuses what is no knob; `others` are not its own.
+
+    It would ignore such a name elsewhere: any other program's variables may be in the environment.
+    """
+    return {**knobs, "KNOBS_TYPED": " ".join(sorted(set(knobs) - set(others)))}
+
+
 def split_options(arguments: Sequence[str], known: Collection[str]) -> tuple[list[str], dict[str, str]]:
     """(the others, NAME=value with a known name): the id of a sweep's run has an = in it, too."""
     options = [a for a in arguments if "=" in a and a.partition("=")[0] in known]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import readable
-from logs import WRITTEN, InputError, events, file_name, find_log, last, log_folder, pairs, text_of
+from logs import WRITTEN, InputError, events, file_name, find_log, last, log_folder, pairs, text_of, typed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
         path, given = find_log(arguments[0], log_folder(env)), pairs(arguments[1:])
         then = events(path)
         knobs = {**readable(path, knobs_of, then, path), **places(str(last(then, "start").get("run_id")), path, env),
-                 **given}
+                 **typed(given)}
         clean = {name: value for name, value in env.items() if name.lower() not in WRITTEN}
         status = start({**clean, **knobs}, int(last(then, "start")["world"]))
         if status:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import fnmatch
 import hashlib
 import heapq
 import itertools
@@ -36,11 +35,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log
+from logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log, typed
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -138,19 +137,6 @@ def rows_of(file: str) -> list[dict[str, str]]:
     return [row for row in rows if row]
 
 
-def refuse_strangers(names: Iterable[str]) -> None:
-    """Raises `InputError` for a name that is no knob, none that the trainer takes from older commands, and not AUDIT.
-
-    The trainer itself lets such a variable pass: any other program's may be in its environment.
-    """
-    import train_gpt as tg
-    known = [knob.name for knob in tg.knobs()] + [*tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES, *tg.SPECIAL]
-    known += ["AUDIT", *(pattern for patterns, _ in tg.NO_EFFECT for pattern in patterns.split())]
-    for name in names:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
-            raise InputError(f"{name}: no such knob (./run.sh knobs lists them); other variables go before the command")
-
-
 def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: Mapping[str, str], gpus: int
              ) -> list[Job]:
     """Jobs of validated knobs, each once. Raises `InputError` for a knob that the trainer refuses."""
@@ -160,10 +146,9 @@ def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: M
     for varied, fixed in rows:
         label = " ".join(f"{name}={varied[name]}" for name in sorted(varied))
         try:
-            cfg, _ = tg.Config.from_env({**env, **fixed, **varied})
+            cfg, _ = tg.Config.from_env({**env, **typed({**fixed, **varied})})
         except tg.UserError as error:
             raise InputError(f"{label}: {error}") from None
-        refuse_strangers([*varied, *fixed])
         same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PRIVATE or k in ("seed", "eval_only")}
         key = hashlib.sha256(json.dumps([same, gpus]).encode() + code).hexdigest()[:10]
         jobs.setdefault(key, Job(label, {**fixed, **varied}, key))

@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from logs import InputError, events, log_folder, pairs
+from logs import InputError, events, log_folder, pairs, typed
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
-from sweep import ROOT, TRAIN, Job, Sweep, lock, refuse_strangers, slots, unlock
+from sweep import ROOT, TRAIN, Job, Sweep, lock, slots, unlock
 
 RANGE = re.compile(r"([-+.\w]+?)\.\.([-+.\w]+?)(:log)?")
 
@@ -87,11 +87,10 @@ def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str]) -> d
         cfg, _ = tg.Config.from_env(env)
     except tg.UserError as error:
         raise InputError(str(error)) from None
-    refuse_strangers(space)
     values = {}
     for name, places in space.items():
         if not hasattr(cfg, name.lower()):
-            raise InputError(f"{name}: an older name, which cannot be searched; ./run.sh knobs lists today's")
+            raise InputError(f"{name}: no such knob (./run.sh knobs lists them)")
         value = getattr(cfg, name.lower())
         value = tg.show(value) if isinstance(places, CategoricalDistribution) else value
         inside = value in places.choices if isinstance(places, CategoricalDistribution) else \
@@ -128,7 +127,7 @@ class Tuner:
                 unlock(*(held for held in locks if held is not None))
                 continue
             with contextlib.suppress(RuntimeError):  # another worker was faster
-                if state.status == "done":
+                if sweep.look(state):
                     self.study.tell(trial.number, state.bpb)
                 else:
                     self.study.tell(trial.number, state=TrialState.FAIL)
@@ -225,8 +224,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             raise InputError(f"{both[0]}: cannot be searched and be fixed")
         if not re.fullmatch(r"[1-9]\d*", trials := env.get("TRIALS") or "20"):
             raise InputError(f"TRIALS={trials}: expected a positive number")
-        first = as_it_is(space, {**env, **fixed})
-        refuse_strangers(fixed)
+        first = as_it_is(space, {**env, **typed(fixed)})
         folder = log_folder({**env, **fixed}).absolute()
         name = env.get("STUDY") or f"tune-{digest(json.dumps([sorted(arguments[:at]), fixed]))}"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):

@@ -404,7 +404,9 @@ def test_the_command_audits_an_artifact(mode: str, dataset: dict[str, str], tmp_
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
     knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "THREADS=1",
               "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
-    assert audit.main([str(tmp_path / "r.bin"), *knobs]) == 0
+    assert audit.main([str(tmp_path / "r.bin"), *knobs, "LEARNING_RATE=1"]) == 2
+    assert "LEARNING_RATE=1: no such knob" in capsys.readouterr().err
+    assert audit.main([str(tmp_path / "r.bin"), *knobs, f"SCRIPT={tg.__file__}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
     assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass accounting=pass"

@@ -174,12 +174,13 @@ def test_on_the_command_line(dataset, tmp_path):
         return subprocess.run([sys.executable, ROOT / "records" / "doctor.py", "--quick", *more], text=True,
                               cwd=tmp_path, capture_output=True)
 
-    good, ugly, none = call(*knobs), call("x"), call("NPROC=x")
+    good, ugly, none, odd = call(*knobs, "NPROC=1"), call("x"), call("NPROC=x"), call("LEARNING_RATE=1", "NPROC=2")
     bad = call("DATA_PATH=/nowhere", *(k for k in knobs if not k.startswith("DATA_PATH")))
     assert good.returncode == 0 and bad.returncode == 1 and ugly.returncode == 2, good.stdout + good.stderr
     assert "\x1b" not in good.stdout and good.stdout.splitlines()[-1].endswith("0 failure")
     assert "ok       tokenizer" in good.stdout and "failure  data " in bad.stdout
     assert "x: expected KNOB=value" in ugly.stderr
+    assert odd.returncode == 1 and "LEARNING_RATE=1: no such knob" in odd.stdout
     assert none.returncode == 2 and none.stderr.startswith("doctor.py: NPROC=x: expected the number of processes")
     assert not list(tmp_path.iterdir())
 

@@ -82,6 +82,7 @@ def test_a_log_does_not_say_where_its_replay_writes_nor_who_is_told(folder, tmp_
         assert replay.main([str(log), *more], env) == 2
     assert all(not {"WANDB", "TENSORBOARD", "RESUME"} & set(env) for env in seen)
     assert [(env["LOG_DIR"], env["ARTIFACT_DIR"]) for env in seen] == [(str(tmp_path), ""), ("a", "b"), ("c", "")]
+    assert [env["KNOBS_TYPED"] for env in seen] == ["", "", "LOG_DIR"]
     assert all(env["RUN_ID"].startswith("up_and_out-replay-") for env in seen)
 
 

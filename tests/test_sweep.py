@@ -216,7 +216,7 @@ def test_grid_and_file(tmp_path):
 @pytest.mark.parametrize("line, expected", [
     (b"SEED='1", "line 2: No closing quotation"), (b"SEED=\xff", "line 2: 'utf-8' codec"),
     (b"SEED", "line 2: SEED: expected KNOB=value"), (b"SEED=1 RUN_ID=x", "RUN_ID: a sweep names"),
-    (b"LEARNING_RATE=0.1", "LEARNING_RATE: no such knob")])
+    (b"LEARNING_RATE=0.1", "LEARNING_RATE=0.1: no such knob")])
 def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").write_bytes(b"SEED=1\n" + line + b"\nSEED=3\n")
     monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
@@ -231,7 +231,7 @@ def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch, ca
     ({"MATRIX_LR": "0.1"}, {"AUDIT": "1", "TTT_ENABLED": "0", "LQER_RANK": "4", "SLIDING_WINDOW_ENABLED": "1"}, True)])
 def test_what_is_typed_must_be_a_knob(varied, fixed, known):
     """Or a name that the trainer takes from older commands; what it would ignore makes one run of many."""
-    with contextlib.nullcontext() if known else pytest.raises(logs.InputError, match="no such knob .* before the comm"):
+    with contextlib.nullcontext() if known else pytest.raises(logs.InputError, match="no such knob"):
         assert len(sw.identify([(varied, fixed)], {"HOME": "/", "NPROC": "2"}, 1)) == 1
 
 
