@@ -222,7 +222,8 @@ def read_config(data: bytes, folder: Path) -> object:
     lines = (folder / "given" / "environment").read_bytes().splitlines()
     given = dict(line.decode(errors="replace").partition("=")[::2] for line in lines)
     odd = {name for name in given if name.lower() not in vars(tg.Config()) and name not in
-           ("", "PATH", "PWD", "OLDPWD", "SHLVL", "_", *tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES, *tg.SPECIAL)
+           ("", "PATH", "PWD", "OLDPWD", "SHLVL", "_", "KNOBS_TYPED", *tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES,
+            *tg.SPECIAL)
            and not any(fnmatch.fnmatchcase(name, p) for patterns, _ in tg.NO_EFFECT for p in patterns.split())}
     if odd:
         raise BrokenPromise(f"config.env has set {sorted(odd)}")
