@@ -14,7 +14,7 @@ usage() {
 ./run.sh doctor [KNOB=value]    is this machine ready: packages, GPUs, links, kernels, room, data, and a speed probe that
                                 predicts the steps of a run (--quick: without); each warning with its remedy
 ./run.sh data VERB ...          data/prepare.py: download --variant V | demo | text FILES... --name NAME | verify DIR
-./run.sh show [LOG.jsonl]       table of a finished run (default: the newest in logs/)
+./run.sh show [RUN]             table of a finished run (default: the newest in logs/)
 ./run.sh sweep KNOB=a,b ... [-- KNOB=value ...]   train every combination (or a list: sweep FILE), one after another or
                                 packed on the GPUs (GPUS_PER_RUN=1); the same command resumes; LAUNCHER=slurm
 ./run.sh tune KNOB=a..b ... [-- KNOB=value ...]   search with Optuna: TRIALS=20, early stopping on VAL_LOSS_EVERY; the same
@@ -24,7 +24,7 @@ usage() {
 ./run.sh report RUN ...         one HTML page with pictures of one or several runs (OUT=report.html)
 ./run.sh submit NAME RUN ...    the folder of a submission from the logs of its runs (AUTHOR=.. GITHUB_ID=..)
 ./run.sh check FOLDER           every check on the folder of a submission, also other people's; exit 1 if it fails
-./run.sh replay LOG [KNOB=..]   run again what a log tells of, from the log alone, and compare what comes out
+./run.sh replay RUN [KNOB=..]   run again what a log tells of, from the log alone, and compare what comes out
 ./run.sh mirror RUN wandb|tensorboard   copy a run's log there (WANDB=1, TENSORBOARD=1: while it trains)
 ./run.sh knobs                  every knob by group: name, type, default, demo's value, one line
 ./run.sh audit ARTIFACT KNOB=.. try to refute an artifact's score: causality, normalisation, order; exit 1 if it can
@@ -120,10 +120,7 @@ take_knobs() {
   for pair in "$@"; do
     [[ $pair =~ ^[A-Z][A-Z0-9_]*=.* ]] || fail "'$pair': expected KNOB=value, such as SEED=42 (./run.sh knobs lists them)"
     export "${pair?}"
-    case ${pair%%=*} in
-      NPROC | AUDIT | CUDA_* | HF_* | NCCL_* | OMP_* | PYTORCH_* | TORCH* | TRITON_* | WANDB_*) ;;  # other programs'
-      *) KNOBS_TYPED="${KNOBS_TYPED:-} ${pair%%=*}" ;;
-    esac
+    case ${pair%%=*} in NPROC | AUDIT) ;; *) KNOBS_TYPED="${KNOBS_TYPED:-} ${pair%%=*}" ;; esac
   done
   export KNOBS_TYPED=${KNOBS_TYPED:-}  # train_gpt.py refuses those of these names that are no knobs
 }

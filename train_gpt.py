@@ -808,6 +808,8 @@ KNOB_PREFIXES = ("ATTN_", "BIGRAM_", "EMBED_", "EVAL_", "GATED_ATTN", "GLOBAL_TT
                  "NUM_LOOPS", "PARALLEL_FINAL", "PARALLEL_RES", "PARALLEL_START", "QK_", "ROPE_", "SKIP_GATES",
                  "SMEAR_", "SPARSE_ATTN", "TIED_EMBED", "TRAIN_BATCH", "TRAIN_SEQ", "TTT_", "VAL_LOSS", "WARMDOWN_",
                  "XSA_")
+# Prefixes of other programs' variables, which published commands set beside the knobs.
+LIBRARY_PREFIXES = ("CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "WANDB_")
 # Names that other programs use and that lie one or two edits from a knob.
 STRANGERS = frozenset("TYPE COMPILER NTHREADS NUM_THREADS JAVA_PATH ARTIFACTS_DIR".split())
 
@@ -885,7 +887,7 @@ def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str],
         else:
             given["n_int6_layers"] = "0"
 
-    typed = set(env.get("KNOBS_TYPED", "").split())
+    typed = {name for name in env.get("KNOBS_TYPED", "").split() if not name.startswith(LIBRARY_PREFIXES)}
     known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *(STRANGERS - typed), *SPECIAL}
     for name in sorted(set(env) - knobs - known):
         reason = next((why for patterns, why in NO_EFFECT

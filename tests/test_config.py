@@ -316,7 +316,7 @@ def test_the_rest_of_the_environment_is_none_of_our_business(name):
 @pytest.mark.parametrize("name", ["LEARNING_RATE", "NUM_THREADS", "EPOCHS"])
 def test_a_typed_argument_must_be_a_knob(name):
     assert refusal({name: "1", "KNOBS_TYPED": f"SEED {name}"}).startswith(f"{name}=1: no such knob; did you mean ")
-    typed = {"SEED": "7", "WARMDOWN_ITERS": "3", "SMEAR_GATE": "1"}
+    typed = {"SEED": "7", "WARMDOWN_ITERS": "3", "SMEAR_GATE": "1", "NCCL_NET": "Socket"}
     assert tg.Config.from_env(typed | {"KNOBS_TYPED": " ".join(typed)})[0].seed == 7
 
 
