@@ -120,7 +120,7 @@ take_knobs() {
   for pair in "$@"; do
     [[ $pair =~ ^[A-Z][A-Z0-9_]*=.* ]] || fail "'$pair': expected KNOB=value, such as SEED=42 (./run.sh knobs lists them)"
     export "${pair?}"
-    case ${pair%%=*} in NPROC | AUDIT) ;; *) KNOBS_TYPED="${KNOBS_TYPED:-} ${pair%%=*}" ;; esac
+    case ${pair%%=*} in NPROC | AUDIT | PYTHON) ;; *) KNOBS_TYPED="${KNOBS_TYPED:-} ${pair%%=*}" ;; esac
   done
   export KNOBS_TYPED=${KNOBS_TYPED:-}  # train_gpt.py refuses those of these names that are no knobs
 }

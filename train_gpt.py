@@ -106,9 +106,10 @@ class MemoryGoneError(LocalError):
 class StoppedError(UserError):
     """The signal of that name ends the run; `exit_code` is what a shell expects of it."""
 
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, name: str, text: str, together: bool = False) -> None:
+        """`together`: all ranks end here, none in the middle of something."""
         super().__init__(f"{name} {text}")
-        self.exit_code = 128 + signal.Signals[name]
+        self.exit_code, self.together = 128 + signal.Signals[name], together
 
 
 def require(ok: bool, message: str) -> None:
@@ -1032,7 +1033,7 @@ class Run:
         else:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(cfg.threads or max(1, cores // self.local_world))
-        torch.use_deterministic_algorithms(cfg.deterministic)
+        set_deterministic(cfg.deterministic)
         self.watch: Watch | None = None
         if self.world > 1:
             limit = datetime.timedelta(seconds=cfg.dist_timeout_seconds)
@@ -1153,7 +1154,7 @@ class Run:
             if error is None:
                 dist.barrier()  # a process that ends early may take its peers' connections with it
             self.watch.done.set()
-            if error is None or not self.is_cuda:  # NCCL would wait for what the other ranks never join
+            if not self.is_cuda or getattr(error, "together", True):  # NCCL would wait for what others never join
                 dist.destroy_process_group()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -1526,7 +1527,7 @@ class Checkpoints:
         """Raise `StoppedError` with what to do next, once the file is whole."""
         (problem, where), run = self.run.share((self.wait(), where)), self.run
         raise StoppedError(run.stop or "SIGTERM", f"after {where}: " + (
-            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {self.paths[0]}"))
+            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {self.paths[0]}"), together=True)
 
     def read(self, expected: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
              ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -1547,9 +1548,10 @@ class Checkpoints:
         require(state is not None, "; ".join(problems))
         here, there = self.knobs(), state["knobs"]
         for name in {**here, **there}:  # also those that another version of this program has
-            require(here.get(name) == there.get(name), f"{one_line(name).upper()}={show(here.get(name))}, but the "
-                    f"checkpoint was made with {one_line(show(there.get(name)))}; set that back, or start anew with "
-                    f"another RUN_ID")
+            require(name in here, f"{self.paths[0]}: made by a version of this program with the knob "
+                    f"{one_line(name).upper()}: go on with that version, or start anew with another RUN_ID")
+            require(here[name] == there.get(name), f"{name.upper()}={show(here[name])}, but the checkpoint was made "
+                    f"with {one_line(show(there.get(name)))}; set that back, or start anew with another RUN_ID")
         return state, found
 
     def remove(self) -> None:
@@ -1596,6 +1598,12 @@ def read_checkpoint(path: Path, kinds: Mapping[str, type], knobs: Mapping[str, A
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {one_line(error)})") from None
     return state, tensors
+
+
+def set_deterministic(on: bool) -> None:
+    """torch's switch, left alone where it stands: its first use imports a compiler for a second."""
+    if torch.are_deterministic_algorithms_enabled() != on:
+        torch.use_deterministic_algorithms(on)
 
 
 def cpu_has_bf16_units() -> bool:
@@ -3910,9 +3918,9 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
                 uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in part])
                 drawn = torch.from_numpy(uniform.astype(np.float32)).to(run.device).view(-1, 1)
                 # torch refuses cumsum where algorithms must be deterministic, as that of one long vector is not.
-                torch.use_deterministic_algorithms(False)
+                set_deterministic(False)
                 targets = (capped.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp_max(cfg.vocab_size - 1)
-                torch.use_deterministic_algorithms(cfg.deterministic)
+                set_deterministic(cfg.deterministic)
             model.kernels.cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
             bar.update(len(part))
     model.requires_grad_(True)
@@ -4743,9 +4751,10 @@ def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run:
             f"{len(blob):,} do not fit however coarse the steps; use a smaller model")
     over = run.spent("train") - cfg.max_wallclock_seconds
     if cfg.max_wallclock_seconds and over > 0:
+        reserve = math.ceil(cfg.gptq_reserve_seconds + over + 0.5)
+        remedy = f"set GPTQ_RESERVE_SECONDS={reserve}" if reserve < cfg.max_wallclock_seconds else "raise it"
         run.log("warning", text=f"training, calibration and GPTQ took {over:.1f} s more than MAX_WALLCLOCK_SECONDS="
-                f"{cfg.max_wallclock_seconds:g}: set GPTQ_RESERVE_SECONDS="
-                f"{math.ceil(cfg.gptq_reserve_seconds + over + 0.5)}")
+                f"{cfg.max_wallclock_seconds:g}: {remedy}")
     return fits[1]
 
 
@@ -5160,8 +5169,10 @@ class SharedSgd:
         self.micro = max(1, min(-(-batch_rows // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         self.forget()
         if run.compiles:
+            run.place, outside = "shared_sgd", run.place
             self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
             self.optimizer.zero_grad(set_to_none=True)
+            run.place = outside
 
     def forget(self) -> None:
         """Begin with fresh optimizer state."""
@@ -5833,8 +5844,8 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             keep()
         if stop:
             checkpoints.end_run(f"step {step}")
-        run.graceful = not cfg.checkpoint_every  # what was trained is on no disk: `produce` makes the artifact first
-        checkpoints.wait()
+        # Where no checkpoint has what was trained, `produce` makes the artifact first.
+        run.graceful = not cfg.checkpoint_every or bool(run.share(checkpoints.wait()))
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not all(torch.isfinite(average).all() for average in ema.average):
         raise DivergedError(f"the averaged weights are not finite at step {step}, the last one")

@@ -772,7 +772,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"audit.py: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if type(error).__name__ != "UserError":  # of the module under audit, whichever that was
+        if "UserError" not in (kind.__name__ for kind in type(error).__mro__):  # of whichever module is audited
             raise
         print(f"audit.py: {error}", file=sys.stderr)
         return 2

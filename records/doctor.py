@@ -188,19 +188,22 @@ def kernel_lines(tg: Any, cfg: Any, run: Any) -> Iterator[Line]:
                "pip install -r requirements.txt (constriction)")
 
 
-def resource_lines(tg: Any, cfg: Any, run: Any, targets: int) -> Iterator[Line]:
-    """What the run itself would say before training of the memory and disk that it lacks."""
+def resource_lines(tg: Any, cfg: Any, run: Any, targets: int, processes: int = 1) -> Iterator[Line]:
+    """What a run of so many processes would say before training of the memory and disk that it lacks."""
     told: list[tuple[str, dict[str, Any]]] = []
     run.log = lambda event, **values: told.append((event, values))
-    if problem := tg.resources(cfg, run, targets):
+    run.world = run.local_world = processes  # among which it divides its tokens, and this machine's memory
+    problem = tg.resources(cfg, run, targets)
+    run.world = run.local_world = 1
+    if problem:
         yield Line("failure", "disk", problem)
     for event, values in told:
         if event == "warning":
             yield Line("warning", "resources", values["text"])
 
 
-def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
-    """Shards, tokenizer and side file of the run's dataset, as training will find them."""
+def data_lines(tg: Any, cfg: Any, run: Any, quick: bool, processes: int = 1) -> Iterator[Line]:
+    """Shards, tokenizer and side file of the run's dataset, as training will find them, and room for the run."""
     variant = "caseops" if cfg.caseops_enabled else f"sp{cfg.vocab_size}"
     made = "" if cfg.data_path else "demo" if cfg.dataset == "demo_sp1024" else \
         "" if cfg.dataset else f"download --variant {variant}"
@@ -214,7 +217,7 @@ def data_lines(tg: Any, cfg: Any, run: Any, quick: bool) -> Iterator[Line]:
             path = tg.tokenizer_path(cfg)
             tg.TokenBytes.load(path, cfg.vocab_size)
             yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {path}")
-        yield from resource_lines(tg, cfg, run, len(streams["val"]) - 1)
+        yield from resource_lines(tg, cfg, run, len(streams["val"]) - 1, processes)
         if quick:
             return
         tg.require(not (problem := streams["train"].check(cfg.vocab_size)), problem)
@@ -331,9 +334,9 @@ def examine(knobs: Mapping[str, str], quick: bool) -> Iterator[Line]:
         yield Line("ok", "knobs", f"PRESET={cfg.preset}, {len(knobs)} given")
         with tg.Run(cfg, {}, log=False) as run:
             yield from kernel_lines(tg, cfg, run)
-            yield from data_lines(tg, cfg, run, quick)
+            processes = int(env.get("NPROC") or max(1, run.is_cuda and tg.torch.cuda.device_count()))
+            yield from data_lines(tg, cfg, run, quick, processes)
             if not quick:
-                processes = int(env.get("NPROC") or max(1, run.is_cuda and tg.torch.cuda.device_count()))
                 yield speed_line(tg, cfg, run, knobs, processes)
     except tg.UserError as error:
         yield Line("failure", "knobs", str(error), "./run.sh knobs lists them all")

@@ -75,7 +75,7 @@ def load_module(path: Path) -> ModuleType:
 # -- the log of a run -----------------------------------------------------------------------------------
 
 CASEOPS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp4096": 0.301, "fineweb10B_sp8192": 0.26834,
+TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp4096": 1 / 3.322, "fineweb10B_sp8192": 0.26834,
                    CASEOPS: 47_851_520 / 151_074_309}
 """Of the whole validation set under the published tokenizers (rules 1.4)."""
 

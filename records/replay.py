@@ -4,8 +4,8 @@
 
 What is run comes from the log: every knob that decides the result, and the number of processes (all on this machine).
 Knobs given here replace the log's, such as DATA_PATH where the data lie elsewhere. What the log does not decide: the
-new log `<run_id>-replay-<time>.jsonl` and its artifact go to LOG_DIR and ARTIFACT_DIR, without them beside the log, and
-nothing is sent anywhere. Exit status: 0 the same, 1 something differs, 2 it cannot be run.
+new log `<run_id>-replay-<time>.jsonl` and its artifact go to LOG_DIR (logs) and ARTIFACT_DIR, and nothing is sent
+anywhere. Exit status: 0 the same, 1 something differs, 2 it cannot be run.
 
 A CPU repeats a budget in steps (MAX_WALLCLOCK_SECONDS=0) bit for bit, on the same packages and kind of processor; a GPU
 with DETERMINISTIC=1. A budget in seconds ends after another number of steps each time.
@@ -51,10 +51,10 @@ def knobs_of(found: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
             for f in dataclasses.fields(Config) if f.name in config and f.name not in WRITTEN}
 
 
-def places(run_id: str, path: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Where the replay of a log writes; of the logged run id its name alone, since a log may come from anyone."""
+def places(run_id: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Where the replay of a run writes; of the logged run id its name alone, since a log may come from anyone."""
     return {"RUN_ID": f"{file_name(Path(run_id).name)}-replay-{time.strftime('%Y%m%d-%H%M%S')}",
-            "LOG_DIR": env.get("LOG_DIR") or str(path.parent), "ARTIFACT_DIR": env.get("ARTIFACT_DIR", "")}
+            "LOG_DIR": str(log_folder(env)), "ARTIFACT_DIR": env.get("ARTIFACT_DIR", "")}
 
 
 def start(env: Mapping[str, str], world: int) -> int:
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             raise InputError("expected RUN [KNOB=value ...]: a run id, or the path of a log")
         path, given = find_log(arguments[0], log_folder(env)), pairs(arguments[1:])
         then = events(path)
-        knobs = {**readable(path, knobs_of, then, path), **places(str(last(then, "start").get("run_id")), path, env),
+        knobs = {**readable(path, knobs_of, then, path), **places(str(last(then, "start").get("run_id")), env),
                  **typed(given)}
         clean = {name: value for name, value in env.items() if name.lower() not in WRITTEN}
         status = start({**clean, **knobs}, int(last(then, "start")["world"]))

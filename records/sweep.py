@@ -48,7 +48,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = (str(ROOT / "run.sh"), "train")
 """What trains one run: knobs as environment variables, LOG_DIR/RUN_ID.jsonl as its log."""
-HOPELESS = ("UserError", "DivergedError")
+HOPELESS = ("UserError", "LocalError", "DivergedError")
 """Errors in a run's log that another attempt would end in, too."""
 
 

@@ -117,6 +117,10 @@ def test_room_is_what_the_run_itself_asks_for(dataset, run, monkeypatch):
     lines = list(doctor.data_lines(tg, tiny(**dataset), run, quick=True))
     assert the(lines, "disk").level == "failure" and "bytes free, the run needs" in the(lines, "disk").found
     assert the(lines, "resources").level == "warning" and "MiB a process" in the(lines, "resources").found
+    shared = []
+    monkeypatch.setattr(tg, "memory_left", lambda run: shared.append((run.world, run.local_world)) or 1 << 40)
+    assert len(list(doctor.resource_lines(tg, tiny(), run, 1000, 4))) == 1 and set(shared) == {(4, 4)}
+    assert run.world == 1
 
 
 def test_data_and_tokenizer(dataset, run, tmp_path):

@@ -106,7 +106,7 @@ def test_validation_is_opened_after_the_artifact_is_frozen(dataset, tmp_path, mo
         return original(cfg, run)
 
     monkeypatch.setattr(tg.ValData, "load", watch)
-    assert tg.main([], environment(dataset, tmp_path)) == 0
+    assert tg.main([], environment(dataset, tmp_path, ttt="none", eval_ladder="")) == 0
     assert seen == [True]
 
 
@@ -192,7 +192,7 @@ def test_a_wall_clock_budget_is_kept(dataset, tmp_path):
 def test_a_probe_of_validation_is_marked_and_not_charged(dataset, tmp_path, monkeypatch):
     real = tg.evaluate
     monkeypatch.setattr(tg, "evaluate", lambda *args: time.sleep(args[-1] == "probe") or real(*args))
-    assert tg.main([], environment(dataset, tmp_path, val_loss_every=2)) == 0
+    assert tg.main([], environment(dataset, tmp_path, val_loss_every=2, ttt="none", eval_ladder="")) == 0
     assert [e["step"] for e in events(tmp_path, "val_probe")] == [2, 4]
     (end,), (verdict,) = events(tmp_path, "train_end"), events(tmp_path, "verdict")
     whole = sum(e["phase_seconds"] for e in events(tmp_path, "phase") if e["budget"] == "train")

@@ -1,5 +1,6 @@
 """A log is enough to run again what it tells of, and to see whether the same came out."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ def folder(dataset, tmp_path_factory) -> Path:
 
 
 def replay(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "records/replay.py", *map(str, arguments)], cwd=ROOT, text=True,
+    """Run it; what it runs is logged beside the first argument."""
+    env = {**os.environ, "LOG_DIR": str(Path(str(arguments[0])).parent)}
+    return subprocess.run([sys.executable, "records/replay.py", *map(str, arguments)], cwd=ROOT, text=True, env=env,
                           capture_output=True, timeout=120)
 
 
@@ -81,7 +84,7 @@ def test_a_log_does_not_say_where_its_replay_writes_nor_who_is_told(folder, tmp_
                       ({"LOG_DIR": "a"}, ["LOG_DIR=c"])):
         assert replay.main([str(log), *more], env) == 2
     assert all(not {"WANDB", "TENSORBOARD", "RESUME"} & set(env) for env in seen)
-    assert [(env["LOG_DIR"], env["ARTIFACT_DIR"]) for env in seen] == [(str(tmp_path), ""), ("a", "b"), ("c", "")]
+    assert [(env["LOG_DIR"], env["ARTIFACT_DIR"]) for env in seen] == [("logs", ""), ("a", "b"), ("c", "")]
     assert [env["KNOBS_TYPED"] for env in seen] == ["", "", "LOG_DIR"]
     assert all(env["RUN_ID"].startswith("up_and_out-replay-") for env in seen)
 
