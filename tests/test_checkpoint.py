@@ -85,6 +85,14 @@ def test_a_signal_between_training_and_artifact_loses_nothing(whole, dataset, tm
     assert not list(tmp_path.glob("*ckpt*"))
 
 
+def test_a_checkpoint_that_could_not_be_written_is_none(dataset, tmp_path, capsys, monkeypatch):
+    import safetensors.torch
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *given: (_ for _ in ()).throw(OSError(28, "full")))
+    signalled(monkeypatch, "calibrate", 1)
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every=1e-9, **QUICK)) == 128 + signal.SIGINT
+    assert "SIGINT after the artifact was written: " in capsys.readouterr().err and (tmp_path / "r.bin").exists()
+
+
 @pytest.mark.parametrize("where, times, knobs", [("calibrate", 2, {}), ("calibrate", 1, {"checkpoint_every": 1e-9}),
                                                  ("build_model", 1, {}), ("unpack", 1, {})])
 def test_outside_training_a_signal_ends_the_run_at_once(dataset, tmp_path, capsys, where, times, knobs):
