@@ -4488,12 +4488,18 @@ def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str,
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
+def header_of(blob: bytes) -> Any:
+    """The header of an artifact, as its JSON says it; `UserError` where its length is not plausible."""
+    at, head_bytes = ARTIFACT_HEAD.size, ARTIFACT_HEAD.unpack_from(blob)[2]
+    require(4 < head_bytes <= len(blob) - DIGEST_BYTES - at, "the header is longer than the file")
+    (header_bytes,) = struct.unpack_from("<I", blob, at)
+    require(header_bytes <= MAX_HEADER_BYTES, f"a header of {header_bytes} bytes is not plausible")
+    return json.loads(brotli_unpack(blob[at + 4:at + head_bytes], header_bytes))
+
+
 def code_bytes_of(blob: bytes) -> int:
     """Bytes that the codes take in an artifact of ours."""
-    at = ARTIFACT_HEAD.size + 4
-    (header_bytes,), head_bytes = struct.unpack_from("<I", blob, at - 4), ARTIFACT_HEAD.unpack_from(blob)[2]
-    streams = json.loads(brotli_unpack(blob[at:at - 4 + head_bytes], header_bytes))["streams"]
-    return sum(size for name, _, _, size in streams if name.startswith("gptq:"))
+    return sum(size for name, _, _, size in header_of(blob)["streams"] if name.startswith("gptq:"))
 
 
 class Artifact(NamedTuple):
@@ -4554,11 +4560,8 @@ def read_artifact(blob: bytes) -> Artifact:
     body = memoryview(blob)[:-DIGEST_BYTES]
     require(hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() == blob[-DIGEST_BYTES:],
             "truncated or damaged (the checksum does not fit); copy it again")
-    require(4 < head_bytes <= len(body) - fixed, "the header is longer than the file")
-    (header_bytes,) = struct.unpack_from("<I", body, fixed)
-    require(header_bytes <= MAX_HEADER_BYTES, f"a header of {header_bytes} bytes is not plausible")
     try:
-        header = json.loads(brotli_unpack(bytes(body[fixed + 4:fixed + head_bytes]), header_bytes))
+        header = header_of(blob)
         types = typing.get_type_hints(ModelKnobs)
         require(all(type(value) is types[name] for name, value in dict(header["model"]).items()),
                 "a knob in the header has a value that is none of its kind")

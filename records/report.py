@@ -3,9 +3,8 @@
     python records/report.py RUN... [OUT=report.html]
 
 RUN is the id of a run in LOG_DIR (logs), the path of its log, or a glob of either, also of a run that goes on or has
-failed. Every figure is the
-log's, and stands in a table below its picture. The page follows the reader's light or dark setting and fits a narrow
-screen; it loads nothing.
+failed. Every figure is the log's, and stands in a table below its picture. The page follows the reader's light or dark
+setting and fits a narrow screen; it loads nothing.
 """
 from __future__ import annotations
 
