@@ -158,9 +158,9 @@ class RunKnobs:
     """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
     dist_timeout_seconds: float = 900.0
     """A rank that keeps others waiting this long, or gives no sign of life for half of it, ends the run."""
-    checkpoint_every: float = 0.0
-    """Seconds between checkpoints of training (`<run_id>.ckpt` beside the artifact) and of the adapted score
-    (`<run_id>.score.ckpt`). 0: only on SIGTERM and SIGINT."""
+    checkpoint_every: str = "0"
+    """Seconds (60) between checkpoints of training (`<run_id>.ckpt` beside the artifact) and of the adapted score
+    (`<run_id>.score.ckpt`), or training's steps (500steps). 0: only on SIGTERM and SIGINT."""
     resume: str = "0"
     """0 | 1 | auto: go on with RUN_ID, training or scoring, on any number of ranks. Auto: where something is saved."""
     wandb: bool = False
@@ -570,7 +570,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                      "prequant_ttt_batch_seqs"):
             require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
         for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
-                     "seq_change_warmup_steps", "checkpoint_every", "max_skipped_steps",
+                     "seq_change_warmup_steps", "max_skipped_steps",
                      "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
                      "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
                      "xsa_last_n", "max_skips", "n_int6_layers", "seed", "ttt_lora_alpha", "ttt_lora_lr",
@@ -617,6 +617,8 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                 f"{self.ttt_chunk_size}: expected chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which "
                 f"are scored in one forward")
         ngram_rules(self.ngram_rules)
+        require(all(0 <= period < math.inf for period in self.checkpoint_period), f"CHECKPOINT_EVERY="
+                f"{self.checkpoint_every}: expected seconds such as 60, or steps such as 500steps")
         require(self.ttt_freeze_blocks <= self.num_layers and self.prequant_ttt_freeze_blocks <= self.num_layers,
                 f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} PREQUANT_TTT_FREEZE_BLOCKS="
                 f"{self.prequant_ttt_freeze_blocks}: expected at most NUM_LAYERS={self.num_layers}")
@@ -633,6 +635,15 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         name = self.dataset or ("fineweb10B_sp8192_lossless_caps_caseops_v1_reserved" if self.caseops_enabled
                                 else f"fineweb10B_sp{self.vocab_size}")
         return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / name
+
+    @property
+    def checkpoint_period(self) -> tuple[float, int]:
+        """(seconds, steps) of CHECKPOINT_EVERY; 0: not by these, negative: none that it can be."""
+        number = self.checkpoint_every.removesuffix("steps")
+        try:
+            return (float(number), 0) if number == self.checkpoint_every else (0.0, int(number))
+        except ValueError:
+            return -1.0, -1
 
     @property
     def train_rows(self) -> int:
@@ -1481,7 +1492,7 @@ class Checkpoints:
 
     def due(self) -> bool:
         """Whether this rank wants one now."""
-        return 0 < self.run.cfg.checkpoint_every <= time.perf_counter() - self.written
+        return 0 < self.run.cfg.checkpoint_period[0] <= time.perf_counter() - self.written
 
     def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], **said: Any) -> None:
         """Begin to write tensors and JSON values; work may go on at once. `said` is logged once they are on disk."""
@@ -5645,7 +5656,7 @@ def resources(cfg: Config, run: Run, targets: int) -> str:
     predicted, left, kept = predicted_memory(cfg, run, targets), memory_left(run), checkpoint_bytes(cfg, targets)
     artifact = min(cfg.artifact_bytes_cap, sum(predicted_bytes(cfg, 0).values()))
     files = {"artifact": 0 if cfg.eval_only else artifact, "log": 1 << 20,
-             "checkpoints": 3 * kept * bool(cfg.checkpoint_every)}  # one is written beside the two that are kept
+             "checkpoints": 3 * kept * any(cfg.checkpoint_period)}  # one is written beside the two that are kept
     folder = next(path for path in run.artifact_path.absolute().parents if path.exists())
     free = os.statvfs(folder)
     free, need = free.f_bavail * free.f_frsize, sum(files.values())
@@ -5655,11 +5666,11 @@ def resources(cfg: Config, run: Run, targets: int) -> str:
     if predicted[name] > left:
         run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
                                 f"{lower(cfg, run, name, targets)}")
-    if need <= free < need + 3 * kept and not cfg.checkpoint_every:
+    if need <= free < need + 3 * kept and not any(cfg.checkpoint_period):
         run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
     return "" if free >= need else (
         f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
-        f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if cfg.checkpoint_every else ""))
+        f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if any(cfg.checkpoint_period) else ""))
 
 
 def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
@@ -5715,8 +5726,10 @@ class TrainCheckpoints(Checkpoints):
                  ) -> None:
         super().__init__(run.checkpoint_path, self.KINDS, run)
         self.model, self.optimizer, self.ema, self.data, self.cfg = model, optimizer, ema, data, cfg
+        self.saved = 0
+        """Step of the last checkpoint."""
         self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
-        if run.is_cuda and cfg.checkpoint_every:  # allocated before the clock starts
+        if run.is_cuda and any(cfg.checkpoint_period):  # allocated before the clock starts
             self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True)
                            for name, t in self.tensors().items() if run.is_main}
 
@@ -5733,17 +5746,20 @@ class TrainCheckpoints(Checkpoints):
         return {**{f"weights.{name}": p for name, p in named}, **self.optimizer.tensors(),
                 **{f"average.{name}": a for (name, _), a in zip(named, self.ema.average)}}
 
-    def poll(self) -> list[int]:
+    def poll(self, step: int) -> list[int]:
         """Whether too many steps were skipped, someone wants to stop, a checkpoint is due: all ranks get one answer.
 
         No wait for the GPU: its count of skipped steps may be that of a while ago.
         """
         self.skipped.copy_(self.optimizer.skipped, non_blocking=True)
-        notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), self.due()]
+        every = self.cfg.checkpoint_period[1]
+        due = self.due() or every > 0 and step // every > self.saved // every
+        notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), due]
         return self.run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin to write the state before `step`, with JSON values. A collective."""
+        self.saved = step
         self.write(self.tensors(), {**state, "position": self.data.position(step)}, step=step)
 
     def load(self) -> tuple[int, dict[str, Any]]:
@@ -5757,7 +5773,7 @@ class TrainCheckpoints(Checkpoints):
             return here
 
         state, found = self.read(expected)
-        step = self.data.seek(state["position"])
+        step = self.saved = self.data.seek(state["position"])
         with torch.no_grad():
             for name, value in here.items():  # what is no view of the live state is loaded below
                 here[name] = self.run.broadcast(value.copy_(found[name]) if found else value)
@@ -5828,7 +5844,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
                 run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 marked = (step, clock.seconds())
             if step % clock.every == 0:
-                diverged, stop, due = checkpoints.poll()
+                diverged, stop, due = checkpoints.poll(step)
                 if diverged:
                     known = f"{last:.4f} nats" if math.isfinite(last) else "none"
                     raise DivergedError(
@@ -5843,12 +5859,12 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         total, seconds = math.nan if loss is None else float(run.total(loss.clone())), clock.seconds()
         last = total if math.isfinite(total) else last
         stop = any(run.gather(run.stop))
-        if stop or cfg.checkpoint_every:
+        if stop or any(cfg.checkpoint_period):
             keep()
         if stop:
             checkpoints.end_run(f"step {step}")
         # Where no checkpoint has what was trained, `produce` makes the artifact first.
-        run.graceful = not cfg.checkpoint_every or bool(run.share(checkpoints.wait()))
+        run.graceful = not any(cfg.checkpoint_period) or bool(run.share(checkpoints.wait()))
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
     if not all(torch.isfinite(average).all() for average in ema.average):
         raise DivergedError(f"the averaged weights are not finite at step {step}, the last one")

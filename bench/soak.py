@@ -39,7 +39,8 @@ LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir da
 FOR_A_GPU = frozenset("triton varlen fa2 fa3 fa4".split())
 """Values that a CPU refuses."""
 
-TEXTS = {"attn_windows": ("64", "32,0", "256,64,0", "x"), "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
+TEXTS = {"checkpoint_every": ("1", "3steps", "x"), "attn_windows": ("64", "32,0", "256,64,0", "x"),
+         "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
          "eval_ladder": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
          "ttt_chunk_size": ("16", "32:8,48", "300", "0"), "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
 """Values of the knobs that are text, good and bad."""

@@ -116,6 +116,21 @@ def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*ckpt*")) == ["r.ckpt", "r.previous.ckpt"]
 
 
+@pytest.mark.parametrize("every, expected", [("2steps", [2, 4, 6, 6]), ("4steps", [4, 6])])
+def test_checkpoints_may_be_counted_in_steps(dataset, tmp_path, every, expected):
+    """And the last one is that of the last step."""
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every=every, **QUICK)) == 0
+    assert [e["step"] for e in events(tmp_path, "checkpoint")] == expected
+
+
+def test_steps_between_checkpoints_are_counted_from_the_last_one(dataset, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGTERM
+    assert tg.main([], environment(dataset, tmp_path, resume="1", checkpoint_every="3steps", **QUICK)) == 0
+    assert [e["step"] for e in events(tmp_path, "checkpoint")] == [3, 6, 6]
+
+
 def test_a_finished_run_is_not_written_over(whole, dataset, capsys):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in whole.iterdir())
     assert tg.main([], environment(dataset, whole, resume="auto", **QUICK)) == 2

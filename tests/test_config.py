@@ -423,6 +423,8 @@ def test_variables_of_adaptation_become_knobs(env, expected):
     ("NGRAM_RULES=8:0.5:1,8:0.6:2", "NGRAM_RULES"), ("NGRAM_RULES=", "NGRAM_RULES"),
     ("SEED=9223372036854775808", "SEED=9223372036854775808: expected less than 2^63"),
     ("RECUR_LAYERS=\u00b2", "RECUR_LAYERS=\u00b2: expected consecutive blocks"),
+    *((f"CHECKPOINT_EVERY={text}", f"CHECKPOINT_EVERY={text}: expected seconds such as 60, or steps such as 500steps")
+      for text in ("-1", "inf", "nan", "steps", "-2steps", "1.5steps", "5minutes", "")),
     ("TTT_LORA_ON=", "TTT_LORA_ON=: expected some of"), ("TTT_LORA_ON=,", "TTT_LORA_ON=,: expected some of"),
     ("TTT_LORA_ON=q,w", "TTT_LORA_ON=q,w: expected some of q,k,v,o,mlp,head"), ("EVAL_LADDER=ema,ema", "EVAL_LADDER"),
     ("TTT_MASK=qv", "TTT_MASK=qv: expected such as no_qv"), ("TTT=yes", "TTT=yes: expected one of none, lora, sgd"),
