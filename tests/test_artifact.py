@@ -419,6 +419,11 @@ def test_a_header_of_implausible_length_is_refused_before_it_is_unpacked(small: 
     assert peak_while_refusing(put_together(b"", streams, header_bytes=10**8, packed=BOMB)) < 1 << 24
 
 
+@pytest.mark.parametrize("head_bytes", [0, 4, 10**9])
+def test_a_header_that_does_not_fit_into_the_file_is_named(small: bytes, head_bytes: int):
+    assert "the header is longer than the file" in refused(put_together(*taken_apart(small), head_bytes=head_bytes))
+
+
 @pytest.mark.parametrize("size", [0, 2, 10**9])
 def test_unpacking_stops_one_byte_after_the_claimed_size(size: int):
     data = BOMB if size < 10**9 else brotli.compress(b"abc")
