@@ -89,7 +89,7 @@ class TrainStep:
     def guards(self) -> None:
         """What of a step looks for NaN, signals and due checkpoints; the agreement a GPU has every few steps alone."""
         self.optimizer.skipped += ~torch.isfinite(self.norm)
-        self.checkpoints.poll()
+        self.checkpoints.poll(self.number)
 
     def save(self) -> None:
         """What training waits for when a checkpoint begins; the one before is on the disk already."""
