@@ -64,6 +64,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1032,6 +1033,8 @@ class Run:
         """Name of the signal that asks this run to end; whether someone looks at it, or it must end the run itself."""
         self.resumes = ""
         """What this run goes on with: train, score, or nothing."""
+        self.saving: Future | None = None
+        """Done once the last checkpoint that was begun is on the disk, or cannot be."""
         self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
         self.disk_full = False
         self._mirror: subprocess.Popen | None = None
@@ -1097,8 +1100,7 @@ class Run:
         kept = {"score": self.score_path, "train": self.checkpoint_path}
         if cfg.eval_only:
             del kept["train"]
-        found = [name for name, path in kept.items() for end in ("", ".previous")
-                 if path.with_suffix(end + path.suffix).exists()]
+        found = [name for name, path in kept.items() if any(file.exists() for file in checkpoint_files(path))]
         # A file from which scoring goes on is older than its artifact, which may never have been written.
         found = [name for name in found if name == "train" or cfg.eval_only or self.artifact_path.exists()]
         taken = [] if again and "score" in found else [self.artifact_path] if again else [*files, *kept.values()]
@@ -1139,10 +1141,19 @@ class Run:
             raise StoppedError(self.stop, f"in phase {self.place}{self.goes_on()}")
 
     def goes_on(self) -> str:
-        """How to go on with what is on disk, as the end of a sentence; empty: nothing is."""
+        """How to go on with what is on disk, as the end of a sentence; empty: nothing is.
+
+        A signal handler asks, too: no wait for a thread, which may want a lock that the interrupted line holds.
+        """
         scores = self.score_path if self.cfg.eval_only or self.artifact_path.exists() else self.checkpoint_path
-        path = next((path for path in (scores, self.checkpoint_path) if path.exists()), None)
+        path = next((file for path in (scores, self.checkpoint_path) for file in checkpoint_files(path)
+                     if file.exists()), None)
         return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" if path else ""
+
+    def until_saved(self) -> None:
+        """Until no checkpoint is being written, but no longer than one rank may keep others waiting."""
+        if self.saving is not None:
+            wait_for([self.saving], self.cfg.dist_timeout_seconds)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.watch is not None and error is not None and (
@@ -1150,6 +1161,7 @@ class Run:
             self.watch.fail(error)
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
+        self.until_saved()  # while its lock is held and its log is open
         for file in self._files:
             try:
                 file.close()
@@ -1470,6 +1482,11 @@ def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None 
         raise
 
 
+def checkpoint_files(path: Path) -> tuple[Path, Path]:
+    """A checkpoint's newest file and the one before; while the newest is renamed, or after a kill then, that alone."""
+    return path, path.with_suffix(f".previous{path.suffix}")
+
+
 class Checkpoints:
     """The files from which a run goes on: `path`, and the one before it.
 
@@ -1481,7 +1498,7 @@ class Checkpoints:
 
     def __init__(self, path: Path, kinds: Mapping[str, type], run: Run) -> None:
         """`kinds`: types of the head's values, beside the knobs that this run must share with the one that saved."""
-        self.paths, self.kinds, self.run = (path, path.with_suffix(f".previous{path.suffix}")), kinds, run
+        self.paths, self.kinds, self.run = checkpoint_files(path), kinds, run
         self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
         self.stream = torch.cuda.Stream() if run.is_cuda else None
         self.pinned: dict[str, Tensor] = {}
@@ -1503,7 +1520,7 @@ class Checkpoints:
         head = json.dumps({**state, "knobs": self.knobs()})
         copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
-        self.pending = self.pool.submit(self._write, copies, ready, head, said)
+        self.pending = self.run.saving = self.pool.submit(self._write, copies, ready, head, said)
 
     def _write(self, tensors: dict[str, Tensor], ready: Any, head: str, said: Mapping[str, Any]) -> None:
         from safetensors.torch import save_file
@@ -6021,6 +6038,7 @@ def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
         text = (str(error) or "-").splitlines()[0]
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
             raise
+        run.until_saved()
         phase = run.place.split()[0]
         names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd",
                  "score": "adapt" if cfg.ttt == "lora" else "score"}

@@ -310,7 +310,8 @@ class Sweep:
         taken = {path.stem for path in self.folder.glob(f"{state.job.name}*")}
         ids = [state.job.name + (f".{n}" if n > 1 else "") for n in range(1, len(taken) + 2)]
         kept = self.kept(state.job)
-        saved = [name for name in ids if any((kept / f"{name}{end}").exists() for end in (".ckpt", ".score.ckpt"))]
+        saved = [name for name in ids if any((kept / f"{name}{score}{previous}.ckpt").exists()
+                                             for score in ("", ".score") for previous in ("", ".previous"))]
         state.run_id = saved[-1] if saved else next(name for name in ids if name not in taken)
         env |= {"RUN_ID": state.run_id, **({"RESUME": "auto"} if saved else {})}
         with open(self.own / f"{state.run_id}.out", "ab") as out:

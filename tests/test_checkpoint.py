@@ -210,6 +210,39 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(halted, dataset, tmp_
     assert any("No space left" in e["text"] for e in events(tmp_path, "warning"))
 
 
+def test_while_the_newest_checkpoint_is_renamed_the_one_before_counts(halted, dataset, tmp_path, capsys, monkeypatch):
+    """Who fails at that moment is told what to go on from, and can."""
+    shutil.copytree(halted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "r.ckpt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "muon_momentum", lambda *given: torch.empty(1 << 60))
+        assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 2
+    err = capsys.readouterr().err
+    assert "out of memory" in err and f"RESUME=1 RUN_ID=r goes on from {tmp_path / 'r.previous.ckpt'}" in err
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 0
+    assert {e["path"] for e in events(tmp_path, "resume")} == {str(tmp_path / "r.previous.ckpt")}
+
+
+@pytest.mark.parametrize("fault, told", [(MemoryError("none"), "RESUME=1 RUN_ID=r goes on from"),
+                                         (tg.UserError("a mistake"), "a mistake")])
+def test_a_run_that_fails_waits_for_the_checkpoint_that_is_being_written(fault, told, dataset, tmp_path, capsys,
+                                                                         monkeypatch):
+    """The first one, so that there is nothing else to go on from; with its line in the log."""
+    import safetensors.torch
+    save, momentum = safetensors.torch.save_file, tg.muon_momentum
+
+    def fail(cfg: tg.Config, step: int) -> float:
+        if step:
+            raise fault
+        return momentum(cfg, step)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *given: time.sleep(0.5) or save(*given))
+    monkeypatch.setattr(tg, "muon_momentum", fail)
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every=1e-9, **QUICK)) == 2
+    assert told in capsys.readouterr().err
+    assert [e["step"] for e in events(tmp_path, "checkpoint")] == [1] and (tmp_path / "r.ckpt").exists()
+
+
 @pytest.mark.parametrize("knobs, expected", [
     ({"matrix_lr": 0.5}, "MATRIX_LR=0.5, but the checkpoint was made with"), ({"model_dim": 64}, "MODEL_DIM=64, but"),
     ({"seed": 7}, "SEED=7, but"), ({"matrix_bits": 3}, "MATRIX_BITS=3, but"),

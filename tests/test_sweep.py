@@ -94,7 +94,7 @@ def test_a_failure_is_tried_once_more(tmp_path, command):
     assert one.states[0].run_id.endswith(".2")  # no log is written over
 
 
-@pytest.mark.parametrize("kept", [".ckpt", ".score.ckpt"])
+@pytest.mark.parametrize("kept", [".ckpt", ".score.ckpt", ".previous.ckpt", ".score.previous.ckpt"])
 def test_an_attempt_that_left_a_checkpoint_goes_on(kept, tmp_path, command):
     status, one, _ = conduct(jobs(1, 2, STOPS="2", KEEPS=kept), tmp_path, command)
     ids = [run_id for seed, _, run_id in starts(tmp_path) if seed == "2"]
