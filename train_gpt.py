@@ -1399,6 +1399,7 @@ class Watch:
         self.store = dist.PrefixStore(f"watch{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.keys = [f"rank {rank}" for rank in range(run.world)]
         self.signs: dict[str, tuple[bytes, float]] = {}
+        self.ending = threading.Lock()
         self._sign()
         self.store.wait(self.keys)
         faulthandler.enable()  # NCCL's own guard aborts the process
@@ -1431,6 +1432,7 @@ class Watch:
         """This rank failed: find out whether because another is gone, tell the rest, and exit."""
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the rest as soon as it sees one dead
             signal.signal(number, signal.SIG_IGN)
+        traceback.print_exception(error)  # first: this rank's own thread, too, ends it once "failed" is in the store
         run, reason = self.run, ""
         with contextlib.suppress(RuntimeError):
             time.sleep(5 * self.every)  # a rank that is alive gives signs meanwhile
@@ -1439,11 +1441,11 @@ class Watch:
             f"{(str(error) or '-').splitlines()[0]}"
         with contextlib.suppress(RuntimeError):
             self.store.set("failed", reason)
-        traceback.print_exception(error)
         self.end(reason)
 
     def end(self, reason: str) -> None:
         """Print where this rank is, with the stack of every thread, and exit: nothing can be awaited any more."""
+        self.ending.acquire(timeout=5)  # for good: the other thread may be about to say the same
         self.run.log("error", kind="lost", text=reason)
         print(f"train_gpt.py: rank {self.run.rank} ends in phase {self.run.place}: {reason}{collectives()}",
               file=sys.stderr, flush=True)

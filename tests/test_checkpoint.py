@@ -433,7 +433,11 @@ if os.environ["RANK"] == "1":
     tg.Ema.update = forever
 sys.exit(tg.main([], os.environ))
 """
-ALONE = HANGS.replace("time.sleep(1000)", "raise tg.LocalError('planted')")
+ALONE = HANGS.replace("time.sleep(1000)", "raise tg.LocalError('planted')") \
+    .replace("sys.exit", """import traceback
+show = traceback.print_exception
+traceback.print_exception = lambda error: time.sleep(1) or show(error)
+sys.exit""")
 
 
 def two_ranks(dataset: dict, folder: Path, script: str = "train_gpt.py") -> tuple[subprocess.Popen, list[int]]:
@@ -505,10 +509,12 @@ def test_a_rank_that_hangs_ends_the_run_and_shows_where(dataset, tmp_path):
 
 @linux
 def test_a_mistake_of_one_rank_is_told_by_all(dataset, tmp_path):
+    """Once by each, and none of its threads ends the process before the traceback is out."""
     (tmp_path / "alone.py").write_text(ALONE)
     err = ended(*two_ranks(dataset, tmp_path, str(tmp_path / "alone.py")), 20)
     lines = [line for line in err.splitlines() if line.startswith("train_gpt.py: rank")]
     assert lines and all("rank 1 failed in phase train step 3: LocalError: planted" in line for line in lines)
+    assert "in forever\n" in err and sum("rank 1 ends" in line for line in lines) == 1
 
 
 @linux
