@@ -35,7 +35,7 @@ usage() {
                                 encoding MODEL CORPUS | caseops TRAIN VAL | scaling [JSON] | memory | systems [NAME ...] |
                                 faults [WORD ...] | soak [RUNS]
 ./run.sh bench fuzz [SECONDS] [TARGET ...]        search for inputs that break a reader; --mutations N: count
-./run.sh test [PYTEST ARGS]     set up and run the tests
+./run.sh test [PYTEST ARGS]     set up and run the tests; without arguments all, on up to four cores
 ./run.sh setup                  make .venv and install requirements.txt; the verbs above do it when it is needed
 ./run.sh lock                   make requirements.lock: the hashes of what setup installs (needs the package index)
 ./run.sh help                   this text
@@ -232,7 +232,11 @@ TXT
   tune) setup; exec .venv/bin/python records/tune.py "$@" ;;
   compare) setup; exec .venv/bin/python records/compare.py "$@" ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
-  test) setup; exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@" ;;
+  test)
+    setup
+    [ $# -gt 0 ] || set -- -n auto --maxprocesses 4 --dist loadfile # the tests of a file share what they made
+    exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
+    ;;
   setup) setup ;;
   lock) setup; lock ;;
   help | -h | --help) usage ;;
