@@ -1034,7 +1034,7 @@ class Run:
         self.resumes = ""
         """What this run goes on with: train, score, or nothing."""
         self.saving: Future | None = None
-        """Done once the last checkpoint that was begun is on the disk, or cannot be."""
+        """The checkpoint that is being written, if any: done once it is on the disk, or cannot be."""
         self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
         self.disk_full = False
         self._mirror: subprocess.Popen | None = None
@@ -1501,7 +1501,7 @@ class Checkpoints:
     def __init__(self, path: Path, kinds: Mapping[str, type], run: Run) -> None:
         """`kinds`: types of the head's values, beside the knobs that this run must share with the one that saved."""
         self.paths, self.kinds, self.run = checkpoint_files(path), kinds, run
-        self.pool, self.pending, self.written = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.pool, self.written = ThreadPoolExecutor(1), time.perf_counter()
         self.stream = torch.cuda.Stream() if run.is_cuda else None
         self.pinned: dict[str, Tensor] = {}
 
@@ -1522,7 +1522,7 @@ class Checkpoints:
         head = json.dumps({**state, "knobs": self.knobs()})
         copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
-        self.pending = self.run.saving = self.pool.submit(self._write, copies, ready, head, said)
+        self.run.saving = self.pool.submit(self._write, copies, ready, head, said)
 
     def _write(self, tensors: dict[str, Tensor], ready: Any, head: str, said: Mapping[str, Any]) -> None:
         from safetensors.torch import save_file
@@ -1543,15 +1543,15 @@ class Checkpoints:
         """Until the file that is being written is whole; why it could not be written, or nothing."""
         from safetensors import SafetensorError
         try:
-            if self.pending is not None:
-                self.pending.result()
+            if self.run.saving is not None:
+                self.run.saving.result()
             return ""
         except (OSError, SafetensorError) as error:  # a full disk ends no run
             problem = f"{self.paths[0]}: checkpoint not written: {error}"
             self.run.log("warning", text=f"{problem}; the one before is as it was")
             return problem
         finally:
-            self.pending = None
+            self.run.saving = None
 
     def end_run(self, where: str) -> None:
         """Raise `StoppedError` with what to do next, once the file is whole."""

@@ -437,6 +437,8 @@ ALONE = HANGS.replace("time.sleep(1000)", "raise tg.LocalError('planted')") \
     .replace("sys.exit", """import traceback
 show = traceback.print_exception
 traceback.print_exception = lambda error: time.sleep(1) or show(error)
+dump = tg.faulthandler.dump_traceback
+tg.faulthandler.dump_traceback = lambda **given: time.sleep(1) or dump(**given)
 sys.exit""")
 
 
