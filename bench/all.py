@@ -28,8 +28,8 @@ import train_gpt as tg
 from bench.common import Row, machine, made_up_val, program, setting, show, web_lengths
 from bench.evaluation import way_rows
 from bench.kernels import kernel_rows
-from bench.profiling import profile_rows
-from bench.shrink import shrink_rows
+from bench.studies.profiling import profile_rows
+from bench.studies.shrink import shrink_rows
 from bench.step import TrainStep, loader_rows, step_rows
 
 SECTIONS = ("step", "profile", "kernels", "loader", "artifact")

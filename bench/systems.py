@@ -24,7 +24,7 @@ from bench.common import ROOT, Row, program, show, small_data
 
 sys.path.insert(0, str(ROOT / "records"))
 
-from logs import events, last  # noqa: E402
+from tools.logs import events, last  # noqa: E402
 
 SMALL = dict(
     VOCAB_SIZE="1024", CASEOPS_ENABLED="0", MODEL_DIM="128", NUM_HEADS="4", NUM_KV_HEADS="2", ROPE_DIMS="16",

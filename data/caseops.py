@@ -1,7 +1,7 @@
 """
 caseops.py -- write capitals as operators, without loss, so that a word has one piece whatever its case.
 
-    from caseops import VERSIONS                        # data/ must be on the path
+    from data.caseops import VERSIONS                        # data/ must be on the path
     ids, sizes = VERSIONS["v2"].tokenize(sp, text)      # what a shard and its byte side file hold
     text == VERSIONS["v2"].decode(VERSIONS["v2"].encode(text))
 

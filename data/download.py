@@ -25,7 +25,7 @@ import httpx2
 import huggingface_hub
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
-from verify import FORMAT, UserError, examine, file_sha256, load_tokenizer, open_shard, require, save_keys, shown
+from data.verify import FORMAT, UserError, examine, file_sha256, load_tokenizer, open_shard, require, save_keys, shown
 
 
 class Variant(NamedTuple):

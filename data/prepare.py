@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def refuse(message: str) -> None:
-    from documents import refuse
+    from data.documents import refuse
 
     refuse(message)
 
@@ -43,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The verbs and their options."""
-    from documents import TRANSFORMS
-    from download import VARIANTS
-    from text import DEMO_VAL_SHARE, Options, available_cpus
+    from data.documents import TRANSFORMS
+    from data.download import VARIANTS
+    from data.text import DEMO_VAL_SHARE, Options, available_cpus
 
     top = Parser(
         prog="prepare.py",
@@ -122,17 +122,17 @@ def parser() -> Parser:
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     """Carries out a parsed command and returns the exit status."""
     if args.verb == "verify":
-        import verify
+        from data import verify
 
         return verify.report(args.directory, verify.verify(args.directory, args.tokenizer))
     if args.verb == "download":
-        import download
+        from data import download
 
         print(download.download(args.variant, args.train_shards, args.out, args.workers,
                                 repo=env.get("MATCHED_FINEWEB_REPO_ID", ""),
                                 prefix=env.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")))
         return 0
-    import text
+    from data import text
 
     print(text.summary(text.prepare(*(text.demo(args) if args.verb == "demo" else text.files(args)))))
     return 0

@@ -44,7 +44,7 @@ from typing import Any, BinaryIO, NamedTuple
 import brotli
 import numpy as np
 import sentencepiece
-from documents import (
+from data.documents import (
     BOS,
     MAX_DOCUMENT_BYTES,
     RECORD,
@@ -66,7 +66,7 @@ from documents import (
     worker_tokenizer,
 )
 from tqdm import tqdm
-from verify import FORMAT, TokenStream, documents_of, file_sha256, load_manifest, load_tokenizer, shown, verify
+from data.verify import FORMAT, TokenStream, documents_of, file_sha256, load_manifest, load_tokenizer, shown, verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, UserError, require

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from documents import caseops
+from data.documents import caseops
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / "records"))
-from evidence import TOKENS_PER_BYTE, dataset_name
+from tools.evidence import TOKENS_PER_BYTE, dataset_name
 
 from train_gpt import (
     BOS_ID,

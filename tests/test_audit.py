@@ -20,8 +20,8 @@ import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
 
-import audit  # noqa: E402
-import evidence  # noqa: E402
+from tools import audit  # noqa: E402
+from tools import evidence  # noqa: E402
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 VOCAB = 40

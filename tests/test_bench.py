@@ -17,7 +17,7 @@ import bench.all as bench
 import train_gpt as tg
 from bench import scaling
 from bench.common import program, setting
-from bench.profiling import UPDATE, analyze, gpu_work
+from bench.studies.profiling import UPDATE, analyze, gpu_work
 
 # -- FLOPs -----------------------------------------------------------------------------------------------
 

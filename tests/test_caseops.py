@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "data"))
 
-import caseops
-from text import TRAINING
+from data import caseops
+from data.text import TRAINING
 
 V1, V2 = caseops.VERSIONS["v1"], caseops.VERSIONS["v2"]
 ALL_OPERATORS = V1.operators + V2.operators

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
-import compare
-import logs
+from tools import compare
+from tools import logs
 
 PUBLISHED = {  # seeds in bpb, as the submissions list them
     549: (1.11922988, 1.12002032, 1.11888882), 1019: (1.11508120, 1.11437394, 1.11475014),

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, tiny
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
-import doctor
+from tools import doctor
 
 
 def levels(lines) -> dict[str, str]:
@@ -192,7 +192,7 @@ def test_on_the_command_line(dataset, tmp_path):
 def test_the_first_lines_need_no_torch():
     code = """if 1:
         import sys; sys.path.insert(0, 'records')
-        import doctor
+        from tools import doctor
         lines = doctor.examine({}, True)
         for line in lines:
             if line.name.startswith('disk'):

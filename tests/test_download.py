@@ -20,9 +20,9 @@ from conftest import ROOT, write_shard
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "data"))
-import download
+from data import download
 import prepare
-import verify
+from data import verify
 
 NAME, COMMIT = "fineweb10B_sp1024", "0123456789abcdef0123456789abcdef01234567"
 

@@ -10,13 +10,13 @@ from conftest import ROOT
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
-import compare
-import logs
-import mirror
-import replay
-import submission
-import summary
-import sweep
+from tools import compare
+from tools import logs
+from tools import mirror
+from tools import replay
+from tools import submission
+from tools import show
+from tools import sweep
 
 
 def test_knobs_that_are_no_part_of_a_result_are_the_trainers():

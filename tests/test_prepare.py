@@ -26,11 +26,11 @@ import sentencepiece
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import documents
+from data import documents
 import prepare
-import text as tx
-import verify
-from text import Options
+from data import text as tx
+from data import verify
+from data.text import Options
 
 import train_gpt as tg
 from train_gpt import UserError

@@ -55,9 +55,9 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
 def test_a_log_sets_knobs_and_nothing_else(folder):
     """Whoever made it may have put in what loaders and interpreters obey, or a million processes."""
     sys.path.insert(0, str(ROOT / "records"))
-    import evidence
-    import logs
-    import replay
+    from tools import evidence
+    from tools import logs
+    from tools import replay
     found = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
     knobs = replay.knobs_of(found, folder)
     next(e for e in found if e["event"] == "config").update(ld_preload="/x.so", PATH=".", pythonpath=".")
@@ -71,7 +71,7 @@ def test_a_log_sets_knobs_and_nothing_else(folder):
 def test_a_log_does_not_say_where_its_replay_writes_nor_who_is_told(folder, tmp_path, monkeypatch):
     """Run id, folders and services are the user's; the logged run id gives a name, and no way out of the folder."""
     sys.path.insert(0, str(ROOT / "records"))
-    import replay
+    from tools import replay
     lines = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
     next(e for e in lines if e["event"] == "start").update(run_id="../../up and out")
     next(e for e in lines if e["event"] == "config").update(

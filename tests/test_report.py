@@ -17,7 +17,7 @@ import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
 
-import report  # noqa: E402
+from tools import report  # noqa: E402
 
 
 def log(path: Path, seed: int) -> dict[str, float]:

@@ -17,9 +17,9 @@ import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "records"))
 
-import audit  # noqa: E402
-import submission  # noqa: E402
-from evidence import AuditError, Finding  # noqa: E402
+from tools import audit  # noqa: E402
+from tools import submission  # noqa: E402
+from tools.evidence import AuditError, Finding  # noqa: E402
 
 SEEDS = (42, 0, 1234)
 WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}

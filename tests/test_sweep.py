@@ -13,8 +13,8 @@ from conftest import ROOT
 from rich.console import Console
 
 sys.path.insert(0, str(ROOT / "records"))
-import logs
-import sweep as sw
+from tools import logs
+from tools import sweep as sw
 
 TRAINER = """
 import json, os, pathlib, sys, time
@@ -191,7 +191,7 @@ def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
     status, one, _ = conduct(jobs(1, 2, 3, WAIT="1"), tmp_path, command)
     assert status == 0 and one.states[0].run_id.endswith(".2")
     assert [seed for seed, *_ in starts(tmp_path)] == ["1", "1", "2", "3"]
-    from logs import events
+    from tools.logs import events
     assert [e.get("outcome", "start") for e in events(record)] == ["start", *["start", "done"] * 3]
 
 

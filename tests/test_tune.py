@@ -9,8 +9,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(ROOT / "records"))
 import optuna
-import sweep as sw
-import tune
+from tools import sweep as sw
+from tools import tune
 from optuna.trial import TrialState
 
 TRAINER = """
@@ -79,7 +79,7 @@ def test_a_hopeless_trial_is_stopped(tuner):
     worker = tuner({"MATRIX_LR": 0.9}, STUCK="0.5")
     status, out = work(worker, 5)
     assert states(worker) == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED] and "1 stopped early" in out
-    from logs import events
+    from tools.logs import events
     ends = [e for e in events(worker.folder / "sweep" / "runs.jsonl") if e["event"] == "end"]
     assert ends[-1]["outcome"] == "interrupted" and ends[-1]["status"] < 0  # its process is gone
     assert not list(worker.folder.glob("*.ckpt"))

@@ -12,10 +12,10 @@ from conftest import ROOT, tiny, write_shard
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "data"))
-import documents
+from data import documents
 import prepare
-import text as tx
-import verify
+from data import text as tx
+from data import verify
 
 VOCAB = 512
 

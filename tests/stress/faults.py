@@ -29,7 +29,7 @@ from bench.common import ROOT, Row, program, show, text_dataset
 
 sys.path.insert(0, str(ROOT / "records"))
 
-import logs
+from tools import logs
 
 SECONDS = 120
 """Most that a run may take, which takes five on a quiet core."""

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-from evidence import (
+from tools.evidence import (
     AuditError,
     Finding,
     audit_log,
@@ -41,7 +41,7 @@ from evidence import (
     static_main,
     table,
 )
-from logs import InputError, find_log, log_folder, pairs, typed
+from tools.logs import InputError, find_log, log_folder, pairs, typed
 
 if __name__ == "__main__" and sys.argv[1:2] == ["--static"]:  # torch takes longer to import than sources to read
     sys.exit(static_main(sys.argv[2:]))

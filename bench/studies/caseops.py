@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
-import caseops
+from data import caseops
 import numpy as np
 import sentencepiece
-from documents import BOS, document, file_rows, input_files
-from logs import events, last
-from text import TRAINING
+from data.documents import BOS, document, file_rows, input_files
+from tools.logs import events, last
+from data.text import TRAINING
 
 import train_gpt as tg
 from bench.common import program, write_shard

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import readable
-from logs import WRITTEN, InputError, events, file_name, find_log, last, log_folder, pairs, text_of, typed
+from tools.evidence import readable
+from tools.logs import WRITTEN, InputError, events, file_name, find_log, last, log_folder, pairs, text_of, typed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

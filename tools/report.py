@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence import readable
-from logs import InputError, events, last, log_folder, log_paths, split_options
+from tools.evidence import readable
+from tools.logs import InputError, events, last, log_folder, log_paths, split_options
 
 INK, LINE = "#0a0b0c", "#0d0e0f"
 SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]

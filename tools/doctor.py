@@ -25,11 +25,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import InputError, log_folder, pairs, typed
+from tools.logs import InputError, log_folder, pairs, typed
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
-from sweep import visible_gpus
+from tools.sweep import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_SECONDS = 30.0

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence import (
+from tools.evidence import (
     CAP,
     CONDITIONS,
     ROOT,
@@ -47,7 +47,7 @@ from evidence import (
     table,
     unwrapped,
 )
-from logs import NO_RESULT, InputError, events, log_folder, log_paths, split_options, text_of
+from tools.logs import NO_RESULT, InputError, events, log_folder, log_paths, split_options, text_of
 
 
 class Track(NamedTuple):
@@ -484,7 +484,7 @@ def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: 
 
     Raises `Refuted` if it refutes the score, `AuditError` if it cannot be made.
     """
-    import audit
+    from tools import audit
     machine = ("device", "dtype", "compile", "attention", "kernels", "run_id", "eval_only", "threads")
     knobs = [f"{name.upper()}={text_of(value)}" for name, value in config.items()
              if name not in (*machine, "seconds", "event")]

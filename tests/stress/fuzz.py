@@ -116,7 +116,7 @@ def read_shard(data: bytes, folder: Path) -> object:
 
 def read_sealed_shard(data: bytes, folder: Path) -> object:
     """A shard that the manifest of its dataset lists, as `data/prepare.py verify` looks at it."""
-    import verify
+    from data import verify
     (folder / "fineweb_train_000000.bin").write_bytes(data)
     (seed,) = shards()
     listed = {"tokens": len(seed) // 2 - 512, "sha256": hashlib.sha256(seed).hexdigest()}
@@ -152,7 +152,7 @@ QUIET = types.SimpleNamespace(rank=0, world=1, log=lambda *event, **values: None
 
 def read_manifest(data: bytes, folder: Path) -> object:
     """A dataset's manifest.json, by training and by `data/prepare.py verify`."""
-    import verify
+    from data import verify
     cfg = dataset(folder)
     (folder / "manifest.json").write_bytes(data)
     (folder / "tokens.model").write_bytes(tokenizers()[0])
@@ -176,11 +176,11 @@ def read_tokenizer(data: bytes, folder: Path) -> object:
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
     """One file of a submission's folder, the others valid, by every reader in `records/`."""
-    import evidence
-    import logs
-    import replay
-    import submission
-    import summary
+    from tools import evidence
+    from tools import logs
+    from tools import replay
+    from tools import submission
+    from tools import show
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder / "one")
     for other, content in submission_files().items():

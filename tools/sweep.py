@@ -39,7 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log, typed
+from tools.logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log, typed
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from logs import InputError, events, find_log, last, log_folder
+from tools.logs import InputError, events, find_log, last, log_folder
 
 RUNGS = {"ema": "averaged weights, before quantization", "quantized": "from the artifact, plain",
          "sliding": "from the artifact, sliding windows", "plain": "from the artifact, plain",

@@ -21,7 +21,7 @@ from bench.common import ROOT, Row, made_up_ids, program, show, text_dataset, wr
 
 sys.path.insert(0, str(ROOT / "records"))
 
-from logs import events, last
+from tools.logs import events, last
 
 SIZES: dict[str, dict[str, str]] = {
     "d256 L3, 2,048 tokens": {},

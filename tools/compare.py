@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import InputError, Scored, differing, log_folder, log_paths, scored_group, scored_log
+from tools.logs import InputError, Scored, differing, log_folder, log_paths, scored_group, scored_log
 
 WRITTEN_NATS, WRITTEN_P, PRACTISED_P = 0.005, 0.01, 0.25
 """The challenge's README: this gain at this p; and the p by which its maintainers chose the leaderboard's rows."""

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import readable
-from logs import InputError, event_of, find_log, log_folder
+from tools.evidence import readable
+from tools.logs import InputError, event_of, find_log, log_folder
 
 POLL_SECONDS = 1.0
 """How often a growing log is looked at."""

@@ -29,7 +29,7 @@ from bench.common import ROOT, program, show, small_data
 
 sys.path.insert(0, str(ROOT / "records"))
 
-from logs import events, last  # noqa: E402
+from tools.logs import events, last  # noqa: E402
 
 LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir dataset data_path tokenizer_path "
                        "caseops_enabled vocab_size device threads compile resume dist_timeout_seconds wandb "

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from logs import InputError, events, last, pairs
+from tools.logs import InputError, events, last, pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from logs import InputError, events, log_folder, pairs, typed
+from tools.logs import InputError, events, log_folder, pairs, typed
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
-from sweep import ROOT, TRAIN, Job, Sweep, lock, slots, unlock
+from tools.sweep import ROOT, TRAIN, Job, Sweep, lock, slots, unlock
 
 RANGE = re.compile(r"([-+.\w]+?)\.\.([-+.\w]+?)(:log)?")
 

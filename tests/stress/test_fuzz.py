@@ -14,7 +14,7 @@ import train_gpt as tg
 from bench import fuzz
 
 sys.path.insert(0, str(ROOT / "data"))
-import text
+from data import text
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
