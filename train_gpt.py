@@ -4,42 +4,37 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    the `record` preset on 8 GPUs
     PRESET=demo python train_gpt.py                          every stage on a CPU, in minutes
     EVAL_ONLY=logs/<run>.bin python train_gpt.py             score an artifact again; needs no training data
-    python train_gpt.py --help | --check                     every knob | validate, print the plan, stop
+    python train_gpt.py --help                               every knob
 
-Every knob is an environment variable (section 1). Data comes from `data/prepare.py`; the files that a run leaves
-are `logs/<run_id>.txt`, `.jsonl` and `.bin` (the artifact).
+Every knob is an environment variable (section 1). Data comes from `./run.sh data`; the files that a run leaves are
+`logs/<run_id>.txt`, `.jsonl` and `.bin` (the artifact).
 
   1 Config       every number that can change a result      7 Optimizer     update rules, then communication
-  2 Run          rank, device, clock of phases, log         8 Schedule      functions of the used budget
-  3 Data         shards -> documents -> batches             9 Quantization  what errors cost, steps, GPTQ
+  2 Run          ranks, device, log, clock, checkpoint      8 Schedule      functions of the used budget
+  3 Data         shards -> documents -> batches             9 Quantization  what errors cost, scales, GPTQ
   4 Score        bytes of a token, bits per byte           10 Artifact      tensors <-> bytes, fit to the cap
-  5 Kernels      a reference and a fast twin, in pairs     11 Evaluation    windows, adaptation, tilt: one scorer
-  6 Model        layer plan, weights seam, one forward     12 Train, main   the story, in order
+  5 Kernels      references and fused implementations      11 Evaluation    windows, adaptation, tilt: one scorer
+  6 Model        unrolled layers, one forward              12 Train, main   the story, in order
 
 Shape letters: R rows of a batch, T tokens of a row, D model width, N query heads, K key/value heads, H head width,
-F MLP width, V vocabulary, L stored blocks, S document pieces, M = R*T tokens; O x I is a matrix (output, input).
-Words: a *block* is stored, a *visit* is one execution of a block; *bytes* are UTF-8 bytes of text; losses in *nats*.
+F MLP width, V vocabulary, L stored blocks, S document segments, M = R*T tokens; O x I is a matrix (output, input).
+Words: a *block* is stored, a *layer* is one execution of a block; *bytes* are UTF-8 bytes of text; losses in *nats*.
 """
 from __future__ import annotations
 
 import os
 
-if __name__ == "__main__":  # What libraries read once. libgomp: threads that spin a little before they sleep are 1.3
-    # times as fast as those that sleep at once, and do not starve a busy machine (bench/LOG.md 2026-11-22).
-    # cuBLAS: DETERMINISTIC=1 needs a workspace of fixed size; this is the one that torch takes on an H100 anyway.
-    for variable in (("GOMP_SPINCOUNT", "2000"), ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")):
-        os.environ.setdefault(*variable)
+if __name__ == "__main__":  # what libraries read once, before they are imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin a little: 1.3 x on a CPU (LOG 2026-11-22)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective a lost rank left
 
 import ast
 import bisect
 import collections
 import contextlib
-import dataclasses
 import datetime
 import difflib
-import errno
 import faulthandler
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -51,23 +46,17 @@ import json
 import math
 import platform
 import re
-import resource
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
-import textwrap
-import threading
 import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -80,232 +69,162 @@ from tqdm import tqdm
 # 1 Config: every number that can change a result
 # ----------------------------------------------------------------------------------------------------
 # One frozen dataclass, flat to its readers; each group of knobs is a base class, so that the model can be handed the
-# model's knobs alone (they travel in the artifact). A knob is a field: its environment name is the field in capitals,
-# its documentation the string below it, and `--help` and README's table are generated from both. The defaults are
-# the preset `record`: record #1855 (2026-04-27), except where a docstring says otherwise. Names follow the records.
+# model's knobs alone (they travel in the artifact). A knob is one line: its environment name is the field in capitals,
+# the annotation bounds it, the comment is its documentation: `--help` and docs/knobs.md are made from it. The defaults
+# are the preset `record`: record #1855 (2026-04-27), except where a comment says otherwise. Names follow the records.
 # Safe to change: any default; to add a knob, add a field and read it somewhere (a test looks for the reader).
-
 
 class UserError(Exception):
     """Something that the user can repair. Printed as one line; `exit_code` becomes the exit status."""
     exit_code = 2
 
-
 class DivergedError(UserError):
     """The loss is not finite any more."""
     exit_code = 3
 
-
 class LocalError(UserError):
-    """A mistake that this rank alone knows of."""
-
-
-class MemoryGoneError(LocalError):
-    """Memory did not last."""
-
-
-class StoppedError(UserError):
-    """The signal of that name ends the run; `exit_code` is what a shell expects of it."""
-
-    def __init__(self, name: str, text: str, together: bool = False) -> None:
-        """`together`: all ranks end here, none in the middle of something."""
-        super().__init__(f"{name} {text}")
-        self.exit_code, self.together = 128 + signal.Signals[name], together
-
+    """A mistake that this rank alone knows of: it prints the line itself."""
 
 def require(ok: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `ok`."""
+    """Raises `UserError(message)` unless `ok`."""
     if not ok:
         raise UserError(message)
 
-
 def ensure(ok: bool, message: str) -> None:
-    """Raise `AssertionError(message)` unless `ok`: a promise of ours is broken. Unlike `assert`, never left out."""
+    """Raises `AssertionError(message)` unless `ok`: a promise of ours is broken. Unlike `assert`, never left out."""
     if not ok:
         raise AssertionError(message)
 
-
 def one_line(text: object) -> str:
-    """What a foreign file says, as it may be shown: no control characters, 300 characters at most."""
+    """Text of a foreign file as it may be shown: no control characters, 300 characters at most."""
     return "".join(c if c.isprintable() else " " for c in str(text)[:300])
 
+class Bound(NamedTuple):
+    """What a number may be: the words of the error, and the test."""
+    text: str
+    holds: Callable
+
+Count = Annotated[int, Bound("0 or more", lambda x: x >= 0)]
+Size = Annotated[int, Bound("at least 1", lambda x: x >= 1)]
+Bits = Annotated[int, Bound("2..8 bits", lambda x: 2 <= x <= 8)]
+NonNegative = Annotated[float, Bound("0 or more", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Bound("a positive number", lambda x: 0 < x < math.inf)]
+Share = Annotated[float, Bound("a fraction, 0..1", lambda x: 0 <= x <= 1)]
+Decay = Annotated[float, Bound("0 <= value < 1", lambda x: 0 <= x < 1)]
+
+kinds = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))  # class -> {field: annotation}
+
+WORDS = {bool: "0 or 1", int: "an integer", float: "a number", str: "text"}
+READERS = {bool: {"0": False, "1": True}.__getitem__, int: int, float: float, str: str}
+
+def parse(name: str, kind: Any, text: str) -> Any:
+    """The value of one variable. Booleans are 0 or 1 only; integers may have underscores."""
+    plain = type(typing.get_args(kind)[0]) if typing.get_origin(kind) is Literal else getattr(kind, "__origin__", kind)
+    try:
+        return READERS[plain](text.strip())
+    except (ValueError, KeyError):
+        raise UserError(f"{name.upper()}={text!r}: expected {WORDS[plain]}") from None
+
+def expectation(kind: Any) -> str:
+    """What a knob with this annotation takes, in words."""
+    choices, bounds = typing.get_args(kind), getattr(kind, "__metadata__", None)
+    if bounds:
+        return bounds[0].text
+    return "one of " + ", ".join(map(str, choices)) if choices else WORDS[kind]
 
 @dataclass(frozen=True, kw_only=True)
-class RunKnobs:
-    """Run: what to do, where, and what to leave behind"""
-    preset: str = "record"
-    """Named set of overrides: `record` (8xH100) or `demo` (a laptop CPU). Variables override the preset."""
-    seed: int = 1337
-    """Seeds initialisation and data order."""
-    run_id: str = ""
-    """Name of the log and artifact files. Empty: preset, date, time and seed."""
-    log_dir: str = "logs"
-    """Folder of the logs."""
-    artifact_dir: str = ""
-    """Folder of the artifact `<run_id>.bin`. Empty: LOG_DIR."""
-    eval_only: str = ""
-    """Path of an artifact to score instead of training. The model's knobs then come from the artifact."""
-    device: str = "auto"
-    """auto | cuda | cpu. Auto takes CUDA where there is a GPU."""
-    dtype: str = "auto"
-    """Activations: auto | float32 | bfloat16. Auto: bfloat16 on CUDA and on CPUs with AMX, else float32."""
-    threads: int = 0
-    """CPU threads of one process. 0: all cores that this process may use, divided by the local processes."""
-    compile: str = "auto"
-    """torch.compile: auto | on | off. Auto is on for CUDA, off for CPU (there it pays only past minutes)."""
-    attention: str = "auto"
-    """Attention: auto | sdpa | dense | varlen | fa2 | fa3 | fa4. Auto: the fastest that is here (section 5)."""
-    kernels: str = "auto"
-    """Fused MLP and cross-entropy: auto | triton | plain. Auto: Triton's on a GPU in bfloat16, where installed."""
-    dist_timeout_seconds: float = 900.0
-    """A rank that keeps others waiting this long, or gives no sign of life for half of it, ends the run."""
-    checkpoint_every: str = "0"
-    """Seconds (60) between checkpoints of training (`<run_id>.ckpt` beside the artifact) and of the adapted score
-    (`<run_id>.score.ckpt`), or training's steps (500steps). 0: only on SIGTERM and SIGINT."""
-    resume: str = "0"
-    """0 | 1 | auto: go on with RUN_ID, training or scoring, on any number of ranks. Auto: where something is saved."""
-    wandb: bool = False
-    """1: Weights & Biases gets the events of the log too, by `records/mirror.py` (its WANDB_MODE=offline and so on)."""
-    tensorboard: bool = False
-    """1: the same for TensorBoard, in LOG_DIR/tensorboard."""
-    deterministic: bool = False
-    """1: deterministic algorithms alone, or an error; bit-identical with MAX_WALLCLOCK_SECONDS=0 (CPUs always are)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataKnobs:
-    """Data: where the tokens are and how they become batches"""
-    data_dir: str = "./data"
-    """Root that holds `datasets/` and `tokenizers/`."""
-    dataset: str = ""
-    """Folder below DATA_DIR/datasets. Empty: fineweb10B_sp<VOCAB_SIZE>, or the CaseOps export."""
-    data_path: str = ""
-    """Folder of the shards, wherever it is. Empty: DATA_DIR/datasets/DATASET."""
-    tokenizer_path: str = ""
-    """SentencePiece model. Empty: the one named in the dataset's manifest, else by VOCAB_SIZE in DATA_DIR."""
-    caseops_enabled: bool = False
-    """1: bytes of a target come from the `fineweb_val_bytes_*.bin` side files (case operators; #1855 ran with 1)."""
-    train_seq_len: int = 2048
-    """Tokens in a training row; longer documents are cut. Row count = TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN."""
-    train_batch_tokens: int = 786_432
-    """Tokens of one optimizer step over all ranks."""
-    micro_batch_tokens: int = 98_304
-    """Most tokens of one forward and backward on one device; more are accumulated."""
-    shuffle: str = "window"
-    """Order of an epoch, by SEED: window (rows of the stream), document (whole), coprime (rows by a stride), none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelKnobs:
-    """Model: shape and topology (stored in the artifact)"""
-    vocab_size: int = 8192
-    """Vocabulary V of the tokenizer, at most 65,536."""
-    num_layers: int = 11
-    """Stored blocks L. How many run per token: `layer_plan`."""
-    model_dim: int = 512
-    """Width D of the residual stream."""
-    num_heads: int = 8
-    """Query heads N; head width H = D / N must be even."""
-    num_kv_heads: int = 4
-    """Key/value heads K; must divide NUM_HEADS."""
-    mlp_mult: float = 4.0
-    """MLP width F as a multiple of D."""
-    mlp_rank: int = 0
-    """Each MLP matrix is a product of two of this rank: less to store and compute below F D / (F + D). 0: whole."""
-    mlp_slope: float = 0.5
-    """Slope below zero of LeakyReLU(x)^2 (#493, #549)."""
-    ln_scale: bool = True
-    """1: the inputs of block i are scaled by 1/sqrt(i+1) (#315)."""
-    attn_windows: str = "0"
-    """Tokens that attention sees, its own included, in blocks 0, 1, ..., over and over (512,512,0). 0: all."""
-    rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_dims: int = 16
-    """Dimensions of each head that rotate (partial RoPE, #315). 0: none."""
-    rope_yarn: bool = False
-    """1: rows longer than ROPE_TRAIN_SEQ_LEN grow the base by (T / T_train)^(d/(d-2)), the NTK rule."""
-    rope_train_seq_len: int = 2048
-    """T_train of ROPE_YARN."""
-    qk_gain_init: float = 5.0
-    """Initial learned gain of each query head after QK norm (#1413)."""
-    xsa_last_n: int = 11
-    """Blocks, counted from the last, whose attention output loses its own value's direction (XSA, #265)."""
-    attn_gate: str = "sparse"
-    """Gate on each head's output: none | output (#1667) | sparse (#1787) | dense (#1736)."""
-    gate_window: int = 12
-    """Input channels read by SmearGate and by the output and sparse gates."""
-    sparse_attn_gate_scale: float = 0.5
-    """Factor inside the sparse gate's sigmoid."""
-    gated_attn_init_std: float = 0.01
-    """Standard deviation of the dense gate's initial weights."""
-    gated_attn_bias: float = 0.0
-    """Dense gate: 0 has no bias; otherwise a bias starts here and the weights at zero (2.94: gate 0.95)."""
-    smear_gate_enabled: bool = True
-    """1: a learned share of the previous token's embedding is added, never across documents (#1667, #1851)."""
-    loop_start: int = 3
-    """First block of the depth recurrence."""
-    loop_end: int = 5
-    """Last block (inclusive) of the depth recurrence."""
-    num_loops: int = 2
-    """Extra passes over blocks LOOP_START..LOOP_END. 0: no recurrence."""
-    max_skips: int = 64
-    """Most U-Net skips, the innermost stay: fewer are less traffic (modded-nanogpt records 45 and 77). 0: none."""
-    skip_gates_enabled: bool = True
-    """1: U-Net skips are mixed in by a learned gate; 0: added."""
-    parallel_residual: str = "two"
-    """none | single (attention and MLP read one lane, #1412) | two (two lanes, #1529), from PARALLEL_START_LAYER."""
-    parallel_start_layer: int = 8
-    """First block of the parallel residuals."""
-    parallel_final_lane: str = "mean"
-    """What two lanes end in: mean | attn | mlp."""
-    logit_softcap: float = 30.0
-    """Logits are c * tanh(z / c)."""
-    tied_embed_init_std: float = 0.005
-    """Standard deviation of the initial embedding, which is also the output matrix."""
-    bigram_buckets: int = 0
-    """Rows of the hashed bigram embedding (#162, #1060). 0: none."""
-    bigram_dim: int = 112
-    """Width of the bigram embedding before its projection to D."""
+class Knobs:
+    """Settings that are held against their annotations when they are made."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            allowed = CHOICES.get(name, (value,))
-            require(value in allowed, f"{name.upper()}={value}: expected one of {', '.join(map(str, allowed))}")
-            require(not isinstance(value, float) or math.isfinite(value), f"{name.upper()}={value}: expected a number")
-        require(1 < self.vocab_size <= 65_536, f"VOCAB_SIZE={self.vocab_size}: expected 2..65536 (ids are uint16)")
-        require(2 <= self.num_layers <= 1024, f"NUM_LAYERS={self.num_layers}: expected at least 2, at most 1024")
-        require(0 <= self.num_loops <= 64, f"NUM_LOOPS={self.num_loops}: expected 0 or more, at most 64")
-        require(self.num_heads >= 1 and self.model_dim >= 1 and self.model_dim % (2 * self.num_heads) == 0,
+        for name, kind in kinds(type(self)).items():
+            value, choices, bounds = getattr(self, name), typing.get_args(kind), getattr(kind, "__metadata__", ())
+            fits = value in choices if typing.get_origin(kind) is Literal else all(b.holds(value) for b in bounds)
+            require(fits, f"{name.upper()}={show(value)}: expected {expectation(kind)}")
+
+@dataclass(frozen=True, kw_only=True)
+class RunKnobs(Knobs):
+    """Run: what to do, where, and what to leave behind"""
+    preset: Literal["record", "demo"] = "record"  # set of defaults: record (8xH100) or demo (a laptop CPU)
+    seed: Annotated[int, Bound("0..2^63-1", lambda x: 0 <= x < 2**63)] = 1337  # of the initial weights and data order
+    run_id: str = ""  # name of the log and artifact files; empty: preset, date, time and seed
+    log_dir: str = "logs"  # folder of the logs and of the artifact <run_id>.bin
+    eval_only: str = ""  # an artifact to score instead of training; the model's knobs then come from it
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on CUDA and CPUs with AMX
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA (a CPU needs minutes for a graph)
+    attention: Literal["auto", "sdpa", "varlen", "fa3", "fa4"] = "auto"  # auto: the fastest here (section 5)
+    kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP and loss; auto: Triton's on a GPU in bfloat16
+    dist_timeout_seconds: Positive = 900.0  # a collective that takes longer ends the run
+    checkpoint_every: str = "0"  # seconds (60) or steps (500steps) between checkpoints; 0: only on SIGTERM and SIGINT
+    resume: Literal["0", "1", "auto"] = "0"  # go on with the training of RUN_ID; auto: where it has a checkpoint
+
+@dataclass(frozen=True, kw_only=True)
+class DataKnobs(Knobs):
+    """Data: where the tokens are and how they become batches"""
+    data_dir: str = "./data"  # root that holds datasets/ and tokenizers/
+    data_path: str = ""  # folder of the shards; empty: by VOCAB_SIZE and CASEOPS_ENABLED in DATA_DIR/datasets
+    tokenizer_path: str = ""  # SentencePiece model; empty: the manifest's, else by VOCAB_SIZE in DATA_DIR/tokenizers
+    caseops_enabled: bool = False  # bytes come from fineweb_val_bytes_*.bin (case operators; #1855 ran with 1)
+    train_seq_len: Size = 2048  # tokens of a training row; longer documents are cut
+    train_batch_tokens: Size = 786_432  # tokens of one optimizer step over all ranks
+    micro_batch_tokens: Size = 98_304  # most tokens of one forward and backward on one device; more are accumulated
+    shuffle: Literal["window", "document", "coprime", "none"] = "window"  # rows, whole documents, or rows by a stride
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKnobs(Knobs):
+    """Model: shape and topology (stored in the artifact)"""
+    vocab_size: Annotated[int, Bound("2..65536 (ids are uint16)", lambda x: 1 < x <= 65_536)] = 8192  # V
+    num_layers: Annotated[int, Bound("2..1024", lambda x: 2 <= x <= 1024)] = 11  # stored blocks L
+    model_dim: Size = 512  # width D of the residual stream
+    num_heads: Size = 8  # query heads N; head width H = D / N must be even
+    num_kv_heads: Size = 4  # key/value heads K; must divide NUM_HEADS
+    mlp_mult: Positive = 4.0  # MLP width F as a multiple of D
+    mlp_rank: Count = 0  # each MLP matrix is a product of two of this rank; 0: whole
+    mlp_slope: Share = 0.5  # slope below zero of LeakyReLU(x)^2 (#493, #549)
+    ln_scale: bool = True  # the inputs of block i are scaled by 1/sqrt(i+1) (#315)
+    attn_windows: str = "0"  # tokens that attention sees in blocks 0, 1, ..., over and over (512,512,0); 0: all
+    rope_base: Positive = 10_000.0  # base of the rotary frequencies
+    rope_dims: Count = 16  # dimensions of each head that rotate (partial RoPE, #315); 0: none
+    qk_gain_init: NonNegative = 5.0  # initial learned gain of each query head after QK norm (#1413)
+    xsa_last_n: Count = 11  # blocks from the last whose attention output loses its own value's direction (XSA, #265)
+    attn_gate: Literal["none", "output", "sparse", "dense"] = "sparse"  # on each head's output (#1667, #1787, #1736)
+    gated_attn_bias: NonNegative = 0.0  # dense gate: initial bias, with weights at zero (2.94: gate 0.95); 0: no bias
+    smear_gate_enabled: bool = True  # a learned share of the previous token's embedding is added (#1667, #1851)
+    loop_start: Count = 3  # first block of the depth recurrence
+    loop_end: Count = 5  # last block of it, inclusive
+    num_loops: Annotated[int, Bound("0..64", lambda x: 0 <= x <= 64)] = 2  # extra passes over these; 0: no recurrence
+    skip_gates_enabled: bool = True  # U-Net skips are mixed in by a learned gate; 0: added
+    parallel_residual: Literal["none", "single", "two"] = "two"  # attention beside MLP on one lane (#1412) or two
+    parallel_start_layer: Count = 8  # first block of the parallel residuals (#1529)
+    logit_softcap: Positive = 30.0  # logits are c * tanh(z / c)
+    tied_embed_init_std: NonNegative = 0.005  # of the initial embedding, which is also the output matrix
+    bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
+    bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.model_dim % (2 * self.num_heads) == 0,
                 f"MODEL_DIM={self.model_dim}: expected a multiple of 2 * NUM_HEADS = {2 * self.num_heads}")
-        require(self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+        require(self.num_heads % self.num_kv_heads == 0,
                 f"NUM_KV_HEADS={self.num_kv_heads}: expected a divisor of NUM_HEADS={self.num_heads}")
-        require(self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+        require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
                 f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {self.head_dim}")
-        require(0 <= self.mlp_slope <= 1, f"MLP_SLOPE={self.mlp_slope}: expected 0..1")
         require(self.mlp_dim >= 2, f"MLP_MULT={self.mlp_mult}: the MLP would have fewer than two units")
-        require(0 <= self.mlp_rank <= self.model_dim,
+        require(self.mlp_rank <= self.model_dim,
                 f"MLP_RANK={self.mlp_rank}: expected 0 (whole matrices) or at most MODEL_DIM={self.model_dim}")
-        require(1 <= self.gate_window <= self.model_dim,
-                f"GATE_WINDOW={self.gate_window}: expected 1..MODEL_DIM={self.model_dim}")
-        require(self.num_loops == 0 or 0 <= self.loop_start <= self.loop_end < self.num_layers,
+        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
                 f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: expected 0 <= start <= end < NUM_LAYERS="
                 f"{self.num_layers}; NUM_LOOPS=0 turns the recurrence off")
-        require(self.parallel_residual == "none" or 0 <= self.parallel_start_layer < self.num_layers,
+        require(self.parallel_residual == "none" or self.parallel_start_layer < self.num_layers,
                 f"PARALLEL_START_LAYER={self.parallel_start_layer}: expected 0..{self.num_layers - 1} (NUM_LAYERS="
                 f"{self.num_layers}); PARALLEL_RESIDUAL=none turns parallel residuals off")
         require(self.parallel_residual != "two" or self.num_loops == 0
                 or not self.loop_start < self.parallel_start_layer <= self.loop_end,
                 f"PARALLEL_START_LAYER={self.parallel_start_layer} lies inside the loop {self.loop_start}.."
                 f"{self.loop_end}: two lanes cannot be left again; move one of them")
-        require(self.logit_softcap > 0, f"LOGIT_SOFTCAP={self.logit_softcap}: expected a positive number")
-        require(self.bigram_buckets == 0 or self.bigram_buckets >= 2,
-                f"BIGRAM_BUCKETS={self.bigram_buckets}: expected 0 (none) or at least 2")
-        require(self.bigram_buckets == 0 or self.bigram_dim >= 1, f"BIGRAM_BUCKETS={self.bigram_buckets} with "
-                f"BIGRAM_DIM={self.bigram_dim}: expected at least 1")
         require(re.fullmatch(r"\d{1,6}(,\d{1,6})*", self.attn_windows) is not None,
                 f"ATTN_WINDOWS={self.attn_windows}: expected numbers of tokens such as 512,512,0")
-        require(self.rope_base > 0 and self.rope_train_seq_len >= 1,
-                f"ROPE_BASE={self.rope_base} ROPE_TRAIN_SEQ_LEN={self.rope_train_seq_len}: expected positive numbers")
 
     @property
     def head_dim(self) -> int:
@@ -315,248 +234,113 @@ class ModelKnobs:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    @property
+    def gate_channels(self) -> int:
+        """Channels that SmearGate and the output and sparse gates read: 12, as in every record."""
+        return min(12, self.model_dim)
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerKnobs:
+class OptimizerKnobs(Knobs):
     """Optimizer: who learns how fast"""
-    matrix_lr: float = 0.026
-    """Peak learning rate of Muon (matrices), in units of the update's spectral norm."""
-    scalar_lr: float = 0.02
-    """Peak learning rate of AdamW for gains, gates, skips and other small parameters."""
-    tied_embed_lr: float = 0.03
-    """Peak learning rate of AdamW for the embedding."""
-    muon_momentum: float = 0.97
-    """Nesterov momentum of Muon after its warm-up (#1514)."""
-    muon_momentum_warmup_start: float = 0.92
-    """Muon's momentum at step 0."""
-    muon_momentum_warmup_steps: int = 1500
-    """Steps over which Muon's momentum rises."""
-    muon_coefficients: str = "polar"
-    """Newton-Schulz coefficients: polar (Polar Express, #1344) or classic (Jordan et al. 2024)."""
-    muon_backend_steps: int = 5
-    """Newton-Schulz steps; Polar Express has 5."""
-    muon_row_normalize: bool = True
-    """1: rows of the update are normalised before Newton-Schulz (MuonEq-R, #1217)."""
-    normuon_beta2: float = 0.0
-    """Decay of the per-row second moment that rescales the update (NorMuon). 0: none; 0.95 is usual."""
-    muon_wd: float = 0.095
-    """Decoupled weight decay of the matrices."""
-    cautious_wd: bool = False
-    """1: Muon decays a weight only where the update has the same sign."""
-    embed_wd: float = 0.085
-    """Decoupled weight decay of the embedding."""
-    adam_wd: float = 0.02
-    """Decoupled weight decay of the small parameters."""
-    beta1: float = 0.9
-    """First-moment decay of AdamW."""
-    beta2: float = 0.99
-    """Second-moment decay of AdamW."""
-    adam_eps: float = 1e-8
-    """AdamW's epsilon."""
-    grad_clip_norm: float = 0.3
-    """Largest global gradient norm, taken once after averaging over ranks. 0: no clipping."""
-    max_skipped_steps: int = 3
-    """A gradient that is not finite counts as zero; after more such steps than this in all, the run ends (status 3)."""
-    ema_decay: float = 0.9965
-    """Decay of the averaged weights that are shipped, per step. 0: ship the last weights."""
-
+    matrix_lr: NonNegative = 0.026  # peak rate of Muon (matrices), in units of the update's spectral norm
+    scalar_lr: NonNegative = 0.02  # peak rate of AdamW for gains, gates, skips and other small parameters
+    tied_embed_lr: NonNegative = 0.03  # peak rate of AdamW for the embedding
+    muon_momentum: Decay = 0.97  # Nesterov momentum of Muon after its warm-up (#1514)
+    muon_momentum_warmup_start: Decay = 0.92  # Muon's momentum at step 0
+    muon_momentum_warmup_steps: Count = 1500  # steps over which it rises
+    muon_coefficients: Literal["polar", "classic"] = "polar"  # Polar Express (#1344) or Jordan et al. 2024
+    muon_backend_steps: Size = 5  # Newton-Schulz steps; Polar Express has 5
+    muon_row_normalize: bool = True  # rows of the update are normalised before Newton-Schulz (MuonEq-R, #1217)
+    normuon_beta2: Decay = 0.0  # decay of the per-row second moment that rescales the update (NorMuon); 0: none
+    muon_wd: NonNegative = 0.095  # decoupled weight decay of the matrices
+    embed_wd: NonNegative = 0.085  # of the embedding
+    adam_wd: NonNegative = 0.02  # of the small parameters
+    beta2: Decay = 0.99  # second-moment decay of AdamW
+    grad_clip_norm: NonNegative = 0.3  # largest global gradient norm, of the sum over ranks; 0: no clipping
+    ema_decay: Decay = 0.9965  # of the averaged weights that are shipped, per step (#287); 0: ship the last ones
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleKnobs:
+class ScheduleKnobs(Knobs):
     """Schedule: the budget and what happens when"""
-    max_wallclock_seconds: float = 600.0
-    """Budget of training plus GPTQ. 0: train ITERATIONS steps instead, bit-reproducible on a CPU."""
-    gptq_reserve_seconds: float = 8.0
-    """Part of the budget kept for calibration and GPTQ (#1868 used 8; the records 0.5 to 13)."""
-    iterations: int = 20_000
-    """Most optimizer steps; the whole budget when MAX_WALLCLOCK_SECONDS=0."""
-    warmdown_frac: float = 0.85
-    """Final fraction of the budget over which the learning rates fall linearly."""
-    min_lr: float = 0.1
-    """Floor of the learning rates as a fraction of their peak."""
-    enable_looping_at: float = 0.35
-    """Fraction of the budget at which the depth recurrence starts (#1420)."""
-    train_seq_schedule: str = ""
-    """Shorter rows at first: length@end,... with ends as fractions of the budget (1024@0.1,2048@0.7,3072@1, #2014)."""
-    seq_change_warmup_steps: int = 0
-    """Steps over which the learning rates rise again after the row length has changed (#2014: 32)."""
-    qat_start: float = 1.0
-    """Fraction of the budget from which training sees matrices rounded as QUANT=sdclip stores them (QAT). 1: never."""
-    warmup_steps: int = 20
-    """Passes over each graph before the clock starts; they leave weights and optimizer untouched."""
-    train_log_every: int = 500
-    """Steps between log lines of training (the first five are always logged)."""
-    val_loss_every: int = 0
-    """Steps between validations of the live weights, outside the clock and marked in the log. 0: never."""
-
+    max_wallclock_seconds: NonNegative = 600.0  # budget of training plus GPTQ; 0: train ITERATIONS steps, reproducibly
+    gptq_reserve_seconds: NonNegative = 8.0  # part of it kept for calibration and GPTQ (#1868: 8; records 0.5 to 13)
+    iterations: Size = 20_000  # most optimizer steps; the whole budget when MAX_WALLCLOCK_SECONDS=0
+    warmdown_frac: Share = 0.85  # final fraction of the budget over which the rates fall linearly
+    min_lr: Share = 0.1  # floor of the rates as a fraction of their peak
+    enable_looping_at: Share = 0.35  # fraction of the budget at which the depth recurrence starts (#1420)
+    qat_start: Share = 1.0  # fraction from which training sees matrices rounded as QUANT=sdclip stores them; 1: never
+    warmup_steps: Count = 20  # passes over each graph before the clock starts; weights and optimizer stay untouched
+    train_log_every: Size = 500  # steps between log lines (the first five are always logged)
+    val_loss_every: Count = 0  # steps between validations of the live weights, outside the clock; 0: never
 
 @dataclass(frozen=True, kw_only=True)
-class QuantKnobs:
+class QuantKnobs(Knobs):
     """Quantization: how many bytes each matrix gets"""
-    quant: str = "waterfill"
-    """Steps of the codes: sdclip (so many standard deviations a row, #1394) | waterfill (equal cost everywhere)."""
-    bits_per_weight: float = 5.0
-    """QUANT=waterfill: most bits of a weight that is not zero, on average; fewer if ARTIFACT_BYTES_CAP asks for it."""
-    row_softness: float = 0.7
-    """QUANT=waterfill: exponent of the rows' Fisher information, 0 (ignored) to 1 (full)."""
-    gptq_two_sided: bool = False
-    """QUANT=waterfill: feed rounding errors forward along the rows too, by the outputs' Fisher information (K-FAC). A
-    quarter less damage at equal bytes; it rounds row after row, which takes 1.5 minutes a pass at the record's shape on
-    a CPU and is not timed on a GPU: raise GPTQ_RESERVE_SECONDS with it."""
-    trellis_states: int = 4
-    """QUANT=waterfill: states of the trellis that the codes of a row follow, 4 or 8. 1: none, plain rounding."""
-    codec: str = "auto"
-    """Coder of the codes: range (package constriction) | brotli | auto: range where that is installed, and of small
-    streams the smaller of both."""
-    matrix_bits: int = 6
-    """QUANT=sdclip: bits of the codes of attention and MLP matrices, 2..8. 2 is ternary (clips near 1.2, QAT_START)."""
-    n_int6_layers: int = 0
-    """QUANT=sdclip: matrices that get MATRIX_BITS, those of the largest trace of the Hessian (#1260); the others get
-    one bit less. 0: all get MATRIX_BITS. The trace ranks by depth rather than by need."""
-    embed_bits: int = 7
-    """QUANT=sdclip: bits of the codes of the embedding, 2..8."""
-    attn_clip_sigmas: float = 13.0
-    """SDClip (#1394) of attention: a row's largest code stands for this many standard deviations."""
-    mlp_clip_sigmas: float = 11.5
-    """SDClip of the MLP."""
-    embed_clip_sigmas: float = 14.0
-    """SDClip of the embedding."""
-    gptq_calibration_batches: int = 16
-    """Batches of MICRO_BATCH_TOKENS training tokens for the Hessians, over all ranks together."""
-    gptq_damp: float = 0.01
-    """Damping of the Hessian as a fraction of its mean diagonal; raised tenfold while Cholesky fails."""
-    artifact_bytes_cap: int = 16_000_000
-    """Code plus weights may not exceed this; steps are made coarser until they fit."""
-
+    quant: Literal["sdclip", "waterfill"] = "waterfill"  # scales by a row's deviation (#1394), or by equal cost
+    bits_per_weight: Positive = 5.0  # waterfill: most bits of a nonzero weight on average; fewer where the cap binds
+    trellis_states: Literal[1, 4] = 4  # waterfill: states of the trellis that a row's codes follow; 1: plain rounding
+    matrix_bits: Bits = 6  # sdclip: bits of attention and MLP codes; 2 is ternary (clips near 1.2, QAT_START)
+    n_int6_layers: Count = 0  # sdclip: only so many matrices get MATRIX_BITS, by Hessian trace (#1260); 0: all
+    embed_bits: Bits = 7  # sdclip: bits of the embedding's codes
+    attn_clip_sigmas: Positive = 13.0  # sdclip: standard deviations that a row's largest code stands for, in attention
+    mlp_clip_sigmas: Positive = 11.5  # in the MLP
+    embed_clip_sigmas: Positive = 14.0  # in the embedding
+    gptq_calibration_batches: Size = 16  # batches of MICRO_BATCH_TOKENS for the Hessians, over all ranks together
+    artifact_bytes_cap: Size = 16_000_000  # code plus weights may not exceed this; scales grow until they fit
 
 @dataclass(frozen=True, kw_only=True)
-class EvalKnobs:
+class EvalKnobs(Knobs):
     """Evaluation: how the score is taken"""
-    eval_seq_len: int = 2048
-    """Longest context of a scored token, in tokens."""
-    eval_stride: int = 64
-    """Sliding windows advance by this many targets (#122). 0: plain only, documents cut into EVAL_SEQ_LEN."""
-    eval_ladder: str = "ema,quantized"
-    """Scores for comparison before the one that counts, outside the budget: any of ema, quantized, sliding. What they
-    compile, the one that counts finds compiled."""
-    eval_seconds_budget: float = 600.0
-    """Budget of evaluation from opening the artifact; nothing adapts while the projected end lies beyond it."""
-    ttt: str = "lora"
-    """Adaptation while scoring: none | lora (adapters for each document, #1530) | sgd (whole model, #549, #1413)."""
-    ttt_context: str = "recompute"
-    """Context of a chunk under TTT=lora: recompute (with the newest adapters) | cache (keys and values are kept)."""
-    ttt_chunk_size: str = "48"
-    """Targets scored before each step of the adapters; by place in the document as 256:8,2000:24,48."""
-    ttt_batch_size: int = 64
-    """Most documents adapted to side by side on one device; changes speed only."""
-    ttt_grad_steps: int = 1
-    """Steps of the adapters on each chunk, after its score."""
-    ttt_lora_on: str = "q,k,v,o,mlp,head"
-    """Which products get adapters."""
-    ttt_lora_rank: int = 80
-    """Rank of the adapters."""
-    ttt_lora_alpha: float = 144.0
-    """Adapters are multiplied by this over their rank."""
-    ttt_lora_lr: float = 0.0001
-    """Learning rate of the adapters."""
-    ttt_optimizer: str = "adam"
-    """Optimizer of the adapters: adam (AdamW) | sgd."""
-    ttt_beta1: float = 0.0
-    """First-moment decay of the adapters' AdamW; momentum of SGD."""
-    ttt_beta2: float = 0.99
-    """Second-moment decay of the adapters' AdamW."""
-    ttt_weight_decay: float = 0.5
-    """Weight decay of the adapters."""
-    phased_ttt_num_phases: int = 3
-    """Times that the shared weights learn from the documents scored so far, under TTT=lora (#1626). 0: never."""
-    phased_ttt_prefix_docs: int = 2500
-    """These first documents of the stream are divided into the phases."""
-    global_ttt_lr: float = 0.001
-    """Learning rate of that SGD, falling towards 0 as a cosine over its chunks."""
-    global_ttt_momentum: float = 0.9
-    """Its momentum."""
-    global_ttt_epochs: int = 1
-    """Its passes over the documents."""
-    global_ttt_chunk_tokens: int = 32_768
-    """Targets of one of its chunks."""
-    global_ttt_batch_seqs: int = 32
-    """Rows of TRAIN_SEQ_LEN in one of its steps, over all ranks."""
-    global_ttt_grad_clip: float = 1.0
-    """Its largest gradient norm. 0: no clipping."""
-    ttt_chunk_tokens: int = 32_768
-    """TTT=sgd: targets scored before the model learns from them."""
-    ttt_epochs: int = 3
-    """TTT=sgd: passes over each chunk."""
-    ttt_lr: float = 0.005
-    """TTT=sgd: learning rate, falling to 0 as a cosine over the chunks."""
-    ttt_momentum: float = 0.9
-    """TTT=sgd: momentum, which runs on from chunk to chunk."""
-    ttt_batch_seqs: int = 32
-    """TTT=sgd: rows of TRAIN_SEQ_LEN in one step, over all ranks."""
-    ttt_grad_clip: float = 1.0
-    """TTT=sgd: largest gradient norm. 0: no clipping."""
-    ttt_freeze_blocks: int = 0
-    """TTT=sgd: the first blocks that stay as they are."""
-    ngram_tilt_enabled: bool = False
-    """1: the score is tilted towards what followed the same ids earlier in the stream (#1420, #1514)."""
-    ngram_rules: str = "8:0.7:3,10:0.7:3,12:0.6:2,14:0.5:2,16:0.5:2"
-    """Contexts of the tilt as length:least share:least count; the longest that qualifies gives the hint."""
-    ngram_base_beta: float = 2.0
-    """Strength of the tilt in nats."""
-    ngram_beta_by_share: bool = True
-    """1: the strength is multiplied by the share of the hinted continuation (#1514); 0: constant (#2135)."""
-    ngram_gamma: float = 0.0
-    """The strength is multiplied by (1 - p)^this, p being the model's probability of the hint."""
-    prequant_ttt: bool = False
-    """1: train on the validation data before quantizing (#1485). Illegal (C3); the run is marked as such."""
-    prequant_ttt_lr: float = 0.0005
-    """Its learning rate (AdamW), falling towards a tenth as a cosine over the epochs."""
-    prequant_ttt_epochs: int = 6
-    """Its passes over the validation data."""
-    prequant_ttt_batch_seqs: int = 32
-    """Its rows of TRAIN_SEQ_LEN in one step, over all ranks."""
-    prequant_ttt_grad_clip: float = 1.0
-    """Its largest gradient norm."""
-    prequant_ttt_freeze_blocks: int = 2
-    """Its first blocks that stay as they are."""
-    val_batch_tokens: int = 524_288
-    """Ids of one evaluation batch over eight devices: one forward on one device takes an eighth of them."""
-
+    eval_seq_len: Size = 2048  # longest context of a scored token
+    eval_stride: Count = 64  # sliding windows advance by so many targets (#122); 0: whole windows
+    diagnostic_evals: str = "ema,quantized"  # scores for comparison, outside the budget: any of ema, quantized, sliding
+    eval_seconds_budget: Positive = 600.0  # from opening the artifact; nothing adapts while the projected end is later
+    val_batch_tokens: Size = 524_288  # ids of one evaluation batch over eight devices; a device takes an eighth
+    ttt: Literal["none", "lora", "sgd"] = "lora"  # adaptation: adapters a document (#1530), or the whole model (#549)
+    ttt_context: Literal["recompute", "cache"] = "recompute"  # lora: run the context again, or keep keys, values
+    ttt_chunk_size: Size = 48  # lora: targets scored before each step of the adapters
+    ttt_batch_size: Size = 64  # lora: most documents side by side on one device; changes speed only
+    ttt_lora_on: str = "q,k,v,o,mlp,head"  # lora: what gets adapters
+    ttt_lora_rank: Size = 80  # lora: rank of the adapters
+    ttt_lora_alpha: NonNegative = 144.0  # lora: adapters are multiplied by this over their rank
+    ttt_lora_lr: NonNegative = 0.0001  # lora: rate of the adapters' AdamW
+    ttt_weight_decay: NonNegative = 0.5  # lora: its weight decay
+    phased_ttt_num_phases: Count = 3  # lora: times that the shared weights learn from what is scored (#1626); 0: never
+    phased_ttt_prefix_docs: Count = 2500  # lora: these first documents of the stream are divided into the phases
+    global_ttt_lr: NonNegative = 0.001  # lora: rate of the shared weights' SGD, falling as a cosine over its chunks
+    ttt_chunk_tokens: Size = 32_768  # shared SGD: targets of a chunk; TTT=sgd scores it before it learns from it
+    ttt_epochs: Count = 3  # sgd: passes over each chunk
+    ttt_lr: NonNegative = 0.005  # sgd: rate, falling to 0 as a cosine over the chunks
+    ngram_base_beta: NonNegative = 0.0  # tilt in nats towards what followed the same ids before (#1420: 2); 0: none
+    ngram_rules: str = "8:0.7:3,10:0.7:3,12:0.6:2,14:0.5:2,16:0.5:2"  # its contexts, length:least share:least count
+    ngram_beta_by_share: bool = True  # the tilt is multiplied by the share of the hint (#1514); 0: constant (#2135)
 
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
-CHOICES = {"device": ("auto", "cuda", "cpu"), "dtype": ("auto", "float32", "bfloat16"),
-           "compile": ("auto", "on", "off"), "attention": ("auto", "sdpa", "dense", "varlen", "fa2", "fa3", "fa4"),
-           "kernels": ("auto", "triton", "plain"), "resume": ("0", "1", "auto"),
-           "shuffle": ("window", "document", "coprime", "none"), "attn_gate": ("none", "output", "sparse", "dense"),
-           "parallel_residual": ("none", "single", "two"), "parallel_final_lane": ("mean", "attn", "mlp"),
-           "muon_coefficients": ("polar", "classic"), "ttt": ("none", "lora", "sgd"), "ttt_optimizer": ("adam", "sgd"),
-           "ttt_context": ("recompute", "cache"), "quant": ("sdclip", "waterfill"),
-           "codec": ("auto", "range", "brotli")}
 
-NO_RESULT = frozenset("run_id log_dir artifact_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
-                      "dist_timeout_seconds wandb tensorboard".split())
-"""Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256."""
-NO_SCORE = frozenset("device threads compile attention kernels deterministic micro_batch_tokens val_batch_tokens "
-                     "ttt_batch_size eval_ladder eval_seconds_budget train_log_every val_loss_every warmup_steps "
-                     "max_skipped_steps".split())
-"""Knobs that change an artifact's score by rounding alone or by what there is time for: it may go on with others."""
+# Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256.
+NO_RESULT = frozenset("run_id log_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
+                      "dist_timeout_seconds".split())
 
 # The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
-# and a hashed bigram table teaches it most of what three minutes can; figures in bench/LOG.md (2026-11-22).
+# and a hashed bigram table teaches it most of what three minutes can; figures in docs/LOG.md (2026-11-22).
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "demo": dict(
-        dataset="demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, shuffle="document",
-        vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, num_loops=0,
-        ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0, tied_embed_init_std=0.02,
-        bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02, tied_embed_lr=0.005, muon_momentum=0.9,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50, ema_decay=0.97, max_wallclock_seconds=195.0,
-        gptq_reserve_seconds=13.0, warmup_steps=1, train_log_every=50, gptq_calibration_batches=16, eval_seq_len=256,
-        eval_stride=64, val_batch_tokens=65536, eval_ladder="ema,quantized,sliding", eval_seconds_budget=60.0,
-        ttt_context="cache", ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0,
-        ngram_tilt_enabled=True),
+        data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
+        shuffle="document", vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3,
+        num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0,
+        tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
+        tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
+        ema_decay=0.97, max_wallclock_seconds=195.0, gptq_reserve_seconds=13.0, warmup_steps=1, train_log_every=50,
+        gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
+        diagnostic_evals="ema,quantized,sliding", eval_seconds_budget=60.0, ttt_context="cache", ttt_lora_rank=8,
+        ttt_lora_alpha=16.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0, ngram_base_beta=2.0),
 }
 
+# First words that only this field's knobs have: a stranger with one of them is a misspelt knob, or a published name.
+KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP LOOP_ LQER_ MATRIX_ MLP_ MUON_ "
+                      "NGRAM_ NORMUON_ PARALLEL_ PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ SPARSE_ TIED_EMBED TRAIN_BATCH "
+                      "TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, DataKnobs, RunKnobs):
@@ -564,39 +348,10 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_seq_len", "train_batch_tokens", "micro_batch_tokens", "eval_seq_len", "val_batch_tokens",
-                     "iterations", "train_log_every", "gptq_calibration_batches", "muon_backend_steps",
-                     "artifact_bytes_cap", "ttt_batch_size", "ttt_grad_steps", "ttt_lora_rank",
-                     "global_ttt_chunk_tokens", "global_ttt_batch_seqs", "ttt_chunk_tokens", "ttt_batch_seqs",
-                     "prequant_ttt_batch_seqs"):
-            require(getattr(self, name) >= 1, f"{name.upper()}={getattr(self, name)}: expected at least 1")
-        for name in ("threads", "eval_stride", "warmup_steps", "val_loss_every", "muon_momentum_warmup_steps",
-                     "seq_change_warmup_steps", "max_skipped_steps",
-                     "max_wallclock_seconds", "gptq_reserve_seconds", "grad_clip_norm",
-                     "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_wd", "embed_wd", "adam_wd", "num_loops",
-                     "xsa_last_n", "max_skips", "n_int6_layers", "seed", "ttt_lora_alpha", "ttt_lora_lr",
-                     "ttt_weight_decay", "phased_ttt_num_phases", "phased_ttt_prefix_docs", "global_ttt_lr",
-                     "global_ttt_epochs", "global_ttt_grad_clip", "ttt_lr", "ttt_epochs", "ttt_grad_clip",
-                     "ttt_freeze_blocks", "ngram_base_beta", "ngram_gamma", "prequant_ttt_lr",
-                     "prequant_ttt_epochs", "prequant_ttt_grad_clip", "prequant_ttt_freeze_blocks"):
-            require(getattr(self, name) >= 0, f"{name.upper()}={getattr(self, name)}: expected 0 or more")
-        for name in ("beta1", "beta2", "ema_decay", "normuon_beta2", "muon_momentum", "muon_momentum_warmup_start",
-                     "ttt_beta1", "ttt_beta2", "ttt_momentum", "global_ttt_momentum"):
-            require(0 <= getattr(self, name) < 1, f"{name.upper()}={getattr(self, name)}: expected 0 <= value < 1")
-        for name in ("warmdown_frac", "enable_looping_at", "min_lr", "row_softness", "qat_start"):
-            require(0 <= getattr(self, name) <= 1, f"{name.upper()}={getattr(self, name)}: a fraction, expected 0..1")
-        require(self.seed < 2 ** 63, f"SEED={self.seed}: expected less than 2^63")
-        require(self.trellis_states in (1, 4, 8), f"TRELLIS_STATES={self.trellis_states}: expected 1 (none), 4 or 8")
         require(not self.n_int6_layers or self.matrix_bits > 2, f"N_INT6_LAYERS={self.n_int6_layers}: the others get "
                 f"one bit less than MATRIX_BITS={self.matrix_bits}, and 2 is the least")
         require(self.qat_start == 1 or self.quant == "sdclip" and not self.n_int6_layers,
-                f"QAT_START={self.qat_start}: training knows the steps of QUANT=sdclip N_INT6_LAYERS=0 alone; "
-                f"set these, or QAT_START=1")
-        for name in ("matrix_bits", "embed_bits"):
-            require(2 <= getattr(self, name) <= 8, f"{name.upper()}={getattr(self, name)}: expected 2..8 bits")
-        for name in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "gptq_damp", "dist_timeout_seconds",
-                     "eval_seconds_budget", "bits_per_weight", "adam_eps"):
-            require(getattr(self, name) > 0, f"{name.upper()}={getattr(self, name)}: expected a positive number")
+                f"QAT_START={self.qat_start}: knows the scales of QUANT=sdclip N_INT6_LAYERS=0 alone; set these, or 1")
         require(self.train_batch_tokens % self.train_seq_len == 0,
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
                 f"nearest: {max(1, round(self.train_batch_tokens / self.train_seq_len)) * self.train_seq_len}")
@@ -604,47 +359,31 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                 f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} holds no row of TRAIN_SEQ_LEN={self.train_seq_len}")
         require(self.eval_stride <= self.eval_seq_len,
                 f"EVAL_STRIDE={self.eval_stride}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}")
-        for name, allowed in (("eval_ladder", "ema quantized sliding"), ("ttt_lora_on", "q k v o mlp head")):
+        for name, allowed in (("diagnostic_evals", "ema,quantized,sliding"), ("ttt_lora_on", "q,k,v,o,mlp,head")):
             parts = [part for part in getattr(self, name).split(",") if part]
-            require(set(parts) <= set(allowed.split()) and len(set(parts)) == len(parts),
-                    f"{name.upper()}={getattr(self, name)}: expected some of {allowed.replace(' ', ',')}")
-        require(self.ttt != "lora" or self.ttt_lora_on.strip(",") != "", f"TTT_LORA_ON={self.ttt_lora_on}: expected "
-                f"some of q,k,v,o,mlp,head; TTT=none adapts nothing")
-        for length, _ in seq_schedule(self):
-            require(length <= self.train_seq_len, f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rows of {length} "
-                    f"tokens are longer than the rows that are read, TRAIN_SEQ_LEN={self.train_seq_len}; raise that")
-        chunk_edges(1, self.ttt_chunk_size)
-        require(self.ttt != "lora" or max(chunk_sizes(self.ttt_chunk_size)) <= self.eval_seq_len, f"TTT_CHUNK_SIZE="
-                f"{self.ttt_chunk_size}: expected chunks of at most EVAL_SEQ_LEN={self.eval_seq_len} targets, which "
-                f"are scored in one forward")
+            require(set(parts) <= set(allowed.split(",")) and len(set(parts)) == len(parts),
+                    f"{name.upper()}={getattr(self, name)}: expected some of {allowed}")
+        require(self.ttt_lora_on.strip(",") != "", "TTT_LORA_ON=: expected some of q,k,v,o,mlp,head; TTT=none adapts "
+                "nothing")
+        require(self.ttt_chunk_size <= self.eval_seq_len or self.ttt != "lora", f"TTT_CHUNK_SIZE="
+                f"{self.ttt_chunk_size}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}, one forward")
         ngram_rules(self.ngram_rules)
-        require(all(0 <= period < math.inf for period in self.checkpoint_period), f"CHECKPOINT_EVERY="
+        require(re.fullmatch(r"\d+(\.\d+)?|\d+steps", self.checkpoint_every) is not None, f"CHECKPOINT_EVERY="
                 f"{self.checkpoint_every}: expected seconds such as 60, or steps such as 500steps")
-        require(self.ttt_freeze_blocks <= self.num_layers and self.prequant_ttt_freeze_blocks <= self.num_layers,
-                f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} PREQUANT_TTT_FREEZE_BLOCKS="
-                f"{self.prequant_ttt_freeze_blocks}: expected at most NUM_LAYERS={self.num_layers}")
-        require(self.muon_coefficients != "polar" or self.muon_backend_steps <= len(POLAR_EXPRESS),
-                f"MUON_BACKEND_STEPS={self.muon_backend_steps}: Polar Express has {len(POLAR_EXPRESS)} steps; "
-                f"lower it or set MUON_COEFFICIENTS=classic")
+        most = len(NEWTON_SCHULZ[self.muon_coefficients])
+        require(self.muon_backend_steps <= most, f"MUON_BACKEND_STEPS={self.muon_backend_steps}: expected at most "
+                f"{most} with MUON_COEFFICIENTS={self.muon_coefficients}")
         require(self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
                 f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
                 f"{self.max_wallclock_seconds:g} to train in")
-        require(self.resume == "0" or bool(self.run_id), f"RESUME={self.resume}: set RUN_ID to the run to go on with")
+        require(self.resume == "0" or bool(self.run_id) and not self.eval_only, f"RESUME={self.resume}: set RUN_ID to "
+                f"the run whose training goes on; EVAL_ONLY scores an artifact from the start")
 
     @property
     def dataset_dir(self) -> Path:
-        name = self.dataset or ("fineweb10B_sp8192_lossless_caps_caseops_v1_reserved" if self.caseops_enabled
-                                else f"fineweb10B_sp{self.vocab_size}")
-        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / name
-
-    @property
-    def checkpoint_period(self) -> tuple[float, int]:
-        """(seconds, steps) of CHECKPOINT_EVERY; 0: not by these, negative: none that it can be."""
-        number = self.checkpoint_every.removesuffix("steps")
-        try:
-            return (float(number), 0) if number == self.checkpoint_every else (0.0, int(number))
-        except ValueError:
-            return -1.0, -1
+        export = {False: f"fineweb10B_sp{self.vocab_size}",
+                  True: "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"}[self.caseops_enabled]
+        return Path(self.data_path or Path(self.data_dir) / "datasets" / export)
 
     @property
     def train_rows(self) -> int:
@@ -662,537 +401,91 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         return self.eval_stride or self.eval_seq_len
 
     def grid(self, family: str) -> tuple[int, float]:
-        """(bits, clip in standard deviations) of the codes of one family of matrices: attn, mlp or embed."""
+        """(bits, clip in standard deviations) of SDClip's codes of one family of matrices: attn, mlp or embed."""
         return {"attn": (self.matrix_bits, self.attn_clip_sigmas), "mlp": (self.matrix_bits, self.mlp_clip_sigmas),
                 "embed": (self.embed_bits, self.embed_clip_sigmas)}[family]
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, Any] | None = None) -> tuple[Config, list[str]]:
-        """Preset, then what an artifact has `stored` (EVAL_ONLY), then variables: the config, and warnings.
+    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, Any] | None = None) -> Config:
+        """The config of a preset, then what an artifact has `stored` (EVAL_ONLY), then variables.
 
         Raises `UserError` for a value that does not parse, an impossible combination, and a variable that looks
         like a knob but is none.
         """
-        types = typing.get_type_hints(cls)
-        stored = dict(stored or {})
-        given, warnings = translate(env, set(types))
-        preset = given.get("preset", stored.get("preset", "record"))
-        require(preset in PRESETS, f"PRESET={preset}: expected one of {', '.join(PRESETS)}")
-        values = {**PRESETS[preset], **stored, "preset": preset}
-        fixed = {f.name for f in dataclasses.fields(ModelKnobs)} & set(stored)
-        for name, text in given.items():
-            value = parse(name, types[name], text)
-            require(name not in fixed or value == stored[name],
-                    f"{name.upper()}={text}: the artifact was made with {stored.get(name)}; unset it")
-            values[name] = value
-        return cls(**values), warnings
-
-
-def chunk_edges(length: int, schedule: str) -> list[int]:
-    """Where chunks begin and end in a document of `length` targets under TTT_CHUNK_SIZE; the last edge may be beyond.
-
-    A chunk that begins before the first limit has its size, and so on; the last size has no limit. By position, not by
-    the document's length as in #2014: a score may not depend on where its document will end.
-
-    >>> chunk_edges(20, "8:4,6"), chunk_edges(5, "48")
-    ([0, 4, 8, 14, 20], [0, 48])
-    """
-    *limited, last = schedule.split(",")
-    pairs = [part.split(":") for part in limited]
-    require(last.isdecimal() and all(len(p) == 2 and p[0].isdecimal() and p[1].isdecimal() for p in pairs)
-            and all(int(n) > 0 for n in (last, *(p[1] for p in pairs))),
-            f"TTT_CHUNK_SIZE={schedule}: expected a number such as 48, or limit:size pairs and a last size such as "
-            f"256:8,2000:24,48")
-    edges = [0]
-    while edges[-1] < length:
-        edges.append(edges[-1] + next((int(size) for limit, size in pairs if edges[-1] < int(limit)), int(last)))
-    return edges
-
-
-def chunk_sizes(schedule: str) -> list[int]:
-    """The sizes that TTT_CHUNK_SIZE names, in targets."""
-    return [int(part.split(":")[-1]) for part in schedule.split(",")]
-
+        stored, names = dict(stored or {}), kinds(cls)
+        known = [name.upper() for name in names]
+        for name in sorted(set(env) - set(known)):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+            require(not near and not name.startswith(KNOB_PREFIXES), f"{name}={env[name]}: no such knob; did you mean "
+                    f"{''.join(difflib.get_close_matches(name, known, n=1, cutoff=0))}? (--help lists them all; "
+                    f"`./run.sh train` translates the names that published commands use)")
+        typed = {name: parse(name, kind, env[name.upper()]) for name, kind in names.items() if name.upper() in env}
+        preset = typed.get("preset", stored.get("preset", "record"))
+        require(preset in PRESETS, f"PRESET={preset}: expected {expectation(names['preset'])}")
+        for name in set(typed) & set(stored) & set(kinds(ModelKnobs)):
+            require(typed[name] == stored[name],
+                    f"{name.upper()}={show(typed[name])}: the artifact was made with {show(stored[name])}; unset it")
+        return cls(**{**PRESETS[preset], **stored, "preset": preset, **typed})
 
 def ngram_rules(rules: str) -> list[tuple[int, float, int]]:
     """NGRAM_RULES as (context length, least share, least count)."""
     try:
-        found = [(int(n), float(share), int(count)) for n, share, count in (r.split(":") for r in rules.split(","))]
+        parsed = [(int(n), float(share), int(count)) for n, share, count in (r.split(":") for r in rules.split(","))]
     except ValueError:
-        found = []
-    require(bool(found) and all(1 <= n <= 64 and 0 < share <= 1 and count >= 1 for n, share, count in found)
-            and len({n for n, _, _ in found}) == len(found),
+        parsed = [(0, 0.0, 0)]
+    require(all(1 <= n <= 64 and 0 < share <= 1 and count >= 1 for n, share, count in parsed)
+            and len({n for n, _, _ in parsed}) == len(parsed),
             f"NGRAM_RULES={rules}: expected length:share:count, ... such as 8:0.7:3,16:0.5:2 (lengths 1..64)")
-    return found
-
-
-def parse(name: str, kind: type, text: str) -> Any:
-    """The value of one variable. Booleans are 0 or 1 only; integers may have underscores."""
-    try:
-        if kind is bool:
-            return {"0": False, "1": True}[text.strip()]
-        value = kind(text.strip())
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (ValueError, KeyError):
-        expected = {bool: "0 or 1", int: "an integer", float: "a number"}[kind]
-        raise UserError(f"{name.upper()}={text!r}: expected {expected}") from None
-
-
-# What published run commands set and we name otherwise: old name -> (our name, {old value: ours} or None for as is).
-RENAMED: dict[str, tuple[str, dict[str, str] | None]] = {
-    "EVAL_ONLY_PATH": ("EVAL_ONLY", None),
-    "EVAL_ONLY_QUANTIZED_PATH": ("EVAL_ONLY", None),
-    "DATASETS_DIR": ("DATA_PATH", None),
-    "SMEAR_GATE": ("SMEAR_GATE_ENABLED", None),
-    "SMEAR_GATE_WIDTH": ("GATE_WINDOW", None),
-    "GATE_WIDTH": ("GATE_WINDOW", None),
-    "BIGRAM_VOCAB_SIZE": ("BIGRAM_BUCKETS", None),
-    "MUON_WEIGHT_DECAY": ("MUON_WD", None),
-    "ADAM_WEIGHT_DECAY": ("ADAM_WD", None),
-    "WARMDOWN_FRACTION": ("WARMDOWN_FRAC", None),
-    "USE_POLAR_EXPRESS": ("MUON_COEFFICIENTS", {"0": "classic", "1": "polar"}),
-    "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two"}),
-    "SLIDING_WINDOW_ENABLED": ("EVAL_STRIDE", {"0": "0", "1": "64"}),
-    "TTT_EVAL_SEQ_LEN": ("EVAL_SEQ_LEN", None),
-    "PREQUANT_TTT_ENABLED": ("PREQUANT_TTT", None),
-    "TOKEN_BOOST": ("NGRAM_BASE_BETA", None),
-}
-GATE_SWITCHES = {"SPARSE_ATTN_GATE_ENABLED": "sparse", "GATED_ATTN_ENABLED": "dense", "GATED_ATTN": "dense",
-                 "GATED_ATTENTION": "dense", "ATTN_OUT_GATE_ENABLED": "output", "GATE_ATTN_OUT": "output"}
-GATE_BIASES = {"GATED_ATTN": "2.0", "GATED_ATTENTION": "4.0"}
-"""Initial bias of the switches that mean the dense gate's bias form (#1514, #549)."""
-
-LORA_SWITCHES = ("TTT_Q_LORA", "TTT_K_LORA", "TTT_V_LORA", "TTT_O_LORA", "TTT_MLP_LORA")
-SPECIAL = ("PARALLEL_RESIDUAL_START RECUR_LAYERS MATRIX_CLIP_SIGMAS TTT_ENABLED PHASED_TTT_ENABLED TTT_MASK "
-           "TOKEN_ORDER TOKEN_THRESHOLD MIXED_QUANT").split()
-"""Variables that `translate` takes apart by hand."""
-
-# Variables of published commands that have no effect here, and why (patterns; the reason is printed once).
-NO_EFFECT: tuple[tuple[str, str], ...] = (
-    ("TTT_WARM_START_*", "a document's adapters never learn from another document of its part"),
-    ("TTT_SHORT_* TTT_TRAIN_* TTT_LOCAL_LR_MULT", "what a document's length decides depends on ids to come"),
-    ("TTT_EVAL_BATCHES TTT_DEBUG_BYPASS TTT_DOC_LIMIT GLOBAL_TTT_DOC_LIMIT TTT_HEARTBEAT_SECONDS TTT_ONLY "
-     "TTT_ONLY_EVAL TTT_EVAL_ONLY TTT_OUTPUT_DIR VAL_DOC_FRACTION", "every document is scored; EVAL_ONLY scores alone"),
-    ("GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR",
-     "documents are always separate, and this SGD has no warm-up"),
-    ("NGRAM_WITHIN_* NGRAM_WORD_* NGRAM_AGREE_BONUS WITHIN_* WORD_*", "hints come from whole tokens alone"),
-    ("NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE", "counts are exact, and NGRAM_RULES lists the contexts"),
-    ("PREQUANT_TTT_COSINE_DECAY", "its rate always falls as a cosine"),
-    ("ETLB_* ASYMMETRIC_LOGIT ASYM_LOGIT_RESCALE", "no record ever trained this scale; here there is none"),
-    ("LQER_* AWQ_LITE_* HESSIAN_CLIP_LAMBDA INT5_LAYERS",
-     "QUANT chooses the steps by what an error costs; there is no separate correction"),
-    ("LATE_QAT* QAT QAT_ENABLED QAT_THRESHOLD QAT_FRACTION QAT_START_FRAC QAT_BITS QAT_AFTER_STEP",
-     "QAT_START says from when on training sees rounded matrices"),
-    ("COMPRESSOR", "CODEC chooses the coder of the codes; no external program is needed"),
-    ("GATED_ATTN_QUANT_GATE", "gates are always stored in int8 with one scale a row"),
-    ("FUSED_CE_ENABLED", "the kernels are chosen by what the machine has; see the log"),
-    ("GPTQ_ENABLED", "GPTQ is always on"),
-    ("EMBED_LR HEAD_LR TIE_EMBEDDINGS EMBEDDING_DIM", "the output matrix is always the embedding, of width MODEL_DIM"),
-    ("MUON_BETA2", "no record reads it; NorMuon here is NORMUON_BETA2"),
-    ("VAL_BATCH_SIZE", "the batch of evaluation is VAL_BATCH_TOKENS"),
-    ("WARMDOWN_ITERS WARMDOWN_STEPS", "the warm-down is a fraction of the budget, WARMDOWN_FRAC"),
-    ("WD_TAPER_* SWA_ENABLED SWA_EVERY", "retired by the later records"),
-    ("VE_* VALUE_RESIDUAL DISABLE_LAYER0_ATTN REPEAT_UNTIE_MLP REPEAT_UNTIE_MLP_LAYERS GATE_MLP_OUT",
-     "the model has no such part"),
-    ("ATTN_OUT_GATE_SRC GATE_ATTN_SRC SPARSE_ATTN_GATE_INIT_STD",
-     "the gates read the block's normed input, and start at zero"),
-    ("RECUR_START_STEP RECUR_WARMUP_STEPS", "the loop starts at the fraction ENABLE_LOOPING_AT of the budget"),
-    ("PARALLEL_START_LAYER_IS_PHYSICAL", "it always is"),
-    ("TRAIN_SEQ_SCHEDULE_MODE COMPILE_SHAPE_WARMUP*",
-     "row lengths follow the used fraction of the budget, and every graph is primed before the clock starts"),
-    ("TRAIN_FILES VAL_FILES SAVE_QUANT_STATE PREQUANT_ONLY SKIP_POST_TRAIN_EVAL EVAL_INCLUDE_TAIL",
-     "every shard of DATA_PATH is used, and every target is scored"),
-    ("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", "ROUTES says how each parameter is treated"),
-    ("MATCHED_FINEWEB_*", "this is a variable of the data scripts"),
-    ("INT4_* INT6_* MTP_* MLP_HIDDEN MLP_GROUPS EMBED_DIM EMA_ENABLED EVAL_BATCH_SEQS "
-     "EVAL_DEPTH_RECURRENCE FP16_EMBED_EXPORT GPTQ_RESERVE_MS LOOP_PHASE2_AT LORA_RANK POST_GPTQ_EVAL_ONLY ROPE_TYPE "
-     "BIGRAM_HASH TARGET_MB USE_GPTQ USE_ZSTD VAL_MAX_TOKENS YARN_MAX_LEN ACTIVATION ADAM_LR ATTN_PROJ_TYPE "
-     "BATCH_SCHEDULE_FRACTION BATCH_TOKENS_START BITNET_* CHURN_LOG_EVERY COMPILE_MODE CORR_WEIGHT_LR DIFF_ATTN "
-     "FP_STORAGE LOGIT_HEAD_TYPE MATRIX_OPTIMIZER REFINER REFINER_KERNEL SEQ_LEN_START SEQ_SCHEDULE_FRACTION "
-     "SLIDING_BATCH_SIZE SLIDING_EVAL SLIDING_EVAL_STRIDE SMEAR SOFTCAP_TYPE TEMP_SCALING TVERSKY_* "
-     "TRAINING_DEPTH_RECURRENCE UNTIE_AT_FRACTION",
-     "a part of older scripts that this program does not have"),
-)
-# Prefixes that only a knob of this field starts with; a stranger with one of them is taken for a misspelt knob.
-KNOB_PREFIXES = ("ATTN_", "BIGRAM_", "EMBED_", "EVAL_", "GATED_ATTN", "GLOBAL_TTT_", "GPTQ_", "GRAD_CLIP", "LOOP_",
-                 "LQER_", "MATRIX_BITS", "MATRIX_CLIP", "MATRIX_LR", "MLP_", "MUON_", "NORMUON_", "NUM_LAYERS",
-                 "NUM_LOOPS", "PARALLEL_FINAL", "PARALLEL_RES", "PARALLEL_START", "QK_", "ROPE_", "SKIP_GATES",
-                 "SMEAR_", "SPARSE_ATTN", "TIED_EMBED", "TRAIN_BATCH", "TRAIN_SEQ", "TTT_", "VAL_LOSS", "WARMDOWN_",
-                 "XSA_")
-# Prefixes of other programs' variables, which published commands set beside the knobs.
-LIBRARY_PREFIXES = ("CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "WANDB_")
-# Names that other programs use and that lie one or two edits from a knob.
-STRANGERS = frozenset("TYPE COMPILER NTHREADS NUM_THREADS JAVA_PATH ARTIFACTS_DIR".split())
-
-
-def translate(env: Mapping[str, str], fields: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Field name -> text for every knob in `env`, and one warning for each variable without effect.
-
-    Old names are mapped (`RENAMED`, the switches, `SPECIAL`). A name that is neither a knob nor known
-    raises `UserError` if it is one or two edits from a knob, has one of `KNOB_PREFIXES`, or was typed as an argument
-    (run.sh lists these in KNOBS_TYPED); anything else in the environment is none of our business.
-    """
-    env = {name: value.strip() for name, value in env.items()}
-    given = {name.lower(): env[name] for name in env if name.isupper() and name.lower() in fields}
-    reasons: dict[str, list[str]] = {}
-    knobs = {name.upper() for name in fields}
-
-    def offer(source: str, name: str, value: str) -> None:
-        """Take over what `source` says of a knob; a knob that says otherwise itself is a contradiction."""
-        known = given.setdefault(name.lower(), value)
-        require(known == value, f"{source}={env[source]} means {name}={value}, but {name}={known} is set too")
-
-    for name, (new, values) in RENAMED.items():
-        if name in env:
-            require(values is None or name == new or env[name] in {*values, *values.values()},
-                    f"{name}={env[name]}: expected one of {', '.join(values or ())}")
-            value = env[name] if values is None else values.get(env[name], env[name])
-            if name == new:
-                given[new.lower()] = value
-            elif (name, value) != ("SLIDING_WINDOW_ENABLED", "64"):  # on is what EVAL_STRIDE says anyway
-                offer(name, new, value)
-    switches = {name: parse(name, bool, env[name]) for name in GATE_SWITCHES if name in env}
-    on = [name for name, value in switches.items() if value]
-    require(len({GATE_SWITCHES[name] for name in on}) <= 1,
-            f"{' and '.join(on)} are both switched on; ATTN_GATE takes one of them")
-    for name in on or [name for name in switches if GATE_SWITCHES[name] == ModelKnobs.attn_gate][:1]:
-        offer(name, "ATTN_GATE", GATE_SWITCHES[name] if on else given.get("attn_gate", "none"))
-        if name in GATE_BIASES and on:
-            given.setdefault("gated_attn_bias", GATE_BIASES[name])
-    if "PARALLEL_RESIDUAL_START" in env:
-        start = parse("PARALLEL_RESIDUAL_START", int, env["PARALLEL_RESIDUAL_START"])
-        offer("PARALLEL_RESIDUAL_START", "PARALLEL_RESIDUAL", "single" if start >= 0 else "none")
-        offer("PARALLEL_RESIDUAL_START", "PARALLEL_START_LAYER", str(max(start, 0)))
-    if "RECUR_LAYERS" in env:
-        parts = env["RECUR_LAYERS"].split(",")
-        blocks = [int(part) for part in parts if part.strip().isdecimal()]
-        require(bool(blocks) and len(blocks) == len(parts) and blocks == list(range(blocks[0], blocks[-1] + 1)),
-                f"RECUR_LAYERS={env['RECUR_LAYERS']}: expected consecutive blocks such as 4,5")
-        offer("RECUR_LAYERS", "LOOP_START", str(blocks[0]))
-        offer("RECUR_LAYERS", "LOOP_END", str(blocks[-1]))
-        given.setdefault("num_loops", "1")
-    if "TTT_ENABLED" in env:
-        whole = [name for name in ("TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_LR", "TTT_FREEZE_BLOCKS") if name in env]
-        on = parse("TTT_ENABLED", bool, env["TTT_ENABLED"])
-        given.setdefault("ttt", "none" if not on else "sgd" if whole else "lora")
-    if env.get("PHASED_TTT_ENABLED") == "0":
-        offer("PHASED_TTT_ENABLED", "PHASED_TTT_NUM_PHASES", "0")
-    masked = {name.removeprefix("TTT_").removesuffix("_LORA").lower() for name in LORA_SWITCHES
-              if name in env and not parse(name, bool, env[name])}
-    mask = env.get("TTT_MASK", "")
-    require(not mask or re.fullmatch("no_[qkv]+", mask) is not None, f"TTT_MASK={mask}: expected such as no_qv")
-    masked |= set(mask.removeprefix("no_"))
-    if masked:
-        given.setdefault("ttt_lora_on", ",".join(n for n in EvalKnobs.ttt_lora_on.split(",") if n not in masked))
-    if "TOKEN_ORDER" in env or "TOKEN_THRESHOLD" in env:
-        given.setdefault("ngram_rules", f"{parse('TOKEN_ORDER', int, env.get('TOKEN_ORDER', '16')) - 1}:"
-                                        f"{env.get('TOKEN_THRESHOLD', '0.8')}:1")
-        given.setdefault("ngram_beta_by_share", "0")
-    if "MATRIX_CLIP_SIGMAS" in env:  # every matrix is one of attention or MLP, whose own knobs come first
-        given.setdefault("attn_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
-        given.setdefault("mlp_clip_sigmas", env["MATRIX_CLIP_SIGMAS"])
-
-    if "MIXED_QUANT" in env:
-        if parse("MIXED_QUANT", bool, env["MIXED_QUANT"]):
-            offer("MIXED_QUANT", "QUANT", "sdclip")
-        else:
-            given["n_int6_layers"] = "0"
-
-    typed = {name for name in env.get("KNOBS_TYPED", "").split() if not name.startswith(LIBRARY_PREFIXES)}
-    known = {*RENAMED, *GATE_SWITCHES, *LORA_SWITCHES, *(STRANGERS - typed), *SPECIAL}
-    for name in sorted(set(env) - knobs - known):
-        reason = next((why for patterns, why in NO_EFFECT
-                       if any(fnmatch.fnmatchcase(name, p) for p in patterns.split())), None)
-        if reason is not None:
-            reasons.setdefault(reason, []).append(name)
-            continue
-        near = sorted((edits(name, knob), knob) for knob in knobs if abs(len(name) - len(knob)) <= 2)
-        # Short names may differ by one edit only (SEED, but not HEAD or USER).
-        close = name.isupper() and bool(near) and near[0][0] <= (2 if len(near[0][1]) > 9 else 1)
-        if close or name in typed or name.startswith(KNOB_PREFIXES):
-            nearest = near[0][1] if close else difflib.get_close_matches(name, knobs, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}={env[name]}: no such knob; did you mean {nearest}? (--help lists them all"
-                            f"{'; what is for other programs goes before the command' * (name in typed)})")
-    return given, [f"{', '.join(names)}: no effect here: {why}" for why, names in reasons.items()]
-
-
-def edits(a: str, b: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours that turn a into b (restricted Damerau distance)."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(row[-1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (x != y)))
-            if i > 1 and j > 1 and a[i - 2] == y and x == b[j - 2]:
-                row[j] = min(row[j], rows[-2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]
-
-
-class Knob(NamedTuple):
-    """One row of `--help`."""
-    group: str
-    name: str
-    kind: str
-    default: Any
-    doc: str
-
-
-def knobs() -> list[Knob]:
-    """All knobs in the order of the source. Their docs are read from the source; a packed file has none left."""
-    rows = []
-    for group in GROUPS:
-        docs: dict[str, str] = {}
-        with contextlib.suppress(OSError):
-            body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body  # type: ignore[attr-defined]
-            for field, text in zip(body, body[1:]):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    docs[field.target.id] = ast.literal_eval(text.value)  # type: ignore[union-attr, arg-type]
-        for f in dataclasses.fields(group):
-            title = (group.__doc__ or "").strip() if docs else group.__name__.removesuffix("Knobs")
-            rows.append(Knob(title, f.name.upper(), str(f.type), f.default,
-                             docs.get(f.name, "")))
-    return rows
-
+    return parsed
 
 def show(value: Any) -> str:
     """A knob's value as one would type it."""
-    if isinstance(value, bool):
-        return str(int(value))
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return str(value)
-
+        return min(f"{value:g}", repr(value), key=lambda text: (float(text) != value, len(text)))
+    return str(int(value) if isinstance(value, bool) else value)
 
 def help_text() -> str:
-    """What `--help` prints: usage, then every knob by group with type, default and preset values."""
-    out = ["usage: [KNOB=value ...] python train_gpt.py [--help | --check]", "",
-           "--check validates the knobs, prints layer plan, routes and predicted artifact size, and stops.",
-           "Presets: " + ", ".join(PRESETS) + ". A value in [brackets] is the one of the preset demo."]
-    group = None
-    for knob in knobs():
-        if knob.group != group:
-            out += ["", knob.group]
-            group = knob.group
-        demo = PRESETS["demo"].get(knob.name.lower(), knob.default)
-        head = f"  {knob.name}={show(knob.default)} ({knob.kind})"
-        out.append(head + (f" [{show(demo)}]" if demo != knob.default else ""))
-        out += textwrap.wrap(knob.doc, 104, initial_indent="      ", subsequent_indent="      ")
+    """What `--help` prints: the lines of the groups of knobs, as they stand in the source."""
+    out = [f"usage: [KNOB=value ...] python train_gpt.py [--help]; presets: {', '.join(PRESETS)}"]
+    for group in GROUPS:
+        out += ["", str(group.__doc__)]
+        lines = re.findall(r"^    (\w+): .* = (.*?)(?:  # (.*))?$", inspect.getsource(group), re.MULTILINE)
+        for name, default, doc in lines:
+            out += [f"  {name.upper()}={default}  ({expectation(kinds(group)[name])})", f"      {doc}"]
     return "\n".join(out)
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files of the log
+# 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files
 # ----------------------------------------------------------------------------------------------------
 # With one process every collective is the identity, so the code above it has one path. Ranks come from torchrun.
-# Every second between start and end belongs to a phase (`run.phase`), each marked as training, evaluation or neither;
+# Every second between start and end belongs to a phase (`run.phase`), each charged to training, evaluation or neither;
 # the verdict adds them up. Only rank 0 writes. Collectives of CPU tensors go over gloo also where the model is on
 # GPUs, so that a number can be agreed upon without waiting for the GPU.
 # Safe to change: what is logged. Not safe: a collective that only some ranks reach.
 
+class Ranks:
+    """This process among the others, and what they say to each other. Raises `LocalError` for a rank without a GPU."""
 
-class Phase(NamedTuple):
-    """One stretch of wall-clock time; `budget` is train, eval or none (set-up and diagnostics)."""
-    name: str
-    budget: str
-    start: float
-    seconds: float
-    depth: int
-    """Number of phases around it."""
-    own: float
-    """Seconds that no phase inside has taken: what is charged to the budget."""
-
-
-def format_value(value: Any) -> str:
-    """A logged value without spaces: floats with 7 significant digits, containers as JSON."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, (dict, list, tuple)) else str(value)
-
-
-class Run:
-    """Rank, device, threads, phase clock and log of this process. Use as a context manager.
-
-    Raises `UserError` where the requested device does not exist.
-    """
-
-    def __init__(self, cfg: Config, env: Mapping[str, str], log: bool = True) -> None:
-        self.started = time.perf_counter()
-        self.cfg = cfg
+    def __init__(self, cfg: Config, env: Mapping[str, str]) -> None:
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-        self.phases: list[Phase] = []
-        self._open: list[list[Any]] = []  # of each open phase: budget, start, seconds of closed phases inside it
-        self.place = "start"
-        """Phase, and step where it has some: what is told of a rank that is lost."""
-        self.stop, self.graceful = "", False
-        """Name of the signal that asks this run to end; whether someone looks at it, or it must end the run itself."""
-        self.resumes = ""
-        """What this run goes on with: train, score, or nothing."""
-        self.saving: Future | None = None
-        """The checkpoint that is being written, if any: done once it is on the disk, or cannot be."""
-        self._files: list[io.TextIOBase] = []  # text log, JSON lines, lock
-        self.disk_full = False
-        self._mirror: subprocess.Popen | None = None
-        self.device = self._pick_device(cfg)
-        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-            cfg.dtype, torch.bfloat16 if self.is_cuda or cpu_has_bf16_units() else torch.float32)
-        if self.is_cuda:
+        self.is_main, self.is_cuda, self.device = self.rank == 0, False, torch.device("cpu")
+        if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
+            local, count = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= count:
+                raise LocalError(f"DEVICE={cfg.device}: no GPU for local rank {local}, torch sees {count}; lower "
+                                 f"--nproc_per_node, or set DEVICE=cpu")
+            self.is_cuda, self.device = True, torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # master weights are fp32; products run in tf32 or bf16
-        else:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(cfg.threads or max(1, cores // self.local_world))
-        set_deterministic(cfg.deterministic)
-        self.watch: Watch | None = None
         if self.world > 1:
             limit = datetime.timedelta(seconds=cfg.dist_timeout_seconds)
             store = next(dist.rendezvous("env://", timeout=limit))[0]
             # A restart of torchrun finds the store of the attempt before it: gloo would call ports that are closed.
             store = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world, timeout=limit,
-                                    device_id=self.device if self.is_cuda else None)
-            self.watch = Watch(self, env)
-        self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
-        self._name(self.share(cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}"))
-        if log:
-            self._open_log()
+                                    world_size=self.world, timeout=limit)
 
-    def _name(self, run_id: str) -> None:
-        cfg, self.run_id = self.cfg, run_id
-        self.log_path = Path(cfg.log_dir) / f"{run_id}.txt"
-        self.artifact_path = Path(cfg.artifact_dir or cfg.log_dir) / f"{run_id}.bin"
-        self.checkpoint_path = self.artifact_path.with_suffix(".ckpt")
-        self.score_path = self.artifact_path.with_suffix(".score.ckpt")
-
-    def _pick_device(self, cfg: Config) -> torch.device:
-        if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        require(torch.cuda.is_available(), "DEVICE=cuda: torch sees no CUDA device; DEVICE=cpu runs without")
-        if self.local_rank >= (count := torch.cuda.device_count()):
-            raise LocalError(f"local rank {self.local_rank} has no GPU: torch sees {count}; lower --nproc_per_node to "
-                             f"{count}")
-        return torch.device("cuda", self.local_rank)
-
-    def _open_log(self) -> None:
-        """Rank 0 creates both log files; an existing log is never written over, and continued by RESUME alone.
-
-        A name that nobody asked for and that another run has taken in this second gets a number.
-        """
-        problem, stem, tries = "", self.run_id, 1
-        if self.is_main:
-            while (problem := self._problem()) and not self.cfg.run_id and self.log_path.exists() and tries < 100:
-                tries += 1
-                self._name(f"{stem}-{tries}")
-        problem, self.resumes, run_id = self.share((problem, self.resumes, self.run_id))
-        self._name(run_id)
-        require(not problem, problem)
-
-    def _problem(self) -> str:
-        """Why this run cannot have its files, or nothing: then they are open, and locked while this process lives."""
-        cfg, again = self.cfg, self.cfg.resume != "0"
-        files = [self.log_path, self.log_path.with_suffix(".jsonl"), self.artifact_path]
-        kept = {"score": self.score_path, "train": self.checkpoint_path}
-        if cfg.eval_only:
-            del kept["train"]
-        found = [name for name, path in kept.items() if any(file.exists() for file in checkpoint_files(path))]
-        # A file from which scoring goes on is older than its artifact, which may never have been written.
-        found = [name for name in found if name == "train" or cfg.eval_only or self.artifact_path.exists()]
-        taken = [] if again and "score" in found else [self.artifact_path] if again else [*files, *kept.values()]
-        there = [str(path) for path in taken if path.exists()]
-        if there:
-            return f"RUN_ID={self.run_id}: {there[0]} exists already; choose another RUN_ID" + \
-                (f"; EVAL_ONLY={there[0]} scores it again" if again else
-                 ", or RESUME=1 to go on with that one" if found else "")
-        if cfg.resume == "1" and not found:
-            return f"RESUME=1: no checkpoint {' or '.join(map(str, kept.values()))}; RESUME=auto starts anew without"
-        try:
-            for path in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._files = [open(path, "a" if again else "x", encoding="utf-8") for path in files[:2]]
-            if files[0].parent.resolve() != files[2].parent.resolve():
-                self._files.append(open(self.artifact_path.with_suffix(".lock"), "a"))
-            for file in self._files[::2]:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
-        except BlockingIOError:
-            return f"RUN_ID={self.run_id}: a process is at work on this run; wait for it, or choose another RUN_ID"
-        except OSError as error:
-            if isinstance(error, FileExistsError) and Path(error.filename) in files:
-                return f"RUN_ID={self.run_id}: {error.filename} exists already; choose another RUN_ID"
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-                return f"LOG_DIR={cfg.log_dir} ARTIFACT_DIR={cfg.artifact_dir}: cannot write: {error}"
-        self.resumes = found[0] if again and found else ""
-        return ""
-
-    def __enter__(self) -> Run:
-        wanted = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        self._handlers = {number: signal.signal(number, self._signalled) for number in wanted}
-        return self
-
-    def _signalled(self, number: int, frame: object) -> None:
-        """Where something would be lost (`graceful`) the run ends a little later; else, or asked twice, at once."""
-        asked, self.stop = self.stop, signal.Signals(number).name
-        if asked or not self.graceful:
-            raise StoppedError(self.stop, f"in phase {self.place}{self.goes_on()}")
-
-    def goes_on(self) -> str:
-        """How to go on with what is on disk, as the end of a sentence; empty: nothing is.
-
-        A signal handler asks, too: no wait for a thread, which may want a lock that the interrupted line holds.
-        """
-        scores = self.score_path if self.cfg.eval_only or self.artifact_path.exists() else self.checkpoint_path
-        path = next((file for path in (scores, self.checkpoint_path) for file in checkpoint_files(path)
-                     if file.exists()), None)
-        return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" if path else ""
-
-    def until_saved(self) -> None:
-        """Until no checkpoint is being written, but no longer than one rank may keep others waiting."""
-        if self.saving is not None:
-            wait_for([self.saving], self.cfg.dist_timeout_seconds)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.watch is not None and error is not None and (
-                not isinstance(error, UserError) or isinstance(error, LocalError)):
-            self.watch.fail(error)
-        if error is not None:
-            self.log("error", kind=type(error).__name__, text=str(error))
-        self.until_saved()  # while its lock is held and its log is open
-        for file in self._files:
-            try:
-                file.close()
-            except OSError as failed:
-                self.warn(f"{file.name}: its last lines are on no disk: {failed}")
-        for lock in self._files[2:]:
-            Path(lock.name).unlink(missing_ok=True)
-        if self._mirror is not None:
-            self._mirror.stdin.close()  # it copies what is left, and ends
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._mirror.wait(30)
-        if self.world > 1 and dist.is_initialized():
-            if error is None:
-                dist.barrier()  # a process that ends early may take its peers' connections with it
-            self.watch.done.set()
-            if not self.is_cuda or getattr(error, "together", True):  # NCCL would wait for what others never join
-                dist.destroy_process_group()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    # -- collectives -----------------------------------------------------------------------------------
-
-    def total(self, t: Tensor) -> Tensor:
+    def all_reduce(self, t: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(t)
@@ -1204,98 +497,147 @@ class Run:
             dist.broadcast(t, src=0)
         return t
 
-    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
-        """Start to sum `full` [W*k, ...] over ranks; the function returned waits for this rank's k rows."""
+    def reduce_scatter(self, full: Tensor) -> Callable:
+        """Starts to sum `full` [W*k, ...] over ranks; the function returned waits for this rank's k rows."""
         if self.world == 1:
             return lambda: full
-        rows = full.size(0) // self.world
-        if not self.is_cuda:  # gloo of older torch has no reduce-scatter; the values are the same
-            work = dist.all_reduce(full, async_op=True)
-            return lambda: (work.wait(), full[self.rank * rows:(self.rank + 1) * rows])[1]
-        own = torch.empty_like(full[:rows])
+        own = torch.empty_like(full[:full.size(0) // self.world])
         work = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full, async_op=True)
         return lambda: (work.wait(), own)[1]
 
-    def all_gather(self, own: Tensor) -> Callable[[], Tensor]:
-        """Start to gather [k, ...] of each rank; the function returned waits for all [W*k, ...]."""
+    def all_gather(self, own: Tensor) -> Callable:
+        """Starts to gather [k, ...] of each rank; the function returned waits for all [W*k, ...]."""
         if self.world == 1:
             return lambda: own
-        full, own = own.new_empty(self.world * own.size(0), *own.shape[1:]), own.contiguous()
-        if self.is_cuda:
-            work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own, async_op=True)
-        else:
-            work = dist.all_gather(list(full.chunk(self.world)), own, async_op=True)
+        full = own.new_empty(self.world * own.size(0), *own.shape[1:])
+        work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own.contiguous(), async_op=True)
         return lambda: (work.wait(), full)[1]
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's Python object on every rank (small things: names, messages, a file's bytes)."""
-        if self.world == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's Python object, in the order of ranks, on every rank."""
-        if self.world == 1:
-            return [value]
-        boxes: list[Any] = [None] * self.world
-        dist.all_gather_object(boxes, value)
+        boxes = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(boxes, value)
         return boxes
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every rank's Python object, in the order of ranks, on rank 0; nothing elsewhere."""
-        if self.world == 1:
-            return [value]
-        boxes: list[Any] = [None] * self.world * self.is_main
-        dist.gather_object(value, boxes if self.is_main else None, dst=0)
-        return boxes
+def format_value(value: Any) -> str:
+    """A logged value without spaces: floats with 7 significant digits, containers as JSON."""
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
-    def agree(self, problem: str) -> None:
-        """Raise the first rank's `problem` (empty: none) as `UserError` on all ranks, so that none is left waiting."""
-        problems = [p for p in self.gather(problem) if p]
-        require(not problems, problems[0] if problems else "")
+class Run(Ranks):
+    """Ranks, device, phase clock and log of this process. Use as a context manager."""
 
-    # -- clock, log, progress --------------------------------------------------------------------------
+    def __init__(self, cfg: Config, env: Mapping[str, str], log: bool = True) -> None:
+        """`log`: open the log files; a test or a bench may do without."""
+        super().__init__(cfg, env)
+        self.started = self.charged_until = time.perf_counter()
+        self.budget, self.charged = "none", {"train": 0.0, "eval": 0.0, "none": 0.0}  # seconds by budget
+        self.status = "start"  # phase, and step where it has some: what is told of a rank that fails
+        self.stop, self.can_wait = 0, False  # signal that asks to end; whether the training loop looks at it
+        # A CPU multiplies bfloat16 matrices in hardware where it has AMX; elsewhere bf16 is slower than fp32.
+        fast = self.is_cuda or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        self.dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and fast else torch.float32
+        if self.is_cuda:
+            torch.set_float32_matmul_precision("high")  # master weights are fp32; products run in tf32 or bf16
+        self.compiles = cfg.compile == "on" or (cfg.compile == "auto" and self.is_cuda)
+        self.folder = Path(cfg.log_dir)
+        self.run_id = cfg.run_id or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}"
+        self.files = []  # text log, JSON lines
+        self.resumes = False
+        if log and self.is_main:
+            self.open_log(cfg)
+        self.run_id, self.resumes = self.broadcast_object((self.run_id, self.resumes))
+
+    def path(self, suffix: str) -> Path:
+        """One of this run's files."""
+        return self.folder / f"{self.run_id}{suffix}"
+
+    def open_log(self, cfg: Config) -> None:
+        """Opens both log files, or raises `UserError`. RESUME continues a log; none is overwritten."""
+        stem, checkpoint, artifact = self.run_id, self.path(".ckpt"), self.path(".bin")
+        self.resumes = cfg.resume != "0" and checkpoint.exists()
+        require(not artifact.exists(),
+                f"RUN_ID={stem}: {artifact} exists; EVAL_ONLY={artifact} scores it, or choose another RUN_ID")
+        require(self.resumes or not checkpoint.exists(),
+                f"RUN_ID={stem}: {checkpoint} exists; RESUME=1 goes on with it, or choose another RUN_ID")
+        require(self.resumes or cfg.resume != "1",
+                f"RESUME=1: no checkpoint {checkpoint}; RESUME=auto starts anew without")
+        while not cfg.run_id and self.path(".txt").exists():  # another run began in this second
+            self.run_id += "x"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.files = [open(self.path(suffix), "xa"[cfg.resume != "0"], encoding="utf-8")
+                          for suffix in (".txt", ".jsonl")]
+        except OSError as error:
+            raise UserError(f"RUN_ID={stem} LOG_DIR={cfg.log_dir}: {error}; choose another") from None
+
+    def __enter__(self) -> Run:
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """In the training loop the run ends after the step, with a checkpoint; elsewhere, or asked twice, at once."""
+        asked, self.stop = self.stop, number
+        if asked or not self.can_wait:
+            self.end_by_signal()
+
+    def end_by_signal(self) -> None:
+        """Ends the run by the signal that asked for it, with the exit status that a shell expects."""
+        error = UserError(f"{signal.Signals(self.stop).name} in phase {self.status}{self.how_to_resume()}")
+        error.exit_code = 128 + self.stop
+        raise error
+
+    def how_to_resume(self) -> str:
+        """How to go on with what is on disk, as the end of a sentence; empty: nothing is."""
+        path = self.path(".ckpt")
+        return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" * path.exists()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.log("error", kind=type(error).__name__, text=str(error))
+        for file in self.files:
+            with contextlib.suppress(OSError):  # a full disk; the screen has it all
+                file.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.world > 1:
+            if error is not None:  # torchrun ends the others; NCCL would wait for what they never join
+                print(f"train_gpt.py: rank {self.rank} failed in phase {self.status}: {type(error).__name__}",
+                      file=sys.stderr, flush=True)
+            else:
+                dist.barrier()  # a process that ends early may take its peers' connections with it
+                dist.destroy_process_group()
 
     @contextlib.contextmanager
     def phase(self, name: str, budget: str = "none") -> Iterator[None]:
         """Everything inside is timed as `name` and charged to `budget`: train, eval or none."""
-        self.synchronize()
-        start, outside, self.place = time.perf_counter(), self.place, name
-        self._open.append([budget, start, 0.0])
-        try:
-            yield
-        finally:
-            if sys.exc_info()[0] is None:
-                self.synchronize()
-                self.place = outside
-            took = time.perf_counter() - start
-            inner, depth = self._open.pop()[2], len(self._open)
-            self.phases.append(Phase(name, budget, start - self.started, took, depth, took - inner))
-            if depth:
-                self._open[-1][2] += took
-            else:
-                self.log("phase", name=name, budget=budget, phase_seconds=round(took, 3))
-
-    def went_before(self, name: str, budget: str, seconds: float) -> None:
-        """Take over the seconds of the run that this one goes on with: it began that much earlier."""
-        self.started -= seconds
-        self.phases.append(Phase(name, budget, 0.0, seconds, 0, seconds))
+        self.spent(budget)
+        outer, self.status, self.budget = (self.status, self.budget), name, budget
+        start = time.perf_counter()
+        yield
+        self.spent(budget)
+        self.status, self.budget = outer  # after an error they stay: where did it happen?
+        self.log("phase", name=name, budget=budget, phase_seconds=round(time.perf_counter() - start, 3))
 
     def spent(self, budget: str) -> float:
-        """Seconds charged to `budget` so far: of each of its phases what no phase inside has taken."""
-        ends = [*(start for _, start, _ in self._open[1:]), time.perf_counter()]
-        return sum(p.own for p in self.phases if p.budget == budget) + sum(
-            end - start - inner for end, (of, start, inner) in zip(ends, self._open) if of == budget)
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds so far by budget; `none` has also what lies between phases."""
-        total, charged = time.perf_counter() - self.started, {name: self.spent(name) for name in ("train", "eval")}
-        return {**charged, "none": total - sum(charged.values())}
+        """Seconds charged to `budget` so far; what a phase inside another takes is charged to its own."""
+        self.synchronize()
+        now = time.perf_counter()
+        self.charged[self.budget] += now - self.charged_until
+        self.charged_until = now
+        return self.charged[budget]
 
     def synchronize(self) -> None:
-        """Wait for the GPU (nothing to wait for on a CPU)."""
+        """Waits for the GPU (nothing to wait for on a CPU)."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -1305,61 +647,25 @@ class Run:
             return
         seconds = time.perf_counter() - self.started
         line = f"{seconds:9.1f} {event:14s} " + " ".join(f"{k}={format_value(v)}" for k, v in values.items())
-        self.write(line.rstrip().replace("\n", " | "))
+        line = line.rstrip().replace("\n", " | ")
+        tqdm.write(line)
+        self.append(0, line)
         self.record(event, values)
 
     def record(self, event: str, values: Mapping[str, Any]) -> None:
         """One object in the JSON lines alone; a number that is not finite becomes null."""
         seconds = round(time.perf_counter() - self.started, 3)
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._append(1, json.dumps({"seconds": seconds, "event": event, **finite}))
+        finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.append(1, json.dumps({"seconds": seconds, "event": event, **dict.fromkeys(values), **finite}))
 
-    def start_mirror(self) -> str:
-        """Rank 0 starts what copies the log to WANDB and TENSORBOARD; returns what is missing for it, or nothing.
-
-        A process of its own, which can neither delay nor end this one, also where a signal ends both.
-        """
-        asked = {"wandb": self.cfg.wandb, "tensorboard": self.cfg.tensorboard}
-        wanted = [name for name, on in asked.items() if on and self.is_main]
-        path, script = self.log_path.with_suffix(".jsonl"), Path(__file__).resolve().with_name("records") / "mirror.py"
-        if wanted and not script.is_file():
-            self.log("warning", text=f"{' '.join(wanted)}: no {script}; a full clone copies {path} later")
-        elif missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-            return f"{missing[0].upper()}=1: not installed here; {sys.executable} -m pip install {' '.join(missing)}"
-        elif wanted:
-            self._mirror = subprocess.Popen([sys.executable, str(script), str(path), *wanted, "--follow"],
-                                            stdin=subprocess.PIPE, start_new_session=True)
-        return ""
-
-    def write(self, line: str) -> None:
-        """One line for readers only, on screen and in the text log of rank 0."""
-        if self.is_main:
-            tqdm.write(line)
-            self._append(0, line)
-
-    def _append(self, number: int, line: str) -> None:
+    def append(self, number: int, line: str) -> None:
         """One line to a log file. A full disk ends no run: the line stays in the file's buffer until there is room."""
-        for file in self._files[number:number + 1]:
+        for file in self.files[number:number + 1]:
             try:
                 file.write(line + "\n")
                 file.flush()
             except OSError as error:
-                if not self.disk_full:
-                    self.warn(f"{self.log_path}: cannot write the log: {error}; the run goes on, make room")
-                self.disk_full = True
-
-    def logged(self) -> bool:
-        """Whether every line so far has left for the disk."""
-        try:
-            for file in self._files[:2]:
-                file.flush()
-            return True
-        except OSError:
-            return False
-
-    def warn(self, text: str) -> None:
-        """One line on standard error, where the log cannot be trusted with it."""
-        print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
+                print(f"train_gpt.py: {file.name}: {error}; make room", file=sys.stderr, flush=True)
 
     def progress(self, total: float, name: str, unit: str) -> tqdm:
         """A progress bar with rate and time left on rank 0's terminal; silent in a file."""
@@ -1371,275 +677,38 @@ class Run:
         """`function` as one compiled graph where this run compiles, else itself."""
         if not self.compiles:
             return function
-        torch._dynamo.config.recompile_limit = 64  # a graph for every plan and row length
+        torch._dynamo.config.recompile_limit = 64  # a graph for every stage and row length
         return torch.compile(function, dynamic=False, fullgraph=True)
 
-    def graphs(self) -> dict[str, int]:
-        """Graphs that this process has compiled so far, and the breaks in them."""
-        if not self.compiles:
-            return {"graphs": 0, "graph_breaks": 0}
-        from torch._dynamo.utils import counters
-        return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
-
-
-class Watch:
-    """Looks after the other ranks, in a thread: none waits for long for one that is gone, and none is left behind.
-
-    Each rank leaves a sign of life in torchrun's store every second, with its place. One that gives none for half of
-    DIST_TIMEOUT_SECONDS (stopped, its machine lost), one that fails (also: a collective that took DIST_TIMEOUT_SECONDS)
-    and a store that is gone end all: each prints rank, place, open collectives and stacks, and exits. What cannot,
-    torchrun kills.
-    """
-
-    def __init__(self, run: Run, env: Mapping[str, str]) -> None:
-        self.run, self.limit, self.done = run, run.cfg.dist_timeout_seconds, threading.Event()
-        self.every = min(1.0, self.limit / 20)
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
-                              timeout=datetime.timedelta(seconds=self.limit))
-        self.store = dist.PrefixStore(f"watch{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self.keys = [f"rank {rank}" for rank in range(run.world)]
-        self.signs: dict[str, tuple[bytes, float]] = {}
-        self.ending = threading.Lock()
-        self._sign()
-        self.store.wait(self.keys)
-        faulthandler.enable()  # NCCL's own guard aborts the process
-        threading.Thread(target=self._loop, daemon=True, name="watch").start()
-
-    def _sign(self) -> None:
-        self.store.set(self.keys[self.run.rank], f"{time.time():.1f} {self.run.place}")
-
-    def _loop(self) -> None:
-        while not self.done.wait(self.every):
-            try:
-                self._sign()
-                reason = self.store.get("failed").decode() if self.store.check(["failed"]) else \
-                    self.silent(self.limit / 2)
-            except RuntimeError as error:
-                reason = "" if self.done.is_set() else f"torchrun or rank 0 is gone ({str(error).splitlines()[0]})"
-            if reason:
-                self.end(reason)
-
-    def silent(self, limit: float) -> str:
-        """Who has given no sign of life for `limit` seconds, and where it was; empty: none."""
-        now = time.perf_counter()
-        for key, sign in zip(self.keys, self.store.multi_get(self.keys)):
-            if sign != self.signs.get(key, (b"", now))[0]:
-                self.signs[key] = sign, now
-        return "; ".join(f"{key} gives no sign of life for {now - at:.1f} s, last in phase " +
-                         sign.decode().split(" ", 1)[1] for key, (sign, at) in self.signs.items() if now - at > limit)
-
-    def fail(self, error: BaseException) -> None:
-        """This rank failed: find out whether because another is gone, tell the rest, and exit."""
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the rest as soon as it sees one dead
-            signal.signal(number, signal.SIG_IGN)
-        traceback.print_exception(error)  # first: this rank's own thread, too, ends it once "failed" is in the store
-        run, reason = self.run, ""
-        with contextlib.suppress(RuntimeError):
-            time.sleep(5 * self.every)  # a rank that is alive gives signs meanwhile
-            reason = self.silent(4 * self.every)
-        reason = reason or f"rank {run.rank} failed in phase {run.place}: {type(error).__name__}: " \
-            f"{(str(error) or '-').splitlines()[0]}"
-        with contextlib.suppress(RuntimeError):
-            self.store.set("failed", reason)
-        self.end(reason)
-
-    def end(self, reason: str) -> None:
-        """Print where this rank is, with the stack of every thread, and exit: nothing can be awaited any more."""
-        self.ending.acquire(timeout=5)  # for good: the other thread may be about to say the same
-        self.run.log("error", kind="lost", text=reason)
-        print(f"train_gpt.py: rank {self.run.rank} ends in phase {self.run.place}: {reason}{collectives()}",
-              file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(1)
-
-
-def collectives() -> str:
-    """What this rank's peers have not joined yet, or what they did last, by torch's flight recorder; empty: no record.
-
-    A rank whose number is lower than the others' is the one that they wait for.
-    """
-    found = []
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's and NCCL's
-        with contextlib.suppress(Exception):  # a private interface, read while all is lost anyway
-            entries = json.loads(getattr(torch._C._distributed_c10d, name)())["entries"]
-            found += [f"{e['profiling_name']} number {e['collective_seq_id']} of {e['input_sizes']}"
-                      f"{'' if e['retired'] else ' (open)'}"
-                      for e in [e for e in entries if not e["retired"]][-3:] or entries[-1:]]
-    return "; collectives: " + ", ".join(found) if found else ""
-
-
-def write_whole(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
-    """`write(temporary)`, flushed to the disk, becomes `path`, and what was there `previous`; or nothing changes."""
+def write_whole(path: Path, write: Callable) -> None:
+    """`write(temporary)`, flushed to the disk, becomes `path`; or nothing changes."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON values to `path`, whole or not at all: SHA-256, then safetensors (nothing could run)."""
+    from safetensors.torch import save
+    text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    blob = save({"state": text, **{name: t.detach().cpu().contiguous() for name, t in tensors.items()}})
+    write_whole(path, lambda temporary: temporary.write_bytes(hashlib.sha256(blob).digest() + blob))
 
-def checkpoint_files(path: Path) -> tuple[Path, Path]:
-    """A checkpoint's newest file and the one before; while the newest is renamed, or after a kill then, that alone."""
-    return path, path.with_suffix(f".previous{path.suffix}")
-
-
-class Checkpoints:
-    """The files from which a run goes on: `path`, and the one before it.
-
-    Safetensors: a JSON head and raw tensors, nothing that could run; SHA-256 of all of it is in the head. Tensors are
-    whole, so that any number of ranks can go on. Who saves waits for a copy on its device alone: a thread brings that
-    to pinned memory on a stream of its own, and writes. Only rank 0 writes and reads. No random state is kept: after
-    initialisation nothing draws from it.
-    """
-
-    def __init__(self, path: Path, kinds: Mapping[str, type], run: Run) -> None:
-        """`kinds`: types of the head's values, beside the knobs that this run must share with the one that saved."""
-        self.paths, self.kinds, self.run = checkpoint_files(path), kinds, run
-        self.pool, self.written = ThreadPoolExecutor(1), time.perf_counter()
-        self.stream = torch.cuda.Stream() if run.is_cuda else None
-        self.pinned: dict[str, Tensor] = {}
-
-    def knobs(self) -> dict[str, Any]:
-        """What must be the same in the run that goes on."""
-        raise NotImplementedError
-
-    def due(self) -> bool:
-        """Whether this rank wants one now."""
-        return 0 < self.run.cfg.checkpoint_period[0] <= time.perf_counter() - self.written
-
-    def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], **said: Any) -> None:
-        """Begin to write tensors and JSON values; work may go on at once. `said` is logged once they are on disk."""
-        self.wait()
-        self.written = time.perf_counter()
-        if not self.run.is_main:
-            return
-        head = json.dumps({**state, "knobs": self.knobs()})
-        copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        ready = torch.cuda.current_stream().record_event() if self.run.is_cuda else None
-        self.run.saving = self.pool.submit(self._write, copies, ready, head, said)
-
-    def _write(self, tensors: dict[str, Tensor], ready: Any, head: str, said: Mapping[str, Any]) -> None:
-        from safetensors.torch import save_file
-        start, (path, previous) = time.perf_counter(), self.paths
-        if ready is not None:
-            with torch.cuda.stream(self.stream):
-                ready.synchronize()
-                tensors = {name: self.pinned[name].copy_(t, non_blocking=True) if name in self.pinned else t.cpu()
-                           for name, t in tensors.items()}
-                self.stream.synchronize()
-        write_whole(path, lambda temporary: save_file(tensors, temporary, {
-            "state": head, "sha256": digest_of(tensors, head)}), previous)
-        if said:
-            self.run.log("checkpoint", **said, path=str(path), bytes=path.stat().st_size,
-                         write_seconds=time.perf_counter() - start)
-
-    def wait(self) -> str:
-        """Until the file that is being written is whole; why it could not be written, or nothing."""
-        from safetensors import SafetensorError
-        try:
-            if self.run.saving is not None:
-                self.run.saving.result()
-            return ""
-        except (OSError, SafetensorError) as error:  # a full disk ends no run
-            problem = f"{self.paths[0]}: checkpoint not written: {error}"
-            self.run.log("warning", text=f"{problem}; the one before is as it was")
-            return problem
-        finally:
-            self.run.saving = None
-
-    def end_run(self, where: str) -> None:
-        """Raise `StoppedError` with what to do next, once the file is whole."""
-        (problem, where), run = self.run.share((self.wait(), where)), self.run
-        raise StoppedError(run.stop or "SIGTERM", f"after {where}: " + (
-            problem or f"RESUME=1 RUN_ID={run.run_id} goes on from {self.paths[0]}"), together=True)
-
-    def read(self, expected: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
-             ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The newest whole file: state given to `write`, and on rank 0 its tensors, those `expected` of such a state.
-
-        `UserError` where no file is whole or knobs differ.
-        """
-        problems, state, found = [], None, {}
-        for path in self.paths if self.run.is_main else ():
-            if path.exists() and state is None:
-                try:
-                    state, found = read_checkpoint(path, self.kinds, self.knobs(), expected)
-                    self.run.log("resume", path=str(path), **{k: v for k, v in state.items() if k != "knobs"})
-                except UserError as error:
-                    problems.append(str(error))
-                    self.run.log("warning", text=problems[-1])
-        state, problems = self.run.share((state, problems))
-        require(state is not None, "; ".join(problems))
-        here, there = self.knobs(), state["knobs"]
-        for name in {**here, **there}:  # also those that another version of this program has
-            require(name in here, f"{self.paths[0]}: made by a version of this program with the knob "
-                    f"{one_line(name).upper()}: go on with that version, or start anew with another RUN_ID")
-            require(here[name] == there.get(name), f"{name.upper()}={show(here[name])}, but the checkpoint was made "
-                    f"with {one_line(show(there.get(name)))}; set that back, or start anew with another RUN_ID")
-        return state, found
-
-    def remove(self) -> None:
-        """Nothing goes on from here any more."""
-        self.wait()
-        for path in self.paths if self.run.is_main else ():
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def digest_of(tensors: Mapping[str, Tensor], head: str) -> str:
-    """SHA-256 of the head, and of names, types, shapes and bytes of CPU tensors."""
-    sha = hashlib.sha256(head.encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def read_checkpoint(path: Path, kinds: Mapping[str, type], knobs: Mapping[str, Any],
-                    expected: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
-                    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and CPU tensors of a file with the `expected` names, types and shapes; else `UserError`, one line.
-
-    Of a run with other knobs the state alone.
-    """
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file:  # holds the head's length and every offset against the file's size
-            head, listed = file.metadata(), {name: file.get_slice(name) for name in file.keys()}
-            text, sha = head["state"], head["sha256"]
-            state = json.loads(text)
-            require(isinstance(state, dict) and all(type(state.get(name)) is kind for name, kind in
-                                                    {**kinds, "knobs": dict}.items()),
-                    f"{path}: its head is not a checkpoint's")
-            if state["knobs"] != knobs:
-                return state, {}
-            types = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
-            require({name: (part.get_dtype(), part.get_shape()) for name, part in listed.items()} ==
-                    {name: (types[t.dtype], list(t.shape)) for name, t in expected(state).items()},
-                    f"{path}: its tensors are not those of this run")
-            tensors = {name: file.get_tensor(name) for name in listed}
-        require(digest_of(tensors, text) == sha, f"{path}: damaged (the checksum does not fit)")
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or damaged ({type(error).__name__}: {one_line(error)})") from None
+def load_checkpoint(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state, CPU tensors) of a checkpoint; `UserError` unless names, types and shapes are those of `like`."""
+    from safetensors.torch import load
+    blob = path.read_bytes()
+    require(hashlib.sha256(blob[32:]).digest() == blob[:32],
+            f"{path}: truncated or damaged (the checksum does not fit); start anew with another RUN_ID")
+    tensors = load(blob[32:])
+    state = json.loads(tensors.pop("state").numpy().tobytes())
+    shapes, own = ({name: (t.dtype, t.shape) for name, t in of.items()} for of in (tensors, like))
+    require(shapes == own, f"{path}: its tensors are not those of this run: other knobs, or another version")
     return state, tensors
-
-
-def set_deterministic(on: bool) -> None:
-    """torch's switch, left alone where it stands: its first use imports a compiler for a second."""
-    if torch.are_deterministic_algorithms_enabled() != on:
-        torch.use_deterministic_algorithms(on)
-
-
-def cpu_has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX); elsewhere bf16 is slower than fp32."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1652,42 +721,31 @@ def cpu_has_bf16_units() -> bool:
 # Safe to change: the order of an epoch. Not safe: anything that makes two ranks read different plans.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BOS_ID = 1
-"""Beginning of document, in every tokenizer of the challenge."""
-IGNORE = -100
-"""Target of a token that is not trained on (padding rows)."""
-
+BOS_ID = 1  # beginning of document, in every tokenizer of the challenge
+IGNORE = -100  # target of a token that is not trained on (padding)
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped uint16 ids of one shard; `UserError` unless magic, version and file size fit."""
     size = path.stat().st_size
     require(size >= SHARD_HEADER_BYTES, f"{path}: {size} bytes is no shard (the header alone has 1024); rebuild it "
-            f"with data/prepare.py")
-    header = np.fromfile(path, dtype="<i4", count=256)
-    require(int(header[0]) == SHARD_MAGIC and int(header[1]) == SHARD_VERSION,
-            f"{path}: magic {header[0]} version {header[1]}, expected {SHARD_MAGIC} and {SHARD_VERSION}: not a "
-            f"token shard; rebuild it with data/prepare.py")
-    tokens = int(header[2])
+            f"with ./run.sh data")
+    magic, version, tokens = (int(x) for x in np.fromfile(path, dtype="<i4", count=3))
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
+            f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} and {SHARD_VERSION}: not a "
+            f"token shard; rebuild it with ./run.sh data")
     require(size == SHARD_HEADER_BYTES + 2 * tokens,
             f"{path}: header says {tokens:,} tokens = {SHARD_HEADER_BYTES + 2 * tokens:,} bytes, the file has "
             f"{size:,}: truncated or damaged; fetch or prepare it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,)) if tokens else \
-        np.empty(0, dtype="<u2")
-
-
-def pieces(shard: np.ndarray, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    """A shard's ids in order, `size` at a time, read past the map: its pages would count as this process's memory."""
-    for start in range(0, len(shard), size):
-        yield np.fromfile(shard.filename, shard.dtype, min(size, len(shard) - start),  # type: ignore[attr-defined]
-                          offset=SHARD_HEADER_BYTES + 2 * start)
-
+    if not tokens:  # an empty file cannot be mapped
+        return np.empty(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
 
 class TokenStream:
     """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        require(folder.is_dir(), f"{folder}: no such dataset folder; make one with `python data/prepare.py` (download, "
-                f"demo, text), or set DATA_PATH")
+        require(folder.is_dir(), f"{folder}: no such dataset folder; make one with ./run.sh data (download, demo, "
+                f"text), or set DATA_PATH")
         self.paths = sorted(p for p in folder.glob(f"{prefix}_*.bin") if p.is_file() and
                             (prefix.endswith("bytes") or "_bytes_" not in p.name))
         require(bool(self.paths), f"{folder}: no {prefix}_*.bin in it; prepare or download the dataset, or set "
@@ -1701,138 +759,72 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) of the stream, copied; may span shards."""
         first = int(np.searchsorted(self.ends, start, side="right"))
-        parts = []
+        parts = [np.empty(0, dtype="<u2")]
         while start < stop:
             begin = int(self.ends[first]) - len(self.shards[first])
             end = min(stop, int(self.ends[first]))
             parts.append(self.shards[first][start - begin:end - begin])
             start, first = end, first + 1
-        return np.concatenate(parts) if parts else np.empty(0, dtype="<u2")
+        return np.concatenate(parts)
 
-    def check(self, vocab_size: int, part: int = 0, parts: int = 1) -> str:
-        """What is wrong with the ids of shards part, part+parts, ...: a message, or "" if nothing is."""
-        for path, shard in list(zip(self.paths, self.shards))[part::parts]:
-            top = max((int(ids.max()) for ids in pieces(shard)), default=0)
-            if top >= vocab_size:
-                return f"{path}: holds id {top}, but VOCAB_SIZE={vocab_size}: another tokenizer's shard, or damaged"
-        if part == 0 and not any((s[:1 << 20] == BOS_ID).any() for s in self.shards):
-            return f"{self.paths[0]}: no document start (id {BOS_ID}) in it; prepare it again with BOS"
-        return ""
+    def check(self, vocab_size: int) -> None:
+        """Looks at each shard's beginning for ids beyond the vocabulary, and for a BOS; `verify` reads them whole."""
+        for path, shard in zip(self.paths, self.shards):
+            top = int(shard[:1 << 20].max(initial=0))
+            require(top < vocab_size, f"{path}: holds id {top}, but VOCAB_SIZE={vocab_size}: another tokenizer's "
+                    f"shard, or damaged")
+        require(any((s[:1 << 20] == BOS_ID).any() for s in self.shards),
+                f"{self.paths[0]}: no document start (id {BOS_ID}) in it; prepare it again with BOS")
 
     def document_starts(self) -> np.ndarray:
         """Stream positions of all BOS, int64; whatever precedes the first one counts as a document too."""
         with ThreadPoolExecutor() as pool:  # the comparison releases the GIL
-            found = list(pool.map(lambda s: np.flatnonzero(s == BOS_ID), self.shards))
-        starts = np.concatenate([f + int(end) - len(s) for f, s, end in zip(found, self.shards, self.ends)])
-        return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
-
-    def document_keys(self, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """(key [documents] uint64, length [documents] int64) of the documents that start in shards part, part+parts...
-
-        A key is the sum of place times a random number for the id: equal documents have equal keys wherever they stand,
-        others practically never do. A document that runs on into the next shard has the key of its first part.
-        """
-        mix = np.random.default_rng(0).integers(0, 2**64 - 1, 1 << 16, dtype=np.uint64)
-        keys, lengths = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int64)]
-        for shard in self.shards[part::parts]:
-            before, sums, sizes, begins = 0, [], [], []  # ids of the open document so far; of each piece's documents
-            for ids in pieces(shard, 1 << 17):
-                edges = np.union1d(0, np.flatnonzero(ids == BOS_ID))
-                begins.append(ids[edges] == BOS_ID)
-                sizes.append(np.diff(edges, append=len(ids)))
-                place = np.arange(1, 1 + len(ids)) - np.repeat(edges, sizes[-1])
-                place[:sizes[-1][0]] += 0 if begins[-1][0] else before
-                sums.append(np.add.reduceat(mix[ids] * place.view(np.uint64), edges))
-                before = place[-1]
-            if len(first := np.flatnonzero(np.concatenate([*begins, [False]]))):
-                keys.append(np.add.reduceat(np.concatenate(sums), first))
-                lengths.append(np.add.reduceat(np.concatenate(sizes), first))
-        return np.concatenate(keys), np.concatenate(lengths)
-
-
-def row_offsets(num_tokens: int, seq_len: int, seed: int, epoch: int, order: str) -> np.ndarray:
-    """[rows] int64: start of each row of an epoch cut from the stream; a row has seq_len inputs and as many targets.
-
-    `order` is window (a permutation), coprime (a random stride that shares no divisor with the number of rows: #1060's
-    order, for the corpus as one ring instead of one a shard) or none. All but none also start at a random phase below
-    seq_len, so that epochs cut the stream differently.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    phase = 0 if order == "none" else int(rng.integers(0, min(seq_len, num_tokens - seq_len)))
-    count = (num_tokens - 1 - phase) // seq_len
-    rows = rng.permutation(count) if order == "window" else np.arange(count)
-    if order == "coprime":
-        first, stride = (int(n) for n in rng.integers(1, count + 1, 2))
-        while math.gcd(stride, count) > 1:
-            stride = int(rng.integers(1, count + 1))
-        rows = (first + stride * rows) % count
-    return phase + rows.astype(np.int64) * seq_len
-
-
-def document_order(starts: np.ndarray, num_tokens: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents of an epoch in random order, end of each in the stream of that order)."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(starts))
-    lengths = np.diff(np.append(starts, num_tokens))
-    return order, np.cumsum(lengths[order])
-
+            in_shards = list(pool.map(lambda s: np.flatnonzero(s == BOS_ID), self.shards))
+        starts = [at + int(end) - len(s) for at, s, end in zip(in_shards, self.shards, self.ends)]
+        return np.union1d(0, np.concatenate(starts))
 
 class Batch(NamedTuple):
-    """What one forward needs, R rows of T tokens. Attention and smearing never cross a document start."""
-    ids: Tensor
-    """[R, T] int64."""
-    targets: Tensor
-    """[R, T] int64: the next id, or IGNORE."""
-    positions: Tensor
-    """[R, T] int32: distance from the start of the document piece; 0 where a piece starts."""
-    cu_seqlens: Tensor
-    """[S+1] int32: where pieces start in the flattened rows, padded with R*T to one of a few lengths."""
+    """What one forward needs, R rows of T tokens. Attention and smearing never cross the start of a segment."""
+    ids: Tensor  # [R, T] int64
+    targets: Tensor  # [R, T] int64: the next id, or IGNORE
+    positions: Tensor  # [R, T] int32: distance from the start of the document segment; 0 where one starts
+    cu_seqlens: Tensor  # [S+1] int32: where segments start in the flattened rows, padded with R*T to a few lengths
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
-    def pin(self) -> Batch:
-        return Batch(*(t.pin_memory() for t in self))
+def batch_of_segments(rows: Sequence[Sequence[np.ndarray]], num_rows: int, seq_len: int) -> Batch:
+    """Rows of segments -> `Batch`. A segment of n + 1 ids is n inputs and, one later, their targets.
 
-    def in_rows(self, seq_len: int) -> Batch:
-        """The same tokens in rows of seq_len (which divides R*T), each of which starts a piece; needs no host."""
-        if seq_len == self.ids.size(1):
-            return self
-        cuts = torch.arange(0, self.ids.numel(), seq_len, dtype=torch.int32, device=self.ids.device)
-        column = torch.arange(seq_len, dtype=torch.int32, device=self.ids.device)
-        return Batch(self.ids.view(-1, seq_len), self.targets.view(-1, seq_len),
-                     torch.minimum(self.positions.view(-1, seq_len), column),
-                     torch.cat([self.cu_seqlens, cuts]).sort().values)  # a start named twice is an empty piece
-
-
-def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
-    """Rows of at most seq_len + 1 ids each -> `Batch` with num_rows rows; what is missing is padding (no targets).
-
-    A piece starts at each row's start and at each BOS among the inputs.
+    What is missing of num_rows rows of seq_len inputs is padding: segments of their own, without targets.
     """
     ids = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
     targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
     starts = np.zeros((num_rows, seq_len), dtype=bool)
-    for r, row in enumerate(rows):
-        n = len(row) - 1
-        ids[r, :n], targets[r, :n] = row[:-1], row[1:]
-        starts[r, :n] = row[:-1] == BOS_ID
-        starts[r, n:n + 1] = True  # padding is a piece of its own, and must not hold one piece per BOS
     starts[:, 0] = True
-    return pack_batch(ids, targets, starts)
-
-
-def pack_batch(ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> Batch:
-    """[R, T] ids, targets and piece starts -> `Batch`."""
-    num_rows, seq_len = ids.shape
+    for r, segments in enumerate(rows):
+        at = 0
+        for segment in segments:
+            stop = at + len(segment) - 1
+            ids[r, at:stop], targets[r, at:stop], starts[r, at] = segment[:-1], segment[1:], True
+            at = stop
+        starts[r, at:at + 1] = True
     column = np.arange(seq_len, dtype=np.int32)
     positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
-    begins = np.flatnonzero(starts.reshape(-1))
+    begins = np.flatnonzero(starts)
     # Few distinct lengths, in practice one: each would be a graph of its own where the model is compiled.
     bucket = max(4, seq_len // 128) * num_rows
     cu_seqlens = np.full(-(-len(begins) // bucket) * bucket + 1, ids.size, dtype=np.int32)
     cu_seqlens[:len(begins)] = begins
     return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
 
+def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
+    """Rows of at most seq_len + 1 ids each -> `Batch`; a segment starts at each row's start and at each BOS in it."""
+    split = []
+    for row in rows:
+        edges = [0, *(np.flatnonzero(row[1:-1] == BOS_ID) + 1).tolist(), len(row) - 1]
+        split.append([row[begin:end + 1] for begin, end in zip(edges, edges[1:])])
+    return batch_of_segments(split, num_rows, seq_len)
 
 def random_batch(num_rows: int, cfg: Config) -> Batch:
     """Rows of random ids, to warm graphs up with."""
@@ -1840,55 +832,66 @@ def random_batch(num_rows: int, cfg: Config) -> Batch:
     rows = [rng.integers(2, cfg.vocab_size, cfg.train_seq_len + 1).astype(np.uint16) for _ in range(num_rows)]
     return make_batch(rows, num_rows, cfg.train_seq_len)
 
-
-def beginning(ids: np.ndarray) -> str:
-    """What tells one stream from another: a hash of its first 4,096 ids."""
-    return hashlib.sha256(ids[:4096].tobytes()).hexdigest()[:12]
-
-
 class TrainData:
     """The training stream as numbered rows: row i is the same on every rank and in every run with this seed."""
 
     def __init__(self, cfg: Config, run: Run) -> None:
         self.cfg, self.run = cfg, run
         self.stream = TokenStream(cfg.dataset_dir, "fineweb_train")
-        run.agree(self.stream.check(cfg.vocab_size, run.rank, run.world))
+        self.stream.check(cfg.vocab_size)
         require(len(self.stream) > cfg.train_seq_len,
                 f"{cfg.dataset_dir}: {len(self.stream):,} training tokens make no row of TRAIN_SEQ_LEN="
                 f"{cfg.train_seq_len} and its target")
-        self.starts = self.stream.document_starts() if cfg.shuffle == "document" else np.zeros(1, dtype=np.int64)
-        self._epochs: dict[int, Any] = {}
+        beginning = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
+        self.corpus = f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {beginning}"
+        self.starts = np.zeros(1, dtype=np.int64)
+        if cfg.shuffle == "document":
+            self.starts = self.stream.document_starts()
+        # A shuffled phase may leave one row less, so one is never used.
+        spare = cfg.shuffle in ("window", "coprime")
+        self.rows_per_epoch = max(1, (len(self.stream) - 1) // cfg.train_seq_len - spare)
         rows = -(-cfg.train_rows // run.world)
-        self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)
-        """Rows of one forward on this device."""
-        self.num_micro = -(-rows // self.micro_rows)
-        """Forwards of one optimizer step, the same on every rank."""
+        self.plan = functools.lru_cache(maxsize=2)(self.plan_epoch)  # a step may lie in two epochs
+        self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)  # of one forward on this device
+        self.num_micro = -(-rows // self.micro_rows)  # forwards of one optimizer step, the same on every rank
 
-    @functools.cached_property
-    def rows_per_epoch(self) -> int:
-        """Rows in every epoch: a shuffled phase may leave one row less, so one is never used."""
-        return max(1, (len(self.stream) - 1) // self.cfg.train_seq_len -
-                   (self.cfg.shuffle in ("window", "coprime")))
+    def plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
+
+        Documents and windows are permuted; `coprime` steps through the windows by a random stride that shares no
+        divisor with their number (#1060's order, for the corpus as one ring instead of one a shard). All but `none` cut
+        the stream into windows at a random phase, so that epochs cut it differently.
+        """
+        order, seq_len, tokens = self.cfg.shuffle, self.cfg.train_seq_len, len(self.stream)
+        rng, phase = np.random.default_rng([self.cfg.seed, epoch]), 0
+        if order == "document":
+            documents = rng.permutation(len(self.starts))
+            return documents, np.cumsum(np.diff(np.append(self.starts, tokens))[documents])
+        if order != "none":
+            phase = int(rng.integers(0, min(seq_len, tokens - seq_len)))
+        rows = np.arange((tokens - 1 - phase) // seq_len)
+        if order == "window":
+            rows = rng.permutation(len(rows))
+        if order == "coprime":
+            first, stride = (int(n) for n in rng.integers(1, len(rows) + 1, 2))
+            while math.gcd(stride, len(rows)) > 1:
+                stride = int(rng.integers(1, len(rows) + 1))
+            rows = (first + stride * rows) % len(rows)
+        return phase + rows.astype(np.int64) * seq_len, np.empty(0)
 
     def row(self, index: int) -> np.ndarray:
         """The seq_len + 1 ids of global row `index`."""
         epoch, i = divmod(index, self.rows_per_epoch)
-        seq_len = self.cfg.train_seq_len
-        if epoch not in self._epochs:
-            plan = document_order(self.starts, len(self.stream), self.cfg.seed, epoch) \
-                if self.cfg.shuffle == "document" else \
-                row_offsets(len(self.stream), seq_len, self.cfg.seed, epoch, self.cfg.shuffle)
-            self._epochs = {epoch: plan, **{e: p for e, p in self._epochs.items() if e == epoch - 1}}
-        plan = self._epochs[epoch]
+        seq_len, (order, ends) = self.cfg.train_seq_len, self.plan(epoch)
         if self.cfg.shuffle != "document":
-            return self.stream.read(int(plan[i]), int(plan[i]) + seq_len + 1)
-        order, ends = plan
+            return self.stream.read(int(order[i]), int(order[i]) + seq_len + 1)
         start, stop, parts = i * seq_len, (i + 1) * seq_len + 1, []
         k = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
-            begin = int(self.starts[order[k]]) - (int(ends[k - 1]) if k else 0)
             end = min(stop, int(ends[k]))
-            parts.append(self.stream.read(start + begin, end + begin))
+            document = int(self.starts[order[k]])
+            begin = document + start - int(ends[k - 1] if k else 0)
+            parts.append(self.stream.read(begin, begin + end - start))
             start, k = end, k + 1
         return np.concatenate(parts)
 
@@ -1896,89 +899,66 @@ class TrainData:
         """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""
         first = step * self.cfg.train_rows
         rows = [self.row(i) for i in range(first + self.run.rank, first + self.cfg.train_rows, self.run.world)]
-        if max((int(row.max()) for row in rows), default=0) >= self.cfg.vocab_size:
-            raise LocalError(f"{self.cfg.dataset_dir}: a training shard holds ids beyond VOCAB_SIZE="
-                             f"{self.cfg.vocab_size} now, which it did not when the run began; repair it and "
-                             f"RESUME=auto")
-        return [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
-                           self.cfg.train_seq_len) for m in range(self.num_micro)]
+        batches = [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
+                              self.cfg.train_seq_len) for m in range(self.num_micro)]
+        if self.run.is_cuda:
+            batches = [Batch(*(t.pin_memory() for t in batch)) for batch in batches]
+        return batches
 
-    def position(self, step: int) -> dict[str, Any]:
-        """Where the batches of `step` begin, for a checkpoint: JSON values, to be given to `seek`."""
-        return {"row": step * self.cfg.train_rows, "seed": self.cfg.seed, "shuffle": self.cfg.shuffle,
-                "train_seq_len": self.cfg.train_seq_len, "corpus": self.corpus}
+    def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, its micro-batches) from `first` on; the next two are built by a thread while the device works."""
 
-    @functools.cached_property
-    def corpus(self) -> str:
-        """What tells this corpus from others, as it is when the run begins: shards may be damaged while it lasts."""
-        begin = beginning(self.stream.read(0, min(len(self.stream), 4096)))
-        return f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {begin}"
-
-    def seek(self, position: Mapping[str, Any]) -> int:
-        """The step to go on with (see `steps`), in any world size. `UserError` if this run has other rows."""
-        for name, here in self.position(0).items():
-            require(name == "row" or position.get(name) == here, f"{name.upper()}={here}, but the checkpoint was made "
-                    f"with {position.get(name)} and its rows are others; set that back, or start anew")
-        step, rest = divmod(position["row"], self.cfg.train_rows)
-        require(rest == 0, f"TRAIN_BATCH_TOKENS={self.cfg.train_batch_tokens}: no step of {self.cfg.train_rows} rows "
-                f"begins at row {position['row']}, where the checkpoint was made; set it back")
-        return step
-
-    def steps(self, first: int = 0) -> Iterator[list[Batch]]:
-        """`step(first)`, `step(first + 1)`, ...; the next two are built by a thread while the device works."""
-        build = (lambda s: [b.pin() for b in self.step(s)]) if self.run.is_cuda else self.step
         with ThreadPoolExecutor(1) as pool:
-            ahead: collections.deque[Future] = collections.deque(pool.submit(build, first + i) for i in range(2))
+            ahead = collections.deque(pool.submit(self.step, first + i) for i in range(2))
             try:
-                for step in range(first + 2, sys.maxsize):
-                    ready = ahead.popleft().result()
-                    ahead.append(pool.submit(build, step))
-                    yield ready
+                for step in range(first, sys.maxsize):
+                    batches = ahead.popleft().result()
+                    ahead.append(pool.submit(self.step, step + 2))
+                    yield step, batches
             finally:
                 for future in ahead:
                     future.cancel()
 
-
 class ValData(NamedTuple):
     """The validation stream with its documents, and the bytes of every target."""
-    ids: np.ndarray
-    """[N] uint16. Target t (0 <= t < N-1) is ids[t + 1]: every id but the first is scored."""
-    starts: np.ndarray
-    """[documents] int64: stream position of each document's first id."""
-    target_bytes: np.ndarray
-    """[N-1] int32."""
+    ids: np.ndarray  # [N] uint16; target t (0 <= t < N-1) is ids[t + 1]: every id but the first is scored
+    starts: np.ndarray  # [documents] int64: stream position of each document's first id
+    target_bytes: np.ndarray  # [N-1] int32
 
     @classmethod
     def load(cls, cfg: Config, run: Run) -> ValData:
         """From the dataset's shards; `UserError` where shards, tokenizer or side file do not belong together."""
         stream = TokenStream(cfg.dataset_dir, "fineweb_val")
-        run.agree(stream.check(cfg.vocab_size) if run.is_main else "")
+        stream.check(cfg.vocab_size)
         require(len(stream) >= 2, f"{cfg.dataset_dir}: the validation shards hold {len(stream)} tokens, no target")
         ids, starts = stream.read(0, len(stream)), stream.document_starts()
-        if cfg.caseops_enabled:
-            side = TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-            require(len(side) == len(stream), f"{cfg.dataset_dir}: the byte side file has {len(side):,} entries for "
-                    f"{len(stream):,} tokens; they belong to different exports")
-            return cls(ids, starts, side.read(1, len(side)).astype(np.int32))
-        return cls(ids, starts, TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(ids))
+        if not cfg.caseops_enabled:
+            return cls(ids, starts, TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(ids))
+        side = TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
+        require(len(side) == len(stream), f"{cfg.dataset_dir}: the byte side file has {len(side):,} entries for "
+                f"{len(stream):,} tokens; they belong to different exports")
+        return cls(ids, starts, side.read(1, len(side)).astype(np.int32))
 
     @property
     def num_targets(self) -> int:
         return len(self.ids) - 1
 
+    @property
+    def stops(self) -> np.ndarray:
+        """[documents]: where each document's targets end."""
+        return np.append(self.starts[1:], self.num_targets)
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The dataset's manifest.json, or {} where the export has none (the published ones)."""
-    path = folder / "manifest.json"
+def manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
+    """A JSON object beside the shards, or {} where the export has none (the published ones)."""
+    path = folder / name
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        found = None
-    require(isinstance(found, dict), f"{path}: not a JSON object; prepare the dataset again")
-    return found
-
+        held = None
+    require(isinstance(held, dict), f"{path}: not a JSON object; prepare the dataset again")
+    return held
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex; reads it in pieces."""
@@ -1988,69 +968,45 @@ def file_sha256(path: Path) -> str:
             digest.update(chunk)
     return digest.hexdigest()
 
+MAX_SHARED = 0.01  # of validation tokens in documents that training has, too: text repeats itself a little by nature;
+# the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)
 
-MAX_SHARED = 0.01
-"""Largest share of validation tokens in documents that training has, too. Web text repeats itself a little by nature;
-the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)."""
-VAL_DOCUMENTS = 50_000
-"""Of the official validation split."""
+def shards_sha256(folder: Path) -> str:
+    """SHA-256 over name, size and first 4,096 bytes of every shard: what tells one export from another."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("fineweb_*.bin")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
+def check_stamp(cfg: Config, run: Run) -> None:
+    """Refuses data whose validation documents are trained on, by what `./run.sh data verify` wrote of these shards.
 
-def check_data(train: TokenStream, cfg: Config, run: Run) -> dict[str, int]:
-    """What of `data/prepare.py verify` is cheap, before training: the shards are those of the manifest, and validation
-    is not trained on. `UserError` with the remedy; else the counts, for the log.
-
-    Validation stays closed until the artifact is written: of its documents only the keys are known, which `prepare.py`
-    left in val_keys.u64 (key and length of each, little-endian uint64). Each rank looks through its training shards.
+    Validation itself stays closed until the artifact is written.
     """
-    folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
-    streams = {"train": train, "val": TokenStream(folder, "fineweb_val")}
-    if "val" in said:
-        try:
-            listed = {(str(f["name"]), int(f["tokens"])) for split in streams for f in said[split]["files"]}
-        except (ArithmeticError, KeyError, TypeError, ValueError):
-            raise UserError(f"{folder}/manifest.json: damaged; fetch or prepare the data again") from None
-        found = {(p.name, len(ids)) for s in streams.values() for p, ids in zip(s.paths, s.shards)}
-        for name, tokens in sorted(listed ^ found):
-            where = "on disk" if (name, tokens) in found else "in manifest.json"
-            raise UserError(f"{folder}/{one_line(name)}: of {tokens:,} tokens only {where}; fetch or prepare the data "
-                            f"again")
-    path, verify = folder / "val_keys.u64", f"`python data/prepare.py verify {folder}`"
-    if not path.is_file():
-        run.log("warning", text=f"whether validation is trained on was not checked; {verify} does, once")
-        return {}
-    require(path.stat().st_size % 16 == 0, f"{path}: damaged; delete it and run {verify}")
-    keys, lengths = np.fromfile(path, "<u8").reshape(-1, 2).T
-    require(lengths.sum() == len(streams["val"]), f"{path}: of {int(lengths.sum()):,} tokens, validation has "
-            f"{len(streams['val']):,}; delete it and run {verify}")
-    if len(keys) != VAL_DOCUMENTS and "val" not in said:
-        run.log("warning", text=f"validation has {len(keys):,} documents, not the official {VAL_DOCUMENTS:,}: "
-                f"the score cannot be compared with the leaderboard's")
-    shared = np.any(run.gather(np.isin(keys, train.document_keys(run.rank, run.world)[0])), axis=0)
-    share = lengths[shared].sum() / lengths.sum()
-    require(share <= MAX_SHARED, f"{folder}: {int(shared.sum()):,} of {len(keys):,} validation documents "
-            f"({share:.1%} of the tokens) are in the training shards, too: a score on them is void; fetch or prepare "
-            f"the data again (data/README.md)")
-    return {"val_documents": len(keys), "shared_documents": int(shared.sum())}
-
+    folder, command = cfg.dataset_dir, f"./run.sh data verify {cfg.dataset_dir}"
+    stamp = manifest(folder, "verified.json")
+    if not stamp:
+        run.log("warning", text=f"whether validation is trained on was not checked; `{command}` does, once")
+        return
+    share = stamp.get("shared_share")
+    require(isinstance(share, float) and stamp.get("shards_sha256") == shards_sha256(folder),
+            f"{folder}/verified.json: of other shards than those that are there; run {command} again")
+    require(share <= MAX_SHARED, f"{folder}: {share:.1%} of the validation tokens are in documents that the training "
+            f"shards hold, too: a score on them is void; fetch or prepare the data again (data/README.md)")
 
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
     tied = manifest(cfg.dataset_dir).get("tokenizer") or {}
-    require(isinstance(tied, dict) and all(isinstance(text := tied.get(k, ""), str) and len(text) < 256
-                                           for k in ("path", "sha256")),
+    require(isinstance(tied, dict) and all(isinstance(text, str) and len(text) < 256 for text in tied.values()),
             f"{cfg.dataset_dir}/manifest.json: `tokenizer` must hold a path and a sha256; prepare the dataset again")
-    if cfg.tokenizer_path:
-        path = Path(cfg.tokenizer_path)
-    elif "path" in tied:
-        path = cfg.dataset_dir / tied["path"]
-    else:
-        path = Path(cfg.data_dir) / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
+    path = Path(cfg.data_dir) / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
+    if "path" in tied or cfg.tokenizer_path:
+        path = Path(cfg.tokenizer_path or cfg.dataset_dir / tied["path"])
     require(path.is_file(), f"{path}: no such tokenizer; set TOKENIZER_PATH or prepare the dataset")
-    digest = file_sha256(path)
-    require(tied.get("sha256", digest) == digest,
-            f"{path}: SHA-256 {digest[:12]}..., but the shards in {cfg.dataset_dir} were made with "
-            f"{str(tied.get('sha256'))[:12]}...; set TOKENIZER_PATH to that model or prepare the data again")
+    require(tied.get("sha256", "") in ("", file_sha256(path)), f"{path}: not the tokenizer that the shards in "
+            f"{cfg.dataset_dir} were made with; set TOKENIZER_PATH to that model or prepare the data again")
     return path
 
 
@@ -2060,7 +1016,6 @@ def tokenizer_path(cfg: Config) -> Path:
 # val_bpb = (nats of all targets / ln 2) / (UTF-8 bytes of all targets). A target is every id of the validation stream
 # but the very first; BOS targets cost their nats and count no bytes. Nothing about the model may touch this section.
 # Safe to change: nothing without a referee.
-
 
 def load_sentencepiece(path: Path) -> Any:
     """The SentencePiece processor of a model file whose BOS is ours; `UserError` otherwise."""
@@ -2074,15 +1029,11 @@ def load_sentencepiece(path: Path) -> Any:
     require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
     return sp
 
-
 class TokenBytes(NamedTuple):
-    """How many UTF-8 bytes of text each id stands for (three tables over ids, spec of the challenge)."""
-    base: np.ndarray
-    """[V] int32: bytes without the leading space; 0 for control, unknown and unused pieces, 1 for byte pieces."""
-    leading_space: np.ndarray
-    """[V] bool: the piece begins with the space mark, one byte unless it follows a boundary."""
-    boundary: np.ndarray
-    """[V] bool: control, unknown and unused pieces; a space after one of them is not text."""
+    """How many UTF-8 bytes of text each id stands for (three tables over ids, by the challenge's rules)."""
+    base: np.ndarray  # [V] int32: bytes without the leading space; 0 for control, unknown and unused, 1 for byte pieces
+    leading_space: np.ndarray  # [V] bool: begins with the space mark, one byte unless it follows a boundary
+    boundary: np.ndarray  # [V] bool: control, unknown and unused pieces; a space after one of them is not text
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> TokenBytes:
@@ -2102,7 +1053,9 @@ class TokenBytes(NamedTuple):
             piece = sp.id_to_piece(i)
             space[i] = piece.startswith("\u2581")
             text = piece[int(space[i]):].replace("\u2581", " ")  # a mark inside a piece is one byte, too
-            base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))
+            base[i] = len(text.encode("utf-8"))
+            if sp.is_byte(i):  # "<0xE2>"
+                base[i] = 1
         return cls(base, space, boundary)
 
     def of_targets(self, ids: np.ndarray) -> np.ndarray:
@@ -2110,23 +1063,13 @@ class TokenBytes(NamedTuple):
         before, target = ids[:-1], ids[1:]
         return self.base[target] + (self.leading_space[target] & ~self.boundary[before])
 
-
 class Score(NamedTuple):
-    """Totals over all targets."""
+    """Totals over all targets, nats per token and bits per byte."""
     nats: float
     tokens: int
     bytes: int
-
-    @property
-    def val_loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def val_bpb(self) -> float:
-        """Bits per byte."""
-        return self.nats / math.log(2) / self.bytes
-
+    val_loss: float
+    val_bpb: float
 
 class Ledger:
     """The loss of every target, written exactly once, and every update with the targets that it was made from.
@@ -2142,103 +1085,45 @@ class Ledger:
         self.times = torch.zeros(num_targets, dtype=torch.uint8)
         self.starts = starts
         self.phase, self.sequence, self.learned_in = 0, 0, -1
-        self.events: list[np.ndarray] = []
-        self.settled = 0
-        """So many of `events` tell of targets whose losses are recorded; the rest is of documents that are at work."""
-        self.done = np.broadcast_to(False, num_targets)
-        """[targets]: scored by the run that this one goes on with."""
+        self.events = [np.empty((0, 6), dtype=np.int64)]
 
     def record(self, targets: Tensor, nats: Tensor) -> None:
-        """Losses of the targets with these numbers (int64). A second write is a bug and raises."""
+        """Writes the losses of the targets with these numbers (int64). A second write is a bug and raises."""
         self.times.index_add_(0, targets, torch.ones(len(targets), dtype=torch.uint8))
         ensure(bool((self.times[targets] == 1).all()), "a target was scored twice")
         self.nats[targets] = nats.detach().float().cpu()
 
     def note(self, kind: int, states: Any, begins: Any, ends: Any) -> None:
-        """Simultaneous events: numbers or arrays of one length. An update of BASE ends the scores of its phase."""
+        """Adds simultaneous events: numbers or arrays of one length. An update of BASE ends the scores of its phase."""
         ensure(kind != self.SCORE or self.learned_in < self.phase, "targets were scored after the shared weights had "
                "learned from their phase")
-        if kind == self.UPDATE and np.any(np.asarray(states) == self.BASE):
+        columns = np.broadcast_arrays(*(np.asarray(x, dtype=np.int64).reshape(-1)
+                                        for x in (self.phase, self.sequence, kind, states, begins, ends)))
+        if kind == self.UPDATE and np.any(columns[3] == self.BASE):
             self.learned_in = self.phase
-        states, begins, ends = np.broadcast_arrays(*(np.asarray(x, dtype=np.int64).reshape(-1)
-                                                     for x in (states, begins, ends)))
-        self.events.append(np.stack([np.full_like(begins, self.phase), np.full_like(begins, self.sequence),
-                                     np.full_like(begins, kind), states, begins, ends], axis=1))
+        self.events.append(np.stack(columns, axis=1))
         self.sequence += 1
-        if np.any(states == self.BASE):
-            self.settle()
-
-    def settle(self) -> None:
-        """Everything noted so far is recorded."""
-        self.settled = len(self.events)
-
-    def hand_in(self, run: Run) -> np.ndarray:
-        """Rank 0 takes over what the other ranks have settled (a collective), and gets all settled events [n, 6]."""
-        own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events[:self.settled]])
-        if run.world == 1:
-            return own
-        targets = self.times.nonzero().flatten()
-        given = run.collect(None if run.is_main else (own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)],
-                                                      targets, self.nats[targets]))
-        if not run.is_main:
-            self.nats[targets], self.times[targets] = 0, 0
-            self.events, self.settled = self.events[self.settled:], 0
-            return own
-        for _, targets, nats in given[1:]:
-            self.record(targets, nats)
-        own = np.concatenate([own, *(events for events, _, _ in given[1:])])
-        self.events[:self.settled], self.settled = [own], 1
-        return own
-
-    def restore(self, nats: Tensor, events: np.ndarray, run: Run) -> None:
-        """Go on after these losses [targets] and settled events [n, 6] of all ranks, which rank 0 has."""
-        edges = np.zeros(len(self.nats) + 1, dtype=np.int64)
-        if run.is_main:
-            scores = events[events[:, 2] == self.SCORE]
-            np.add.at(edges, scores[:, 4], 1)
-            np.add.at(edges, scores[:, 5], -1)
-            self.nats.copy_(nats)
-            self.events, self.settled = [events], 1
-        done = run.broadcast(torch.from_numpy(edges[:-1].cumsum()).to(torch.uint8))
-        self.times = done.clone() if run.is_main else self.times
-        self.done = done.numpy() > 0
 
     def close(self, target_bytes: np.ndarray, run: Run) -> tuple[Score, str]:
         """(totals over all ranks, digest of the events); raises unless scores and updates are legal (`violations`).
 
         Summed in stream order in float64, so that the total does not depend on who scored what; nor does the digest.
         """
-        self.nats = nats = run.total(self.nats.to(run.device, copy=True)).cpu()
-        times = run.total(self.times.to(run.device, torch.int32)).cpu()
+        self.nats = nats = run.all_reduce(self.nats.to(run.device, copy=True)).cpu()
+        times = run.all_reduce(self.times.to(run.device, torch.int32)).cpu()
         ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
-        own = np.concatenate([np.empty((0, 6), dtype=np.int64), *self.events])
+        own = np.concatenate(self.events)
         if not run.is_main:  # all ranks made the same updates of the shared weights
             own = own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)]
-        events = np.concatenate(run.gather(own))
-        found = violations(events, self.starts, len(nats))
-        ensure(not found, "; ".join(found))
+        events = np.concatenate(run.all_gather_object(own))
+        broken = violations(events, self.starts, len(nats))
+        ensure(not broken, "; ".join(broken))
         logical = events[:, [4, 5, 2, 3, 0]]  # without sequence numbers, which tell ranks and batches apart
         digest = hashlib.sha256(logical[np.lexsort(logical.T[::-1])].tobytes()).hexdigest()
-        score = Score(float(nats.double().sum()), len(nats), int(target_bytes.sum(dtype=np.int64)))
-        require(math.isfinite(score.nats), "the score is not finite: the weights are broken")
-        require(score.bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
-        return score, digest
-
-
-def by_place(nats: np.ndarray, target_bytes: np.ndarray, starts: np.ndarray) -> dict[str, dict[str, list[float]]]:
-    """Targets, nats and bytes of a scored stream [T] by octaves: entry k has the 2^k-th to (2^(k+1) - 1)-th target of
-    every document (position), or the documents of 2^k to 2^(k+1) - 1 targets (length)."""
-    stops = np.append(starts[1:], len(nats))
-    octave = np.log2(np.maximum(stops - starts, 1)).astype(int)
-    cuts = np.minimum(starts + (2 ** np.arange(octave.max() + 2) - 1)[:, None], stops)
-    found: dict[str, dict[str, list[float]]] = {"position": {}, "length": {}}
-    for name, values in (("targets", np.ones(len(nats))), ("nats", nats), ("bytes", target_bytes)):
-        sums = np.zeros(len(nats) + 1)
-        np.cumsum(values, out=sums[1:])
-        found["position"][name] = np.diff(sums[cuts], axis=0).sum(axis=1).tolist()
-        found["length"][name] = np.bincount(octave, weights=sums[stops] - sums[starts]).tolist()
-    return found
-
+        total, text_bytes = float(nats.double().sum()), int(target_bytes.sum(dtype=np.int64))
+        require(math.isfinite(total), "the score is not finite: the weights are broken")
+        require(text_bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
+        return Score(total, len(nats), text_bytes, total / len(nats), total / math.log(2) / text_bytes), digest
 
 def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list[str]:
     """What is illegal about a ledger's events (rows as in `Ledger`), by condition of rules C1, C3, C4; [] if nothing.
@@ -2247,293 +1132,137 @@ def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list
     document, or in a phase that is over). C1: nothing scored after an update precedes it in the stream, and a
     document's adapters learn from and score that document only.
     """
-    found = []
-    scores, updates = (events[events[:, 2] == kind] for kind in (Ledger.SCORE, Ledger.UPDATE))
-    scores = scores[np.argsort(scores[:, 4], kind="stable")]
-    begins, ends = scores[:, 4], scores[:, 5]
-    edges = np.concatenate([[0], ends])
-    if not np.array_equal(edges, np.concatenate([begins, [num_targets]])):
-        found.append("C4: the scored intervals do not cover every target exactly once")
-        return found
-    stops = np.append(starts[1:], num_targets)
-    for name, rows in (("score", scores), ("update", updates)):
-        own = rows[rows[:, 3] != Ledger.BASE]
-        if len(own) and ((own[:, 4] < starts[own[:, 3]]) | (own[:, 5] > stops[own[:, 3]])).any():
-            found.append(f"C1: a {name} with one document's adapters reaches into another document")
-    first = np.searchsorted(ends, updates[:, 4], side="right")
-    last = np.searchsorted(begins, updates[:, 5], side="left")
-    shared = updates[:, 3] == Ledger.BASE
-    phase_end = np.maximum.accumulate(scores[:, 0])  # latest phase among the scores up to each one
-    if (phase_end[last[shared] - 1] > updates[shared, 0]).any():
-        found.append("C3: the shared weights learned from targets that were not scored yet")
-    for phase, end in updates[shared][:, [0, 5]].tolist():
-        if (begins[scores[:, 0] > phase] < end).any():
-            found.append("C1: targets were scored by weights that had learned from later ones")
-            break
-    updates, first, last = updates[~shared], first[~shared], last[~shared]
-    for offset in range(int((last - first).max(initial=0))):
-        at = np.minimum(first + offset, last - 1)
-        (score_phase, score_at), (phase, at_update) = scores[at, :2].T, updates[:, :2].T
-        if ((score_phase > phase) | ((score_phase == phase) & (score_at >= at_update))).any():
-            found.append("C3: a document's adapters learned from targets that were not scored yet")
-            break
-    # Scores with a document's adapters, in the order of time, must move forward in the document.
-    own = scores[scores[:, 3] != Ledger.BASE]
-    order = np.lexsort((own[:, 1], own[:, 0], own[:, 3]))
-    own = own[order]
-    back = (own[1:, 3] == own[:-1, 3]) & (own[1:, 4] < own[:-1, 4])
-    if back.any():
-        found.append("C1: a document was not scored from left to right while its adapters learned")
-    return found
+    phase, sequence, kind, state, begin, end = events.T
+    scored = np.flatnonzero(kind == Ledger.SCORE)
+    scored = scored[np.argsort(begin[scored], kind="stable")]
+    if not np.array_equal(np.append(0, end[scored]), np.append(begin[scored], num_targets)):
+        return ["C4: the scored intervals do not cover every target exactly once"]
+    stops, own = np.append(starts[1:], num_targets), state != Ledger.BASE
+    outside = own & ((begin < starts[state]) | (end > stops[state]))
+    # Time is lexicographic: phase, then sequence number; shared updates come after all scores of their phase.
+    clock = phase * (int(sequence.max(initial=0)) + 2) + sequence
+    latest_phase = np.maximum.accumulate(phase[scored])  # among the scores up to each one, in stream order
+    update, shared = (np.flatnonzero((kind == Ledger.UPDATE) & which) for which in (own, ~own))
+    last = np.searchsorted(begin[scored], end[shared], side="left") - 1  # last score that an update reads
+    ahead = [bool((begin[scored][phase[scored] > phase[u]] < end[u]).any()) for u in shared]
+    # An update of adapters reads a few neighbouring scores: the latest of them must be earlier than the update.
+    first = np.searchsorted(end[scored], begin[update], side="right")
+    beyond = np.searchsorted(begin[scored], end[update], side="left")
+    early = [bool((clock[scored[np.minimum(first + i, beyond - 1)]] >= clock[update]).any())
+             for i in range(int((beyond - first).max(initial=0)))]
+    # A document's scores with adapters, in the order of time, must move forward in the document.
+    mine = scored[own[scored]]
+    mine = mine[np.lexsort((clock[mine], state[mine]))]
+    backwards = (state[mine][1:] == state[mine][:-1]) & (begin[mine][1:] < begin[mine][:-1])
+    tests = {
+        "C1: a score with one document's adapters reaches into another document": outside[scored].any(),
+        "C1: an update with one document's adapters reaches into another document": outside[update].any(),
+        "C3: the shared weights learned from targets that were not scored yet":
+            (latest_phase[last] > phase[shared]).any(),
+        "C1: targets were scored by weights that had learned from later ones": any(ahead),
+        "C3: a document's adapters learned from targets that were not scored yet": any(early),
+        "C1: a document was not scored from left to right while its adapters learned": backwards.any()}
+    return [text for text, broken in tests.items() if broken]
+
+def by_place(nats: np.ndarray, target_bytes: np.ndarray, val: ValData) -> dict[str, dict[str, list[float]]]:
+    """Targets, nats and bytes of a scored stream [T] by octaves: entry k has the 2^k-th to (2^(k+1) - 1)-th target of
+    every document (position), or the documents of 2^k to 2^(k+1) - 1 targets (length)."""
+    lengths = val.stops - val.starts
+    position = np.log2(np.arange(val.num_targets) - np.repeat(val.starts, lengths) + 1).astype(int)
+    length = np.repeat(np.log2(np.maximum(lengths, 1)).astype(int), lengths)
+    values = {"targets": np.ones(len(nats)), "nats": nats, "bytes": target_bytes}
+    return {name: {of: np.bincount(octave, weights=weights).tolist() for of, weights in values.items()}
+            for name, octave in (("position", position), ("length", length))}
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5 Kernels: a plain reference and the fast twin that must agree with it, picked once
+# 5 Kernels: a plain reference and the fused implementation that must agree with it, picked once
 # ----------------------------------------------------------------------------------------------------
-# The reference is plain PyTorch and right on every device. A fast twin has the same signature, imports what it needs
-# when it is picked, and is named in the log. Attention is causal and never crosses a document piece.
-# Safe to change: the order of preference. A new twin needs a test against the reference.
-
+# The reference is plain PyTorch and right on every device. A fused implementation has the same signature, imports what
+# it needs when it is picked, and is named in the log. Attention is causal and never crosses a document segment.
+# Safe to change: the order of preference. A new implementation needs a test against the reference.
 
 class Attention(NamedTuple):
-    """One attention kernel: `prepare` once a batch, then `run` once a visit."""
+    """One attention kernel: `prepare` once a batch, then `run` once a layer."""
     name: str
-    prepare: Callable[[Batch], Any]
-    """Batch -> whatever `run` needs to know about the pieces."""
-    run: Callable[[Tensor, Tensor, Tensor, Any, int], Tensor]
-    """q [R,T,N,H], k and v [R,T,K,H], prepared, window -> [R,T,N,H]. Scale 1/sqrt(H). A window of w lets a token see
-    itself and the w - 1 before it, 0 all of its piece."""
+    prepare: Callable  # Batch -> whatever `run` needs to know about the segments
+    # q [R,T,N,H], k and v [R,T,K,H], prepared, window -> [R,T,N,H]; scale 1/sqrt(H). A window of w lets a token see
+    # itself and the w - 1 before it, 0 all of its segment.
+    run: Callable
 
+def segment_mask(batch: Batch) -> Tensor:
+    """[R, 1, T, T] bool: which keys a query sees, by segments and causality."""
+    column = torch.arange(batch.positions.size(1), device=batch.positions.device)
+    back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
+    return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
 
-def sdpa_attention() -> Attention:
-    """Reference: dense attention with a mask of pieces. On a CPU the mask costs 2-8 % (bench/LOG.md 2026-11-22)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int = 0) -> Tensor:
+    """Reference: q [R,T,N,H] on k, v [R,S,K,H] where mask (broadcast to [R,1,T,S]) allows it, and the window.
 
-    def prepare(batch: Batch) -> Tensor:
-        column = torch.arange(batch.positions.size(1), device=batch.positions.device)
-        back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
-        return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
-
-    return Attention("sdpa", prepare, windowed(masked_attention))
-
-
-def windowed(masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Attention by a mask [R,1,T,S], which a window narrows further; queries are the last T of the S keys."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int = 0) -> Tensor:
-        if window:
-            mask = mask & mask.new_ones(mask.shape[-2:]).triu(mask.size(-1) - mask.size(-2) + 1 - window)
-        return masked(q, k, v, mask)
-
-    return run
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [R,T,N,H] on k, v [R,S,K,H] where mask (broadcast to [R,1,T,S]) allows it."""
+    The queries are the last T of the S keys.
+    """
+    if window:
+        mask = mask & mask.new_ones(mask.shape[-2:]).triu(mask.size(-1) - mask.size(-2) + 1 - window)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                        enable_gqa=True)
     return y.transpose(1, 2)
 
+def varlen_attention(name: str) -> Attention:
+    """FlashAttention on flattened rows: PyTorch's own `varlen_attn` with kernel 2 (varlen), or fa3 or fa4 activated.
 
-class DenseAttention(torch.autograd.Function):
-    """Attention by plain batched products that keep the probabilities for the backward.
-
-    For short rows in bf16 on a CPU with matrix units: forward and backward take half of the flash kernel's time there
-    (rows of 256; bench/LOG.md 2026-11-22), at R*N*T*T numbers of memory.
+    `ImportError` where a kernel is not to be had: packages flash_attn_interface and flash-attn-4; torch 2.11 or later.
     """
-
-    @staticmethod
-    def fold(x: Tensor, kv_heads: int) -> Tensor:
-        """[R, T, K*G, H] -> [R*K, G*T, H]: query heads of one group become rows of one product."""
-        rows, seq_len, heads, width = x.shape
-        split = x.view(rows, seq_len, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
-        return split.reshape(rows * kv_heads, -1, width)
-
-    @staticmethod
-    def unfold(x: Tensor, rows: int, seq_len: int, heads: int) -> Tensor:
-        """Inverse of `fold`."""
-        kv_heads = x.size(0) // rows
-        split = x.view(rows, kv_heads, heads // kv_heads, seq_len, -1).permute(0, 3, 1, 2, 4)
-        return split.reshape(rows, seq_len, heads, -1)
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        ctx.shape, ctx.scale = q.shape, q.size(-1) ** -0.5
-        rows, seq_len, heads, _ = q.shape
-        q, k, v = (DenseAttention.fold(t, k.size(2)) for t in (q * ctx.scale, k, v))
-        scores = torch.bmm(q, k.mT)
-        scores.view(rows, heads, seq_len, -1).masked_fill_(hidden, -1e30)
-        p = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, p)
-        return DenseAttention.unfold(torch.bmm(p, v), rows, seq_len, heads)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, p = ctx.saved_tensors
-        rows, seq_len, heads, _ = ctx.shape
-        kv_heads, seen = k.size(0) // rows, k.size(1)
-        grad = DenseAttention.fold(grad, kv_heads)
-        grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
-        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
-        return (DenseAttention.unfold(grad_q, rows, seq_len, heads),
-                DenseAttention.unfold(torch.bmm(grad_scores.mT, q), rows, seen, kv_heads),
-                DenseAttention.unfold(torch.bmm(p.mT, grad), rows, seen, kv_heads), None)
-
-
-def dense_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`DenseAttention` where a gradient is wanted, the reference where not (its forward alone is the faster one)."""
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return DenseAttention.apply(q, k, v, ~mask) if wanted else masked_attention(q, k, v, mask)
-
-
-def dense_attention() -> Attention:
-    """Dense attention on rows of pieces."""
-    return Attention("dense", sdpa_attention().prepare, windowed(dense_masked_attention))
-
-
-def flat_attention(name: str, varlen: Callable[..., Tensor]) -> Attention:
-    """A variable-length kernel on flattened rows; `varlen(q, k, v, cu_seqlens, longest, before)` on [M, heads, H].
-
-    `before`: how many tokens before itself a token sees, -1 for all of its piece.
-    """
-
-    def prepare(batch: Batch) -> tuple[Tensor, int]:
-        return batch.cu_seqlens, batch.ids.size(1)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Tensor, int], window: int = 0) -> Tensor:
-        return varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *pieces, window - 1).view_as(q)
-
-    return Attention(name, prepare, run)
-
-
-def operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """A torch operator golf::<name>, which a compiler puts into its graph without looking inside; fake: its shapes."""
-    made = torch.library.custom_op(f"golf::{name}", function, mutates_args=(), schema=schema)
-    made.register_fake(fake)
-    return made
-
-
-def varlen_attention() -> Attention:
-    """PyTorch's own variable-length attention (CUDA; torch 2.10 and later)."""
+    from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
-    known = inspect.signature(varlen_attn).parameters
-    gqa = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if name != "varlen":
+        activate_flash_attention_impl(name.upper())
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
-        require(before < 0 or "window_size" in known, "ATTN_WINDOWS: this torch's varlen_attn has none; upgrade it")
-        causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
-        if not gqa and q.size(1) != k.size(1):
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **gqa)
+    def run(q, k, v, segments, window=0):
+        starts_q, starts_k, longest = segments  # (window - 1, 0): (-1, 0) is all of the segment before a token
+        return varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts_q, starts_k, longest, longest,
+                           window_size=(window - 1, 0), enable_gqa=True).view_as(q)
 
-    return flat_attention("varlen", varlen)
+    # Two tensors: an autograd.Function under `fullgraph` refuses the same one twice.
+    return Attention(name, lambda batch: (batch.cu_seqlens, batch.cu_seqlens.clone(), batch.ids.size(1)), run)
 
+SDPA = Attention("sdpa", segment_mask, masked_attention)
 
-def flash_attention(name: str, function: Callable[..., Any]) -> Attention:
-    """FlashAttention's variable-length function, 2 or 3: the same arguments."""
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The kernel called `name`, or the best that this machine has; `UserError` if it lacks it."""
+    flash = device.type == "cuda" and dtype == torch.bfloat16
+    require(name in ("auto", "sdpa") or flash, f"ATTENTION={name}: needs CUDA and DTYPE=bfloat16; use auto")
+    generations = {"fa3": (9,), "fa4": (9, 10, 11, 12), "varlen": range(8, 20)}  # fa3: Hopper alone
+    for kernel in ("fa3", "fa4", "varlen") * flash:
+        if name in (kernel, "auto") and torch.cuda.get_device_capability(device)[0] in generations[kernel]:
+            try:
+                return varlen_attention(kernel)
+            except (ImportError, RuntimeError, ValueError) as error:
+                require(name == "auto", f"ATTENTION={name}: not to be had here ({one_line(error)}); use auto")
+    require(name in ("auto", "sdpa"), f"ATTENTION={name}: needs a newer GPU; use auto")
+    return SDPA
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, before: int) -> Tensor:
-        y = function(q, k, v, cu, cu, longest, longest, causal=True, window_size=(before, 0 if before >= 0 else -1),
-                     deterministic=torch.are_deterministic_algorithms_enabled())
-        return y[0] if isinstance(y, tuple) else y  # older builds of 3 also return the log-sum-exp
-
-    return flat_attention(name, varlen)
-
-
-def fa2_attention() -> Attention:
-    """FlashAttention 2 (package flash-attn)."""
-    from flash_attn import flash_attn_varlen_func
-    return flash_attention("fa2", flash_attn_varlen_func)
-
-
-def fa3_attention() -> Attention:
-    """FlashAttention 3 (package flash_attn_interface, Hopper)."""
-    from flash_attn_interface import flash_attn_varlen_func
-    return flash_attention("fa3", flash_attn_varlen_func)
-
-
-@functools.cache
-def fa4_attention() -> Attention:
-    """FlashAttention 4 (package flash-attn-4, Hopper and Blackwell), as an operator: no compiler can look into it."""
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    def call(function: Callable[..., Any], tensors: Sequence[Tensor], cu: Tensor, longest: int, before: int, **more: Any
-             ) -> tuple[Tensor, ...]:
-        wanted = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
-                      window_size_left=before if before >= 0 else None,
-                      deterministic=torch.are_deterministic_algorithms_enabled())
-        known = inspect.signature(function).parameters  # max_seqlen came late to some of them
-        return function(*(t.contiguous() for t in tensors), **{k: v for k, v in wanted.items() if k in known}, **more)
-
-    arguments = "Tensor cu, int longest, int before"
-    forward = operator(
-        "fa4", f"(Tensor q, Tensor k, Tensor v, {arguments}) -> (Tensor, Tensor)",
-        lambda q, k, v, *rest: call(_flash_attn_fwd, (q, k, v), *rest, return_lse=True)[:2],
-        lambda q, k, v, *rest: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-    inner = operator(
-        "fa4_grad", f"(Tensor q, Tensor k, Tensor v, Tensor y, Tensor grad, Tensor lse, {arguments}) -> "
-        "(Tensor, Tensor, Tensor)",
-        lambda *inputs: call(_flash_attn_bwd, inputs[:6], *inputs[6:])[:3],
-        lambda q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-        ctx.rest = inputs[4:]
-
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, lse, cu = ctx.saved_tensors
-        return *inner(q, k, v, y, grad, lse, cu, *ctx.rest), None, None, None
-
-    forward.register_autograd(backward, setup_context=keep)
-    return flat_attention("fa4", lambda *inputs: forward(*inputs)[0])
-
-
-ATTENTIONS = {"fa4": fa4_attention, "fa3": fa3_attention, "fa2": fa2_attention, "varlen": varlen_attention,
-              "dense": dense_attention, "sdpa": sdpa_attention}
-
-
-def pick_attention(wanted: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Attention:
-    """The kernel called `wanted`, or the best for rows of seq_len that this machine has; `UserError` if it lacks it."""
-    anywhere, fast = ("sdpa", "dense"), device.type == "cuda" and dtype == torch.bfloat16
-    require(wanted in ("auto", *anywhere) or fast, f"ATTENTION={wanted}: needs CUDA and DTYPE=bfloat16; use auto")
-    short = device.type == "cpu" and dtype == torch.bfloat16 and seq_len <= 512
-    best = ["fa3", "fa4", "fa2", "varlen", "sdpa"] if fast else ["dense" if short else "sdpa"]
-    for name in ([wanted] if wanted != "auto" else best):
-        generations = {"fa3": (9,), "fa4": (9, 10, 11, 12)}
-        if name in generations and torch.cuda.get_device_capability(device)[0] not in generations[name]:
-            continue
-        try:
-            return ATTENTIONS[name]()
-        except ImportError as error:
-            require(wanted == "auto", f"ATTENTION={wanted}: cannot be imported here ({error}); use ATTENTION=auto")
-    raise UserError(f"ATTENTION={wanted}: needs a newer GPU (fa3: Hopper alone; fa4: Hopper or later); use auto")
-
-
-RMS_EPS = 2.0 ** -23
-"""Added to the mean square: fp32's epsilon, in every dtype."""
-
+RMS_EPS = 2.0 ** -23  # added to the mean square: fp32's epsilon, in every dtype
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     """gain * x / rms(x) over the last axis; gain is a number or broadcasts from the left of that axis."""
-    normed = F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
-    return normed * (gain.to(x.dtype) if isinstance(gain, Tensor) else gain)
-
+    if isinstance(gain, Tensor):
+        gain = gain.to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * gain
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     """max(x, slope*x)^2 (#493, #549); its derivative is 2x above zero and 2*slope^2*x below."""
     return F.leaky_relu(x, slope).square()
-
 
 def softcapped_cross_entropy(logits_MV: Tensor, targets_M: Tensor, softcap: float) -> Tensor:
     """Nats of each target under softmax(c*tanh(z/c)), in fp32; 0 where the target is IGNORE."""
     capped = softcap * torch.tanh(logits_MV.float() / softcap)
     return F.cross_entropy(capped, targets_M, reduction="none", ignore_index=IGNORE)
 
-
 class EagerRmsNorm(torch.autograd.Function):
     """`rms_norm` with a hand-written backward: over twice as fast in bf16 where nothing is compiled."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor | float) -> Tensor:
+    def forward(ctx, x, gain=1.0):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
         ctx.gain = gain
@@ -2541,67 +1270,19 @@ class EagerRmsNorm(torch.autograd.Function):
         return x * (inverse * gain).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, grad):
         x, inverse = ctx.saved_tensors
         along = torch.sum(grad * x, -1, keepdim=True, dtype=torch.float32).mul_(inverse)  # grad . (x / rms)
-        grad_gain = along.sum_to_size(ctx.gain.shape) if ctx.needs_input_grad[1] else None
+        grad_gain = None
+        if len(ctx.needs_input_grad) > 1 and ctx.needs_input_grad[1]:
+            grad_gain = along.sum_to_size(ctx.gain.shape)
         scale = inverse * ctx.gain
         share = (along * scale * inverse).div_(-x.size(-1))
         return torch.addcmul(grad * scale.to(x.dtype), x, share.to(x.dtype)), grad_gain
 
-
-class EagerLeakyReluSquared(torch.autograd.Function):
-    """`leaky_relu_squared` by maxima (slope <= 1): cheaper passes than leaky_relu's where nothing is compiled."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
-        ctx.slope = slope
-        ctx.save_for_backward(x)
-        return torch.maximum(x, slope * x).square_()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x = ctx.saved_tensors[0]  # d/dx = 2x above zero, 2*slope^2*x below
-        return torch.maximum(2 * x, 2 * ctx.slope ** 2 * x).mul_(grad), None
-
-
-class EagerCrossEntropy(torch.autograd.Function):
-    """`softcapped_cross_entropy` and its gradient in one pass over chunks of rows that stay in the cache.
-
-    Capped logits lie within +-c, so exp(capped - c) can neither overflow nor vanish for c up to 40 and no maximum is
-    searched. The gradient is kept in the dtype of the logits; fp32 logits are never held as a whole.
-    """
-    CHUNK = 1 << 17
-    """Logits of one chunk: 512 KB in fp32 (2^16 to 2^19 are within 6 %, bench/LOG.md 2026-11-22)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        rows = max(1, EagerCrossEntropy.CHUNK // logits.size(1))
-        for at in range(0, len(logits), rows):
-            part = slice(at, at + rows)
-            tanh, scored = (logits[part].float() / softcap).tanh_(), (targets[part] != IGNORE).float()
-            target = targets[part].clamp_min(0).unsqueeze(1)
-            p = torch.exp(softcap * tanh - softcap)
-            total = p.sum(-1, keepdim=True)
-            losses[part] = (total.log() + softcap - softcap * tanh.gather(1, target)).squeeze(1) * scored
-            if grad is not None:
-                p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
-                grad[part] = p.mul_(tanh.square_().neg_().add_(1.0)).mul_(scored.unsqueeze(1))
-        ctx.save_for_backward(grad)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        saved = ctx.saved_tensors[0]
-        return torch.mul(saved, grad.unsqueeze(1), out=torch.empty_like(saved)), None, None  # product in fp32
-
-
-# The two functions below are Triton's language, not Python: `triton_kernels` compiles them, and gives this module its
-# name `tl`. A `constexpr` is a constant of the compiled kernel.
+# The function below is Triton's language, not Python: `triton_mlp` compiles it, and gives this module its name `tl`.
+# A `constexpr` is a constant of the compiled kernel.
 tl: Any = None
-
 
 def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
                BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
@@ -2639,41 +1320,11 @@ def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K:
     x = tl.maximum(x, SLOPE * x)
     tl.store(post_ptr + at, x * x, mask=inside)
 
-
-def nats_kernel(logits_ptr, targets_ptr, nats_ptr, grad_ptr, V: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
-                GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of logits [V]: nats of its target under softmax(CAP*tanh(z/CAP)) and, if GRAD, their gradient by z.
-
-    The softmax is summed online in fp32; the walk for the gradient finds the row in the cache.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    scored = (target != IGNORED).to(tl.float32)
-    highest, total, chosen = -CAP, 0.0, 0.0
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-        z = tl.where(cols < V, CAP * (2 * tl.sigmoid(z * (2 / CAP)) - 1), float("-inf"))  # CAP * tanh(z / CAP)
-        higher = tl.maximum(highest, tl.max(z, 0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
-        chosen += tl.sum(tl.where(cols == target, z, 0.0), 0)
-        highest = higher
-    log_total = highest + tl.log(total)
-    tl.store(nats_ptr + row, (log_total - chosen) * scored)
-    if GRAD:
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + row * V + cols, mask=cols < V, other=0.0).to(tl.float32)
-            tanh = 2 * tl.sigmoid(z * (2 / CAP)) - 1
-            error = tl.exp(CAP * tanh - log_total) - tl.where(cols == target, 1.0, 0.0)
-            tl.store(grad_ptr + row * V + cols, error * (1 - tanh * tanh) * scored, mask=cols < V)
-
-
 @functools.cache
-def triton_kernels() -> dict[str, Any]:
-    """The fields of `Kernels` that Triton has a twin for; `ImportError` where there is no Triton.
+def triton_mlp() -> Callable:
+    """The MLP in one operator that keeps one activation of width F; `ImportError` where there is no Triton.
 
-    Each is an `operator`, with a gradient in operators and plain products.
+    x [..., D], up [F, D], down [D, F], slope -> [..., D]. A compiler puts it into its graph without looking inside.
     """
     global tl
     import triton
@@ -2681,362 +1332,315 @@ def triton_kernels() -> dict[str, Any]:
     tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 32, 4, 2)]
     configs = [triton.Config(dict(ROWS=rows, COLS=cols, DEPTH=depth), num_warps=warps, num_stages=stages)
                for rows, cols, depth, warps, stages in tiles]
-    # The fastest tile of a shape is found when the graphs are primed; the interpreter on a CPU takes the smallest, and
-    # so do runs that must be alike: which is the fastest may hang on what else the GPU does.
-    free = torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled()
-    product = triton.autotune(configs if free else configs[-1:], key=["N", "K", "BACKWARD"])(triton.jit(mlp_kernel))
-    row_kernel = triton.jit(nats_kernel)
+    if not torch.cuda.is_available():  # the interpreter takes the smallest; a GPU's warm-up looks for the fastest
+        configs = configs[-1:]
+    product = triton.autotune(configs, key=["N", "K", "BACKWARD"])(triton.jit(mlp_kernel))
 
-    def activated(a: Tensor, b: Tensor, pre: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    def activated(a, b, pre, slope):
         """(pre, post), or in the backward, which has pre, (grad of pre, post); all [M, N]."""
         (rows, depth), width = a.shape, b.numel() // a.size(1)
         out, post = a.new_empty(rows, width), a.new_empty(rows, width)
-        product[lambda tile: (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
-            a.contiguous(), b.contiguous(), out if pre is None else pre, out, post, rows, width, depth, slope,
-            pre is not None)
+        grid = lambda tile: (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)  # noqa: E731
+        product[grid](a.contiguous(), b.contiguous(), out if pre is None else pre, out, post, rows, width, depth, slope,
+                      pre is not None)
         return out, post
 
-    def nats(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
-        """(nats [M] in fp32, their gradient by the logits [M, V]); an empty gradient where none is wanted."""
-        (rows, vocab), block = logits.shape, min(4096, triton.next_power_of_2(logits.size(1)))
-        found, grad = nats_like(logits, targets, cap, wanted)
-        row_kernel[(rows,)](logits.contiguous(), targets, found, grad, vocab, cap, IGNORE, wanted, block, num_warps=8)
-        return found, grad
-
-    def nats_like(logits: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
-        found = logits.new_empty(logits.size(0), dtype=torch.float32)
-        return found, logits.new_empty(logits.shape if wanted else (0,))
-
-    def mlp_forward(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    def forward(x, up, down, slope):
         pre, post = activated(x, up, None, slope)
         return post @ down.T, pre
 
-    def mlp_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, pre = ctx.saved_tensors
-        grad_pre, post = mlp_inner(grad, down, pre, ctx.slope)
-        return grad_pre @ up, grad_pre.T @ x, grad.T @ post, None
-
-    def mlp_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], output[1])
         ctx.slope = inputs[3]
 
-    def head_forward(x: Tensor, head: Tensor, targets: Tensor, cap: float, wanted: bool) -> tuple[Tensor, Tensor]:
-        return nats(x @ head.T, targets, cap, wanted)
+    def backward(ctx, grad, _):
+        x, up, down, pre = ctx.saved_tensors
+        grad_pre, post = inner(grad, down, pre, ctx.slope)
+        return grad_pre @ up, grad_pre.T @ x, grad.T @ post, None
 
-    def head_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, head, each = ctx.saved_tensors  # a row's factor commutes with both products: no walk over all logits
-        scale = grad.unsqueeze(1)
-        return ((each @ head) * scale).to(x.dtype), each.T @ (x * scale).to(x.dtype), None, None, None
-
-    pair = " -> (Tensor, Tensor)"
-    mlp_inner = operator("mlp_inner", f"(Tensor grad, Tensor down, Tensor pre, float slope){pair}", activated,
-                         lambda grad, down, pre, slope: (torch.empty_like(pre), torch.empty_like(pre)))
-    mlp = operator("mlp", f"(Tensor x, Tensor up, Tensor down, float slope){pair}", mlp_forward,
-                   lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
-    mlp.register_autograd(mlp_backward, setup_context=mlp_keep)
-    row_nats = operator("nats", f"(Tensor logits, Tensor targets, float cap, bool wanted){pair}", nats, nats_like)
-    row_nats.register_autograd(
-        lambda ctx, grad, each: ((ctx.saved_tensors[0] * grad.unsqueeze(1)).to(each.dtype), None, None, None),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
-    head_nats = operator("head_nats", f"(Tensor x, Tensor head, Tensor targets, float cap, bool wanted){pair}",
-                         head_forward, lambda x, head, *rest: nats_like(x.new_empty(x.size(0), head.size(0)), *rest))
-    head_nats.register_autograd(
-        head_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]))
-    return dict(
-        mlp=lambda x, *rest: mlp(x.flatten(0, -2), *rest)[0].view_as(x),
-        cross_entropy=lambda *inputs: row_nats(*inputs, torch.is_grad_enabled())[0],
-        head_nats=lambda *inputs: head_nats(*inputs, torch.is_grad_enabled())[0])
-
+    inner = torch.library.custom_op("golf::mlp_inner", activated, mutates_args=(), schema=(
+        "(Tensor grad, Tensor down, Tensor pre, float slope) -> (Tensor, Tensor)"))
+    inner.register_fake(lambda grad, down, pre, slope: (torch.empty_like(pre), torch.empty_like(pre)))
+    mlp = torch.library.custom_op("golf::mlp", forward, mutates_args=(), schema=(
+        "(Tensor x, Tensor up, Tensor down, float slope) -> (Tensor, Tensor)"))
+    mlp.register_fake(lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
+    mlp.register_autograd(backward, setup_context=save)
+    return lambda x, *rest: mlp(x.flatten(0, -2), *rest)[0].view_as(x)
 
 class Kernels(NamedTuple):
-    """The functions that the model calls; each twin has the reference's signature."""
-    attention: Attention
-    rms_norm: Callable[..., Tensor] = rms_norm
-    leaky_relu_squared: Callable[[Tensor, float], Tensor] = leaky_relu_squared
-    cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = softcapped_cross_entropy
-    masked: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = masked_attention
-    """Attention of a chunk to a document's past (`KeyValueCache`)."""
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
-    """x [..., D], up [F, D], down [D, F], slope -> [..., D] in one operator that keeps one activation of width F."""
-    head_nats: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
-    """Hidden [M, D], head [V, D], targets [M], softcap -> nats [M] in one operator that keeps no logits."""
-    fused: str = "compiled"
-    """Who fuses what is not attention: `compiled` (a compiler, the references), `by hand` (eager twins) or `triton`."""
-
-
-def eager_rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    """`EagerRmsNorm` as a function."""
-    return EagerRmsNorm.apply(x, gain)
-
+    """The functions that the model calls; each fused one has the reference's signature."""
+    attention: Attention = SDPA
+    rms_norm: Callable = rms_norm
+    mlp: Callable | None = None  # x [..., D], up [F, D], down [D, F], slope -> [..., D]; None: by parts
+    fused: str = "compiled"  # who fuses what is not attention: a compiler (the references), `by hand` or `triton`
 
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
-    """The kernels of this run: Triton's on a GPU; else a compiler fuses the references, and eager runs take the twins.
+    """The kernels of this run: Triton's on a GPU; a compiler fuses the references, and eager runs have their own norm.
 
     Raises `UserError` where KERNELS=triton cannot be had.
     """
-    attention = pick_attention(cfg.attention, run.device, run.dtype, cfg.train_seq_len)
-    masked = dense_masked_attention if attention.name == "dense" else masked_attention
-    kernels = Kernels(attention)
-    if not run.compiles and cfg.logit_softcap <= 40:  # beyond, the one-pass cross-entropy could lose its smallest terms
-        kernels = Kernels(attention, eager_rms_norm, EagerLeakyReluSquared.apply, EagerCrossEntropy.apply, masked,
-                          fused="by hand")
+    kernels = Kernels(pick_attention(cfg.attention, run.device, run.dtype))
+    if not run.compiles:
+        kernels = kernels._replace(rms_norm=EagerRmsNorm.apply, fused="by hand")
     able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
     require(able or cfg.kernels != "triton",
             "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
-    if able and cfg.kernels != "plain":
+    if able and cfg.kernels != "plain" and not cfg.mlp_rank:  # a low-rank MLP has four products, the fused one two
         try:
-            kernels = kernels._replace(fused="triton", **triton_kernels())
-            return kernels._replace(fused="triton but the MLP", mlp=None) if cfg.mlp_rank else kernels
+            kernels = kernels._replace(fused="triton", mlp=triton_mlp())
         except ImportError as error:
             require(cfg.kernels == "auto", f"KERNELS=triton: cannot be imported here ({error}); use auto")
     return kernels
 
 
 # ----------------------------------------------------------------------------------------------------
-# 6 Model: layer plan, weights seam, one forward
+# 6 Model: what a matrix is, unrolled layers, one forward
 # ----------------------------------------------------------------------------------------------------
-# Which block runs when is data (`layer_plan`): loop off and loop on are two tuples. A block reads its matrices only
-# through `w.linear(name, visit, x)`, so that training, calibration and evaluation share every gate and norm; where `w`
-# is plain, a kernel may take the MLP's or the head's matrices whole. Matrices of one kind lie in one bank [count, O, I]
+# Which block runs when is data (`unroll_layers`): loop off and loop on are two tuples. A block reads its matrices only
+# through `w.linear(name, layer, x)`, so that training, calibration and evaluation share every gate and norm; where `w`
+# is plain, a kernel may take the MLP's matrices whole. Matrices of one kind lie in one bank [count, O, I]
 # for the optimizer; a parameter is fp32 and is cast where it is used.
-# Positions restart at every document piece; nothing else has to be told where documents end.
-# Safe to change: a gate is one class and one entry of GATES. A new parameter needs a row in ROUTES (section 7).
+# Positions restart at every document segment; nothing else has to be told where documents end.
+# Safe to change: a gate is one entry of `head_gate`. A new matrix: a row in MATRICES; a new parameter: one in ROUTES.
 
-
-class Visit(NamedTuple):
+class Layer(NamedTuple):
     """One execution of one stored block."""
-    number: int
-    """Position in the plan: a looped block has several visits, each with adapters of its own."""
-    block: int
-    """Which stored block runs."""
-    skip_from: int | None
-    """Number of the visit whose output is mixed in before this one (U-Net skip)."""
-    skip_slot: int | None
-    """Row of the skip weights: the position in the decoder half."""
-    lanes: str
-    """`none`: attention, then MLP; `single`: both read one lane; `two`: two lanes."""
-    window: int
-    """Tokens that attention sees, the own one included; 0: the whole document."""
+    number: int  # place among the unrolled layers: a looped block has several, each with adapters of its own
+    block: int  # which stored block runs
+    skip_from: int | None  # number of the layer whose output is mixed in before this one (U-Net skip)
+    skip_slot: int | None  # row of the skip weights: the place in the decoder half
+    lanes: str  # `none`: attention, then MLP; `single`: both read one lane; `two`: two lanes
+    window: int  # tokens that attention sees, the own one included; 0: the whole document
 
-
-def layer_plan(cfg: ModelKnobs, looped: bool) -> tuple[Visit, ...]:
+def unroll_layers(cfg: ModelKnobs, looped: bool) -> tuple[Layer, ...]:
     """The order in which stored blocks run: pure data, printed in the log.
 
-    The first half of the visits (rounded down) is the encoder; the decoder's j-th visit takes the output of the
-    encoder's j-th last one, for the first MAX_SKIPS of them.
+    The first half of the layers (rounded down) is the encoder; the decoder's j-th layer takes the output of the
+    encoder's j-th last one.
 
     >>> cfg = ModelKnobs(num_layers=4, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3)
-    >>> [(v.block, v.skip_from) for v in layer_plan(cfg, looped=True)]
+    >>> [(layer.block, layer.skip_from) for layer in unroll_layers(cfg, looped=True)]
     [(0, None), (1, None), (2, None), (1, 2), (2, 1), (3, 0)]
     """
-    first, last = cfg.loop_start, cfg.loop_end
-    order = list(range(cfg.num_layers))
-    if looped and cfg.num_loops:
-        order = [*range(first), *list(range(first, last + 1)) * (cfg.num_loops + 1), *range(last + 1, cfg.num_layers)]
-    encoder = len(order) // 2
+    blocks = list(range(cfg.num_layers))
+    if looped:
+        inner = slice(cfg.loop_start, cfg.loop_end + 1)
+        blocks[inner] = blocks[inner] * (cfg.num_loops + 1)
+    encoder = len(blocks) // 2
     windows = [int(window) for window in cfg.attn_windows.split(",")]
-    visits = []
-    for i, block in enumerate(order):
-        slot = i - encoder if 0 <= i - encoder < min(encoder, cfg.max_skips) else None
-        lanes = cfg.parallel_residual if block >= cfg.parallel_start_layer else "none"
-        visits.append(Visit(i, block, None if slot is None else encoder - 1 - slot, slot, lanes,
-                            windows[block % len(windows)]))
-    return tuple(visits)
+    lanes = {False: "none", True: cfg.parallel_residual}
+    layers = [Layer(i, block, None, None, lanes[block >= cfg.parallel_start_layer], windows[block % len(windows)])
+              for i, block in enumerate(blocks)]
+    for slot in range(encoder):
+        layers[encoder + slot] = layers[encoder + slot]._replace(skip_from=encoder - 1 - slot, skip_slot=slot)
+    return tuple(layers)
 
+class Matrix(NamedTuple):
+    """What one kind of matrix is: where it is stored, and what reads it. Sizes are names, see `matrix_shapes`."""
+    bank: str  # parameter [count * L, O, I] that holds it
+    index: int  # which L matrices of the bank
+    product: str  # product of `Weights.linear` that it is part of
+    before: tuple[str, ...]  # sizes of the parts before it in the product's output
+    outputs: str  # O
+    inputs: str  # I
+    scale: str | None  # parameter [L, O] that multiplies its output
+    zero: bool  # starts at zero, else orthogonal
 
-def num_skips(cfg: ModelKnobs) -> int:
-    """Rows of the skip weights: decoder visits of the looped plan that have an encoder partner."""
-    return sum(visit.skip_slot is not None for visit in layer_plan(cfg, looped=True))
+# What writes into the residual stream starts at zero, so that every block starts as the identity.
+MATRICES = {
+    #                 bank              index product    after       O       I     scale         zero
+    "q":       Matrix("qo_bank",          0, "qkv",     (),         "D",    "D",  None,         False),
+    "o":       Matrix("qo_bank",          1, "o",       (),         "D",    "D",  "attn_scale", True),
+    "k":       Matrix("kv_bank",          0, "qkv",     ("D",),     "KV",   "D",  None,         False),
+    "v":       Matrix("kv_bank",          1, "qkv",     ("D", "KV"), "KV",  "D",  None,         False),
+    "up":      Matrix("mlp_up_bank",      0, "up",      (),         "F",    "Dr", None,         False),
+    "down":    Matrix("mlp_down_bank",    0, "down",    (),         "D",    "Fr", "mlp_scale",  True),
+    "up_in":   Matrix("mlp_up_in_bank",   0, "up_in",   (),         "rank", "D",  None,         False),
+    "down_in": Matrix("mlp_down_in_bank", 0, "down_in", (),         "rank", "F",  None,         False),
+}
 
+def matrix_shapes(cfg: ModelKnobs) -> dict[str, tuple[slice, int]]:
+    """Of each matrix that a model has: (rows of its product's output that it makes, its inputs).
+
+    Dr and Fr are the rank where the MLP is low-rank, else D and F; only then there are `up_in` and `down_in`.
+    """
+    rank = cfg.mlp_rank
+    size = {"D": cfg.model_dim, "KV": cfg.num_kv_heads * cfg.head_dim, "F": cfg.mlp_dim, "rank": rank,
+            "Dr": rank or cfg.model_dim, "Fr": rank or cfg.mlp_dim}
+    shapes = {}
+    for name, m in MATRICES.items():
+        first = sum(size[part] for part in m.before)
+        shapes[name] = slice(first, first + size[m.outputs]), size[m.inputs]
+    return {name: shape for name, shape in shapes.items() if size[MATRICES[name].outputs]}
 
 class Weights:
-    """How a block reads its matrices: cast once a forward, q, k and v joined, channel scales multiplied in.
-
-    Names: `qkv` [N*H + 2*K*H, D], `o` [D, N*H], `up` [F, D], `down` [D, F] of each block, `head` [V, D]; with a rank r
-    `up_in` [r, D], `up` [F, r], `down_in` [r, F], `down` [D, r].
-    """
+    """How a block reads its matrices: cast once a forward, parts of a product joined, channel scales multiplied in."""
+    plain = True  # its products may be fused with what surrounds them: nobody listens to `linear` or adds to it
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        layers = model.cfg.num_layers
-        self.dtype, self.table = dtype, model.tok_emb
-        qo, kv = self.cast("qo_bank", model.qo_bank).unbind(), self.cast("kv_bank", model.kv_bank).unbind()
-        self.matrices = {("head", 0): model.tok_emb.to(dtype)}
-        for i in range(layers):
-            self.matrices["qkv", i] = torch.cat([qo[i], kv[i], kv[layers + i]])
-            # Channel scales go into the matrices: the same product, without a pass over the activations.
-            self.matrices["o", i] = qo[layers + i] * model.attn_scale[i].to(dtype).unsqueeze(1)
-        for name in model.mlp_products:
-            bank = f"mlp_{name}_bank"
-            for i, matrix in enumerate(self.cast(bank, getattr(model, bank)).unbind()):
-                scale = model.mlp_scale[i].to(dtype).unsqueeze(1)
-                self.matrices[name, i] = matrix * scale if name == "down" else matrix
+        layers, self.dtype, self.table = model.cfg.num_layers, dtype, model.tok_emb
+        parts, matrices = collections.defaultdict(list), [MATRICES[name] for name in matrix_shapes(model.cfg)]
+        banks = {bank: self.cast(bank, getattr(model, bank)).unbind() for bank in {m.bank for m in matrices}}
+        for m in matrices:
+            for i, values in enumerate(banks[m.bank][m.index * layers:(m.index + 1) * layers]):
+                if m.scale:  # goes into the matrix: the same product, without a pass over the activations
+                    values = values * getattr(model, m.scale)[i].to(dtype).unsqueeze(1)
+                parts[m.product, i].append(values)
+        # (product, block) -> [O, I]
+        self.matrices = {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
+        self.matrices["head", 0] = model.tok_emb.to(dtype)
 
     def cast(self, name: str, bank: Tensor) -> Tensor:
         """The values of a bank in the dtype of the forward."""
         return bank.to(self.dtype)
 
-    plain = True
-    """Whether its products may be fused with what surrounds them: nobody listens to `linear` or adds to it."""
-
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the fp32 embedding, cast afterwards: its gradient is then summed in fp32."""
         return F.embedding(ids, self.table).to(self.dtype)
 
-    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
-        """x [..., I] times the matrix's transpose -> [..., O]; the head belongs to no visit.
+    def linear(self, name: str, layer: Layer | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        """x [..., I] times the matrix's transpose -> [..., O]; the head belongs to no layer.
 
         `side`: the sublayer's input, for products whose adapter reads that instead of x.
         """
-        return F.linear(x, self.matrices[name, visit.block if visit else 0])
+        return F.linear(x, self.matrices[name, layer.block if layer else 0])
 
+    def mlp(self, n: Tensor, layer: Layer, model: GPT) -> Tensor:
+        """MLP of one layer on its normed input."""
+        cfg, fused = model.cfg, model.kernels.mlp
+        if fused is not None and self.plain:
+            return fused(n, self.matrices["up", layer.block], self.matrices["down", layer.block], cfg.mlp_slope)
+        narrow = self.linear("up_in", layer, n) if cfg.mlp_rank else n
+        post = leaky_relu_squared(self.linear("up", layer, narrow), cfg.mlp_slope)
+        narrow = self.linear("down_in", layer, post) if cfg.mlp_rank else post
+        return self.linear("down", layer, narrow, side=n)
 
 class RecordingWeights(Weights):
-    """Plain weights that also sum what quantization needs to know, over all visits of a block, in fp32.
+    """Plain weights that also sum what quantization needs to know, over all layers of a block, in fp32.
 
-    Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g g^T (of the head: g^2 by
-    row); of every gradient at the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
+    Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g^2; of every gradient at
+    the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
     """
     plain = False
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
-        self.gram: dict[tuple[str, int], Tensor] = {}
-        self.fisher: dict[tuple[str, int], Tensor] = {}
-        self.tokens: dict[tuple[str, int], int] = collections.defaultdict(int)
-        vocab, dim = self.table.shape
-        self.input_gram = self.table.new_zeros(dim, dim)
-        self.input_rows = self.table.new_zeros(vocab)
+        new, (vocab, dim) = functools.partial(torch.zeros, device=self.table.device), self.table.shape
+        self.gram = {key: new(m.size(1), m.size(1)) for key, m in self.matrices.items()}
+        self.fisher = {key: new(m.size(0)) for key, m in self.matrices.items()}
+        self.tokens, self.input_gram, self.input_rows = collections.Counter(), new(dim, dim), new(vocab)
 
     def embed(self, ids: Tensor) -> Tensor:
         e = super().embed(ids)
         if not torch.is_grad_enabled():
             return e
 
-        def seen(grad: Tensor) -> None:
+        def add(grad):
             g_MD = grad.flatten(0, -2).float()
             self.input_gram.addmm_(g_MD.T, g_MD)
             self.input_rows.index_add_(0, ids.flatten(), g_MD.square().sum(-1))
 
         e = e.detach().requires_grad_()
-        e.register_hook(seen)
+        e.register_hook(add)
         return e
 
-    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
-        x_MI, key = x.detach().flatten(0, -2).float(), (name, visit.block if visit else 0)
-        known = self.gram.get(key)
-        self.gram[key] = x_MI.T @ x_MI if known is None else known.addmm_(x_MI.T, x_MI)
+    def linear(self, name: str, layer: Layer | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        x_MI, key = x.detach().flatten(0, -2).float(), (name, layer.block if layer else 0)
+        self.gram[key].addmm_(x_MI.T, x_MI)
         self.tokens[key] += len(x_MI)
-        y = super().linear(name, visit, x, side)
+        y = super().linear(name, layer, x, side)
 
-        def seen(grad: Tensor) -> None:
-            g_MO = grad.flatten(0, -2).float()
-            found = g_MO.square().sum(0) if name == "head" else g_MO.T @ g_MO
-            self.fisher[key] = found if key not in self.fisher else self.fisher[key].add_(found)
+        def add(grad):
+            self.fisher[key] += grad.flatten(0, -2).float().square().sum(0)
 
         if y.requires_grad:
-            y.register_hook(seen)
+            y.register_hook(add)
         return y
 
-
-class Adapters:
-    """Low-rank corrections (LoRA, Hu et al. 2021) of one batch of documents, one set a row, for every visit.
-
-    A site is (product, visit number): A [R, r, I] is the same draw for every row, B [R, O, r] starts at zero, so that
-    the first chunk is scored by the plain model, bit for bit. `o` and `mlp` read the sublayer's normed input (#1530).
-    """
-
-    def __init__(self, model: GPT, plan: Sequence[Visit], rows: int, cfg: Config) -> None:
-        dim, kv_dim = model.cfg.model_dim, model.cfg.num_kv_heads * model.cfg.head_dim
-        device, rank = model.tok_emb.device, cfg.ttt_lora_rank
-        parts = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=model.cfg.vocab_size)
-        self.scale = cfg.ttt_lora_alpha / rank
-        draw = torch.Generator().manual_seed(cfg.seed)
-        wanted = cfg.ttt_lora_on.split(",")
-        self.sites: dict[tuple[str, int], list[tuple[int, Tensor, Tensor]]] = {}
-        """(product, visit number) -> parts [(first output row, A, B)]; qkv has up to three."""
-        for name, visit in [(n, v) for v in plan for n in ("q", "k", "v", "o", "mlp")] + [("head", None)]:
-            a = (2 * torch.rand(rank, dim, generator=draw) - 1) / math.sqrt(dim)  # drawn also where it is not wanted
-            if name not in wanted:
-                continue
-            product = {"q": "qkv", "k": "qkv", "v": "qkv", "mlp": "down"}.get(name, name)
-            site = self.sites.setdefault((product, visit.number if visit else 0), [])
-            first = {"k": dim, "v": dim + kv_dim}.get(name, 0)
-            site.append((first, a.to(device).repeat(rows, 1, 1).requires_grad_(),
-                         torch.zeros(rows, parts[name], rank, device=device, requires_grad=True)))
-
-    def parameters(self) -> list[Tensor]:
-        """Every A and B."""
-        return [t for site in self.sites.values() for _, a, b in site for t in (a, b)]
-
-
 class AdaptedWeights(Weights):
-    """Plain weights plus each row's own adapters: y + (x A^T) B^T * alpha / r, before the channel scales."""
+    """Plain weights plus low-rank corrections (LoRA, Hu et al. 2021) of one batch of documents, one set a row.
+
+    y + (x A^T) B^T * alpha / r, before the channel scales. A [R, r, I] is the same draw for every row, B [R, O, r]
+    starts at zero, so that the first chunk is scored by the plain model, bit for bit. `o` and `mlp` (the whole MLP)
+    read the sublayer's normed input (#1530).
+    """
     plain = False
 
-    def __init__(self, base: Weights, model: GPT, adapters: Adapters) -> None:
-        self.dtype, self.table, self.matrices, self.adapters = base.dtype, base.table, base.matrices, adapters
-        self.scales = {"o": model.attn_scale.detach(), "down": model.mlp_scale.detach()}
+    def __init__(self, base: Weights, model: GPT, layers: Sequence[Layer], rows: int, cfg: Config) -> None:
+        self.dtype, self.table, self.matrices = base.dtype, base.table, base.matrices
+        self.scales = {m.product: getattr(model, m.scale).detach() for m in MATRICES.values() if m.scale}
+        dim, rank, shapes = model.cfg.model_dim, cfg.ttt_lora_rank, matrix_shapes(model.cfg)
+        self.alpha, draw = cfg.ttt_lora_alpha / rank, torch.Generator().manual_seed(cfg.seed)
+        # (product, layer number) -> parts (rows of its output, A, B); qkv has up to three.
+        self.sites = collections.defaultdict(list)
+        for name, layer in [(n, layer) for layer in layers for n in ("q", "k", "v", "o", "mlp")] + [("head", None)]:
+            a = (2 * torch.rand(rank, dim, generator=draw) - 1) / math.sqrt(dim)  # drawn also where it is not used
+            if name not in cfg.ttt_lora_on.split(","):
+                continue
+            site, outputs = ("head", 0), slice(0, model.cfg.vocab_size)
+            if layer is not None:
+                matrix = {"mlp": "down"}.get(name, name)
+                site, outputs = (MATRICES[matrix].product, layer.number), shapes[matrix][0]
+            a = a.to(self.table.device).repeat(rows, 1, 1)
+            b = a.new_zeros(rows, outputs.stop - outputs.start, rank)
+            self.sites[site].append((outputs, a.requires_grad_(), b.requires_grad_()))
+        self.parameters = [t for site in self.sites.values() for _, a, b in site for t in (a, b)]
 
-    def linear(self, name: str, visit: Visit | None, x: Tensor, side: Tensor | None = None) -> Tensor:
-        y = super().linear(name, visit, x)
-        source, changes, at = x if side is None else side, [], 0
-        for first, a, b in self.adapters.sites.get((name, visit.number if visit else 0), ()):
-            b = b * self.adapters.scale
-            if name in self.scales and visit is not None:
-                b = b * self.scales[name][visit.block].unsqueeze(1)
-            changes += [y.new_zeros(*y.shape[:-1], first - at)] * (first > at)
-            changes.append(torch.bmm(torch.bmm(source, a.to(self.dtype).mT), b.to(self.dtype).mT))
-            at = first + b.size(1)
-        changes += [y.new_zeros(*y.shape[:-1], y.size(-1) - at)] * (0 < at < y.size(-1))
-        return y + (torch.cat(changes, dim=-1) if len(changes) > 1 else changes[0]) if changes else y
+    def linear(self, name: str, layer: Layer | None, x: Tensor, side: Tensor | None = None) -> Tensor:
+        y = super().linear(name, layer, x)
+        source, parts, at = x if side is None else side, [], 0
+        for rows, a, b in self.sites.get((name, layer.number if layer else 0), ()):
+            b = b * self.alpha
+            if name in self.scales:
+                b = b * self.scales[name][layer.block].unsqueeze(1)
+            parts += [y.new_zeros(*y.shape[:-1], rows.start - at)] * (rows.start > at)
+            parts.append(torch.bmm(torch.bmm(source, a.to(self.dtype).mT), b.to(self.dtype).mT))
+            at = rows.stop
+        if not parts:
+            return y
+        parts += [y.new_zeros(*y.shape[:-1], y.size(-1) - at)] * (at < y.size(-1))
+        return y + (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
-
-class NoPast:
+class NoCache:
     """Every token's context is in the batch."""
-    lead = 0
-    """Columns at the front of a batch that are embedded but not run: the token before a chunk."""
-    reach = 0
-    """Tokens of the past that can be seen."""
+    prefix = 0  # columns at the front of a batch that are embedded but not run: the token before a chunk
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Any:
         return kernels.attention.prepare(batch)
 
-    def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Any) -> Tensor:
-        return kernels.attention.run(q, k, v, pieces, visit.window)
+    def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
+        return kernels.attention.run(q, k, v, segments, layer.window)
 
+    def advance(self, size: int) -> None:
+        """The last scored chunk, of `size` tokens, is the past of the next one."""
 
-NO_PAST = NoPast()
+NO_CACHE = NoCache()
 
-
-class KeyValueCache(NoPast):
-    """Keys and values of the last `reach` tokens of each row's document, computed with the weights of their time.
+class KeyValueCache(NoCache):
+    """Keys and values of the last `cache_len` tokens of each row's document, computed with the weights of their time.
 
     A chunk attends to them and to itself, so that a token is computed once instead of once a chunk. Gradients end at
     the chunk's start. All rows are at the same position of their documents.
     """
-    lead = 1
+    prefix = 1
 
-    def __init__(self, reach: int) -> None:
-        self.reach, self.seen = reach, 0
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, cache_len: int) -> None:
+        self.cache_len, self.length, self.past, self.new = cache_len, 0, {}, {}  # layer number -> (keys, values)
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
-        size, old = batch.ids.size(1) - self.lead, min(self.seen, self.reach)
+        size, old = batch.ids.size(1) - self.prefix, min(self.length, self.cache_len)
         column = torch.arange(old + size, device=batch.ids.device)
         back = column[old:, None] - column[None, :]
-        return ((back >= 0) & (back < self.reach))[None, None]
+        return ((back >= 0) & (back < self.cache_len))[None, None]
 
-    def attend(self, kernels: Kernels, visit: Visit, q: Tensor, k: Tensor, v: Tensor, pieces: Tensor) -> Tensor:
-        if visit.number in self.held:
-            k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.held[visit.number], (k, v)))
-        self.new[visit.number] = (k[:, -self.reach:].detach(), v[:, -self.reach:].detach())
-        return windowed(kernels.masked)(q, k, v, pieces, visit.window)
+    def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
+        if layer.number in self.past:
+            k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.past[layer.number], (k, v)))
+        self.new[layer.number] = (k[:, -self.cache_len:].detach(), v[:, -self.cache_len:].detach())
+        return masked_attention(q, k, v, segments, layer.window)
 
-    def advance(self, size: int, new: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """`new` (of the scoring forward over `size` tokens) becomes the past of the next chunk."""
-        self.held, self.seen = dict(new), self.seen + size
-
+    def advance(self, size: int) -> None:
+        self.past, self.new, self.length = self.new, {}, self.length + size
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first 2*P dimensions, halves convention; cos and sin are [R, T, 1, P]."""
@@ -3046,9 +1650,8 @@ def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x_RTNH.split([half, half, x_RTNH.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
-
 def exclusive(y_RTNH: Tensor, v_RTKH: Tensor) -> Tensor:
-    """XSA (#265): take from each head's output its component along the token's own value vector.
+    """XSA (#265): takes from each head's output its component along the token's own value vector.
 
     y - (y.v / v.v) v: the same as with a normalised v, without a normalised copy.
     """
@@ -3057,77 +1660,41 @@ def exclusive(y_RTNH: Tensor, v_RTKH: Tensor) -> Tensor:
     share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-6)
     return (y - share * v).flatten(2, 3)
 
-
 class NoGate(nn.Module):
     """Attention output passes unchanged."""
-
-    def __init__(self, cfg: ModelKnobs) -> None:
-        super().__init__()
 
     def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
         return y_RTNH
 
+class HeadGate(nn.Module):
+    """Multiplies each head's output by outer * sigmoid(inner * (w . n[:G] + b)) of the layer's normed input n."""
 
-class OutputGate(NoGate):
-    """2*sigmoid(w . n[:G]) per head: starts as the identity (#1667)."""
-
-    def __init__(self, cfg: ModelKnobs) -> None:
-        super().__init__(cfg)
-        self.weight = nn.Parameter(torch.zeros(cfg.num_layers, cfg.num_heads, cfg.gate_window))
-
-    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
-        weight = self.weight[block].to(n_RTD.dtype)
-        return y_RTNH * (2 * torch.sigmoid(F.linear(n_RTD[..., :weight.size(1)], weight))).unsqueeze(-1)
-
-
-class SparseGate(OutputGate):
-    """sigmoid(c * w . n[:G]) per head: starts at one half (#1787)."""
-
-    def __init__(self, cfg: ModelKnobs) -> None:
-        super().__init__(cfg)
-        self.scale = cfg.sparse_attn_gate_scale
+    def __init__(self, weight: Tensor, outer: float = 1.0, inner: float = 1.0, bias: float = 0.0) -> None:
+        """weight: [L, N, G] initial values, which a bias replaces: weights then start at zero."""
+        super().__init__()
+        self.outer, self.inner = outer, inner
+        self.weight = nn.Parameter(weight * (bias == 0))
+        self.bias = nn.Parameter(torch.full(weight.shape[:2], bias)) if bias else None
 
     def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
-        weight = self.weight[block].to(n_RTD.dtype)
-        return y_RTNH * torch.sigmoid(self.scale * F.linear(n_RTD[..., :weight.size(1)], weight)).unsqueeze(-1)
+        weight, bias = (p[block].to(n_RTD.dtype) if p is not None else None for p in (self.weight, self.bias))
+        logit = F.linear(n_RTD[..., :weight.size(1)], weight, bias)
+        return y_RTNH * (self.outer * torch.sigmoid(self.inner * logit)).unsqueeze(-1)
 
-
-class DenseGate(NoGate):
-    """sigmoid(w . n) per head over the whole width (#1736, after Qwen's gated attention)."""
-
-    def __init__(self, cfg: ModelKnobs) -> None:
-        super().__init__(cfg)
-        self.weight = nn.Parameter(cfg.gated_attn_init_std * torch.randn(cfg.num_layers, cfg.num_heads, cfg.model_dim))
-
-    def gate(self, n_RTD: Tensor, block: int) -> Tensor:
-        return torch.sigmoid(F.linear(n_RTD, self.weight[block].to(n_RTD.dtype)))
-
-    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
-        return y_RTNH * self.gate(n_RTD, block).unsqueeze(-1)
-
-
-class DenseBiasGate(DenseGate):
-    """sigmoid(w . n + b): weights start at zero, the bias at GATED_ATTN_BIAS, so that the gate starts open."""
-
-    def __init__(self, cfg: ModelKnobs) -> None:
-        super().__init__(cfg)
-        nn.init.zeros_(self.weight)
-        self.bias = nn.Parameter(torch.full((cfg.num_layers, cfg.num_heads), cfg.gated_attn_bias))
-
-    def gate(self, n_RTD: Tensor, block: int) -> Tensor:
-        dtype = n_RTD.dtype
-        return torch.sigmoid(F.linear(n_RTD, self.weight[block].to(dtype), self.bias[block].to(dtype)))
-
-
-GATES: dict[str, Callable[[ModelKnobs], NoGate]] = {
-    "none": NoGate, "output": OutputGate, "sparse": SparseGate,
-    "dense": lambda cfg: DenseBiasGate(cfg) if cfg.gated_attn_bias else DenseGate(cfg)}
-
+def head_gate(cfg: ModelKnobs) -> nn.Module:
+    """The gate that ATTN_GATE names."""
+    shape = (cfg.num_layers, cfg.num_heads)
+    if cfg.attn_gate == "dense":  # reads the whole width (#1736, after Qwen's gated attention)
+        return HeadGate(0.01 * torch.randn(*shape, cfg.model_dim), bias=cfg.gated_attn_bias)
+    zeros = torch.zeros(*shape, cfg.gate_channels)
+    gates = {"none": NoGate, "output": functools.partial(HeadGate, zeros, outer=2.0),  # starts as the identity (#1667)
+             "sparse": functools.partial(HeadGate, zeros, inner=0.5)}  # starts at one half (#1787)
+    return gates[cfg.attn_gate]()
 
 class BigramHash(nn.Module):
     """A hashed embedding of (previous, current) token, projected to D and scaled (#162, form of #1060).
 
-    The last bucket is for tokens without a predecessor in their piece. The table starts at zero and the projection
+    The last bucket is for tokens without a predecessor in their segment. The table starts at zero and the projection
     orthogonal: were both zero, neither would ever get a gradient.
     """
 
@@ -3144,173 +1711,147 @@ class BigramHash(nn.Module):
         bucket = torch.where(batch.positions > 0, bucket, last)
         return self.scale.to(dtype) * F.linear(F.embedding(bucket, self.table).to(dtype), self.proj.to(dtype))
 
-
-class Step(NamedTuple):
-    """What all visits of one forward share."""
+class ForwardContext(NamedTuple):
+    """What all layers of one forward share."""
     w: Weights
-    past: NoPast
-    pieces: Any
+    cache: NoCache
+    segments: Any
     cos: Tensor
     sin: Tensor
-
 
 class GPT(nn.Module):
     """The language model: parameters in fp32, activations in the dtype of the forward.
 
-    Raises `UserError` through `ModelKnobs` for impossible shapes. Parameter count of record #1855: 35,945,671.
+    Parameter count of record #1855: 35,945,671.
     """
 
     def __init__(self, cfg: ModelKnobs) -> None:
         super().__init__()
-        self.cfg = cfg
-        layers, dim, kv_dim, ones = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, torch.ones
+        self.cfg, self.kernels = cfg, Kernels()  # the references; `pick_kernels` has faster ones
+        layers, dim, ones = cfg.num_layers, cfg.model_dim, torch.ones
         self.tok_emb = nn.Parameter(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, dim))
-        # Rows 0..L-1 are read from the residual stream (q, k, up) and start orthogonal; what writes into it starts
-        # at zero, so that every block starts as the identity.
-        self.qo_bank = nn.Parameter(torch.cat([orthogonal(layers, dim, dim), torch.zeros(layers, dim, dim)]))
-        self.kv_bank = nn.Parameter(orthogonal(2 * layers, kv_dim, dim))
-        self.mlp_up_bank = nn.Parameter(orthogonal(layers, cfg.mlp_dim, cfg.mlp_rank or dim))
-        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, dim, cfg.mlp_rank or cfg.mlp_dim))
-        self.mlp_products = ("up", "down")
-        if cfg.mlp_rank:
-            self.mlp_products = ("up_in", "up", "down_in", "down")
-            self.mlp_up_in_bank = nn.Parameter(orthogonal(layers, cfg.mlp_rank, dim))
-            self.mlp_down_in_bank = nn.Parameter(orthogonal(layers, cfg.mlp_rank, cfg.mlp_dim))
+        banks = collections.defaultdict(list)
+        for name, (rows, inputs) in matrix_shapes(cfg).items():
+            make = {True: torch.zeros, False: orthogonal}[MATRICES[name].zero]
+            banks[MATRICES[name].bank].append(make(layers, rows.stop - rows.start, inputs))
+        for bank, parts in banks.items():
+            self.register_parameter(bank, nn.Parameter(torch.cat(parts)))
         self.q_gain = nn.Parameter(torch.full((layers, cfg.num_heads), cfg.qk_gain_init))
         self.attn_scale, self.mlp_scale = nn.Parameter(ones(layers, dim)), nn.Parameter(ones(layers, dim))
         self.resid_mix = nn.Parameter(torch.stack([ones(layers, dim), torch.zeros(layers, dim)], dim=1))
-        self.skip_weights = nn.Parameter(ones(num_skips(cfg), dim))
-        self.skip_gates = nn.Parameter(torch.zeros(num_skips(cfg), dim)) if cfg.skip_gates_enabled else None
-        self.gate = GATES[cfg.attn_gate](cfg)
+        num_skips = sum(layer.skip_slot is not None for layer in unroll_layers(cfg, looped=True))
+        self.skip_weights = nn.Parameter(ones(num_skips, dim))
+        self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim)) if cfg.skip_gates_enabled else None
+        self.gate = head_gate(cfg)
         if cfg.smear_gate_enabled:
-            self.smear_gate = nn.Parameter(torch.zeros(1, cfg.gate_window))
+            self.smear_gate = nn.Parameter(torch.zeros(1, cfg.gate_channels))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
         if cfg.parallel_residual == "two":
             self.parallel_resid_lambdas = nn.Parameter(torch.full((layers, 2), 1.1))
             self.parallel_post_lambdas = nn.Parameter(ones(layers, 2, 2))
-        self.kernels = Kernels(sdpa_attention())
-        """The references; `pick_kernels` has faster ones."""
-        self.lattice: dict[str, Tensor] = {}
-        """Row step codes of the matrices that lie on their codes' lattice already (`settle`)."""
+        self.row_codes = {}  # scale codes of the matrices that QAT left on their codes' grid
 
     def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, values, parameter it belongs to) of all that an artifact holds; banks are split into matrices.
 
-        A matrix's name says which input it reads: blocks.<i>.{q,k,v,o,up,down}, with a rank also {up_in,down_in}.
+        A matrix is named blocks.<i>.<its row in MATRICES>.
         """
         layers = self.cfg.num_layers
-        banks = {"qo_bank": ("q", "o"), "kv_bank": ("k", "v"), **{f"mlp_{n}_bank": (n,) for n in self.mlp_products}}
+        parts = {(m.bank, m.index): name for name, m in MATRICES.items()}
         for name, parameter in self.named_parameters():
-            if name not in banks:
+            if (name, 0) not in parts:
                 yield name, parameter.detach(), name
-            else:
-                for row, matrix in enumerate(parameter.detach().unbind()):
-                    yield f"blocks.{row % layers}.{banks[name][row // layers]}", matrix, name
+                continue
+            for row, matrix in enumerate(parameter.detach().unbind()):
+                yield f"blocks.{row % layers}.{parts[name, row // layers]}", matrix, name
 
-    def rotary(self, positions_RT: Tensor, seq_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its piece, for contexts of seq_len."""
-        cfg = self.cfg
-        base = cfg.rope_base
-        if cfg.rope_yarn and seq_len > cfg.rope_train_seq_len and cfg.rope_dims > 2:
-            base *= (seq_len / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-        exponent = torch.arange(0, cfg.rope_dims, 2, device=positions_RT.device) / max(1, cfg.rope_dims)
-        angle = positions_RT[..., None, None] * base ** -exponent
+    def rotary(self, positions_RT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its segment."""
+        dims = self.cfg.rope_dims
+        exponent = torch.arange(0, dims, 2, device=positions_RT.device) / max(1, dims)
+        angle = positions_RT[..., None, None] * self.cfg.rope_base ** -exponent
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def embed(self, batch: Batch, w: Weights) -> Tensor:
-        """[R, T, D]: token embedding, smeared with its predecessor's (never across a piece's start), then normed."""
+        """[R, T, D]: token embedding, smeared with its predecessor's (never across a segment's start), then normed."""
         e = w.embed(batch.ids)
         if self.cfg.smear_gate_enabled:
-            gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(
-                F.linear(e[..., :self.cfg.gate_window], self.smear_gate.to(e.dtype)))
+            logit = F.linear(e[..., :self.cfg.gate_channels], self.smear_gate.to(e.dtype))
+            gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(logit)
             e = e + gate * e.roll(1, dims=1) * (batch.positions > 0).unsqueeze(-1).to(e.dtype)
         if self.bigram is not None:
             e = e + self.bigram(batch, e.dtype)
         return self.kernels.rms_norm(e)
 
-    def attn(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
-        """Attention of one visit on its normed input n [R, T, D]."""
-        cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, visit.block
-        qkv = step.w.linear("qkv", visit, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
+    def attn(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
+        """Attention of one layer on its normed input n [R, T, D]."""
+        cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, layer.block
+        qkv = context.w.linear("qkv", layer, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
         q, k, v = qkv.split([heads, kv, kv], dim=2)
-        q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), step.cos, step.sin)
-        k = rotate(self.kernels.rms_norm(k), step.cos, step.sin)
-        y = step.past.attend(self.kernels, visit, q, k, v, step.pieces)
+        q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
+        k = rotate(self.kernels.rms_norm(k), context.cos, context.sin)
+        y = context.cache.attend(self.kernels, layer, q, k, v, context.segments)
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
-        y = self.gate(y, n, block)
-        return step.w.linear("o", visit, y.flatten(2), side=n)
+        return context.w.linear("o", layer, self.gate(y, n, block).flatten(2), side=n)
 
-    def mlp(self, n: Tensor, visit: Visit, step: Step) -> Tensor:
-        """MLP of one visit on its normed input."""
-        slope, rank, w = self.cfg.mlp_slope, self.cfg.mlp_rank, step.w
-        if self.kernels.mlp is not None and w.plain:
-            return self.kernels.mlp(n, w.matrices["up", visit.block], w.matrices["down", visit.block], slope)
-        wide = w.linear("up", visit, w.linear("up_in", visit, n) if rank else n)
-        post = self.kernels.leaky_relu_squared(wide, slope)
-        return w.linear("down", visit, w.linear("down_in", visit, post) if rank else post, side=n)
+    def skip(self, x: Tensor, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
+        """x with the output of the layer's encoder partner, if it has one, mixed in or added."""
+        if layer.skip_from is None:
+            return x
+        skip = self.skip_weights[layer.skip_slot].to(x.dtype) * outputs[layer.skip_from]
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[layer.skip_slot]).to(x.dtype))
 
-    def hidden(self, batch: Batch, plan: Sequence[Visit], w: Weights, past: NoPast = NO_PAST) -> Tensor:
-        """[R, T - past.lead, D]: the normed input of the output matrix. The only forward there is."""
-        dtype, norm = w.dtype, self.kernels.rms_norm
-        positions = batch.positions[:, past.lead:]
-        context = max(past.reach, positions.size(1))
-        step = Step(w, past, past.prepare(self.kernels, batch), *self.rotary(positions, context, dtype))
-        x = x0 = self.embed(batch, w)[:, past.lead:]
+    def forward(self, batch: Batch, layers: Sequence[Layer], w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
+        """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
+        norm, positions = self.kernels.rms_norm, batch.positions[:, cache.prefix:]
+        context = ForwardContext(w, cache, cache.prepare(self.kernels, batch), *self.rotary(positions, w.dtype))
+        x = x0 = self.embed(batch, w)[:, cache.prefix:]
         lane = None  # the second lane, once there are two
-        outputs: list[Tensor] = []
-        for visit in plan:
-            i = visit.block
-            scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
-            if visit.lanes == "two" and lane is None:
+        outputs = []
+        for layer in layers:
+            i = layer.block
+            depth_scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
+            if layer.lanes == "two" and lane is None:
                 lane = x  # before the skip, which goes to the first lane only
-            if visit.skip_from is not None:
-                skip = self.skip_weights[visit.skip_slot].to(dtype) * outputs[visit.skip_from]
-                x = x + skip if self.skip_gates is None else \
-                    torch.lerp(skip, x, torch.sigmoid(self.skip_gates[visit.skip_slot]).to(dtype))
-            mix = self.resid_mix[i].to(dtype)
+            x = self.skip(x, layer, outputs)
+            mix = self.resid_mix[i].to(w.dtype)
             u = mix[0] * x + mix[1] * x0
-            n = norm(u, scale)
-            a = self.attn(n, visit, step)
-            if visit.lanes == "none":
+            n = norm(u, depth_scale)
+            a = self.attn(n, layer, context)
+            if layer.lanes == "none":
                 x = u + a
-                x = x + self.mlp(norm(x, scale), visit, step)
-            elif visit.lanes == "single":
-                x = u + a + self.mlp(n, visit, step)
+                x = x + w.mlp(norm(x, depth_scale), layer, self)
+            elif layer.lanes == "single":
+                x = u + a + w.mlp(n, layer, self)
             else:
-                m = self.mlp(norm(lane, scale), visit, step)
-                keep, post = self.parallel_resid_lambdas[i].to(dtype), self.parallel_post_lambdas[i].to(dtype)
+                m = w.mlp(norm(lane, depth_scale), layer, self)
+                keep, post = self.parallel_resid_lambdas[i].to(w.dtype), self.parallel_post_lambdas[i].to(w.dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
                 lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
             outputs.append(x)
         if lane is not None:
-            x = {"attn": x, "mlp": lane}.get(self.cfg.parallel_final_lane, 0.5 * (x + lane))
+            x = 0.5 * (x + lane)
         return norm(x)
 
-    def losses(self, hidden_MD: Tensor, targets_M: Tensor, w: Weights) -> Tensor:
-        """Nats of each target [M] given the final hidden states, fp32."""
-        if self.kernels.head_nats is not None and w.plain:
-            return self.kernels.head_nats(hidden_MD, w.matrices["head", 0], targets_M, self.cfg.logit_softcap)
-        return self.kernels.cross_entropy(w.linear("head", None, hidden_MD), targets_M, self.cfg.logit_softcap)
-
-    def total_loss(self, batch: Batch, plan: Sequence[Visit], dtype: torch.dtype,
-                   weights: Callable[[GPT, torch.dtype], Weights] = Weights) -> Tensor:
+    def total_loss(self, batch: Batch, layers: Sequence[Layer], dtype: torch.dtype,
+                   weights: Callable = Weights) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
         w = weights(self, dtype)
-        return self.losses(self.hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten(), w).sum()
-
+        logits = w.linear("head", None, self(batch, layers, w).flatten(0, 1))
+        return softcapped_cross_entropy(logits, batch.targets.flatten(), self.cfg.logit_softcap).sum()
 
 def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     """[count, rows, cols]: each matrix with orthonormal rows or columns, whichever are fewer."""
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
 
-
 def shapes_of(cfg: ModelKnobs) -> GPT:
     """A model that takes no memory: names and shapes of its parameters."""
     with torch.device("meta"):
         return GPT(cfg)
-
 
 def build_model(cfg: Config, run: Run) -> GPT:
     """A freshly initialised model on this run's device; SEED and rank 0 decide the values."""
@@ -3333,20 +1874,13 @@ def build_model(cfg: Config, run: Run) -> GPT:
 # Clipping uses the norm of the summed gradient, once, so that a step does not depend on the world size.
 # Safe to change: a route. A new rule is a function of tensors and a branch in `ShardedOptimizer.step`.
 
-
 class Route(NamedTuple):
     """How the parameters that match are treated."""
-    patterns: str
-    """Parameter names, as shell patterns."""
-    rule: str
-    """muon or adam."""
-    lr: str
-    """Knob of the peak learning rate."""
-    wd: str
-    """Knob of the weight decay."""
-    stored: str
-    """In the artifact: gptq:<family>, int8 (one step a row) or fp16."""
-
+    patterns: str  # parameter names, as shell patterns
+    rule: str  # muon or adam
+    lr: str  # knob of the peak learning rate
+    wd: str  # knob of the weight decay
+    stored: str  # in the artifact: gptq:<family>, int8 (one scale a row) or fp16
 
 ROUTES = (
     Route("qo_bank kv_bank", "muon", "matrix_lr", "muon_wd", "gptq:attn"),
@@ -3358,47 +1892,37 @@ ROUTES = (
           "bigram.scale parallel_resid_lambdas parallel_post_lambdas", "adam", "scalar_lr", "adam_wd", "fp16"),
 )
 
-
 def route(name: str) -> Route:
     """The one row of ROUTES for a parameter; a parameter with none or several is a bug."""
     rows = [r for r in ROUTES if any(fnmatch.fnmatchcase(name, p) for p in r.patterns.split())]
     ensure(len(rows) == 1, f"parameter {name} matches {len(rows)} rows of ROUTES, expected exactly one")
     return rows[0]
 
-
-CLASSIC = ((3.4445, -4.7750, 2.0315),)
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-"""Coefficients (a, b, c) of each Newton-Schulz step (Amsel et al. 2025; #1344). Five of them take singular values in
-[0.001, 1] to [0.86, 1.14]; five classic ones (Jordan et al. 2024) to [0.47, 1.20]."""
-
-
-def coefficients(cfg: OptimizerKnobs) -> tuple[tuple[float, float, float], ...]:
-    """The Newton-Schulz steps that the knobs ask for."""
-    if cfg.muon_coefficients == "classic":
-        return CLASSIC * cfg.muon_backend_steps
-    return POLAR_EXPRESS[:cfg.muon_backend_steps]
-
+# Coefficients (a, b, c) of each Newton-Schulz step. Five of Polar Express (Amsel et al. 2025; #1344) take singular
+# values in [0.001, 1] to [0.86, 1.14]; five classic ones (Jordan et al. 2024) to [0.47, 1.20].
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),) * 64,
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+              (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+              (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
 
 def orthogonalize(g_KOI: Tensor, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
-    """Approximate U V^T of each matrix of a stack [K, O, I] by Newton-Schulz, computed and returned in `dtype`.
+    """Approximates U V^T of each matrix of a stack [K, O, I] by Newton-Schulz, computed and returned in `dtype`.
 
     Cost: len(steps) * (4 m^2 n + 2 m^3) FLOPs a matrix, m = min(O, I), n = max(O, I).
     """
     x = g_KOI.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:  # the Gram matrix is taken on the short side
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
 
 def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | None, mu: float, beta2: float,
                 row_normalize: bool, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
@@ -3419,122 +1943,105 @@ def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | Non
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
     return x * math.sqrt(max(1.0, x.size(-2) / x.size(-1)))
 
+def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales gradients of this global norm (a scalar) down to `limit`, in place; 0: no limit."""
+    if limit:
+        torch._foreach_mul_(list(gradients), (limit / norm.clamp_min(1e-12)).clamp_max(1.0))
 
-def decay_and_apply(weight: Tensor, update: Tensor, lr: float, wd: float, cautious: bool) -> None:
-    """weight <- (1 - lr*wd) weight - lr*update; cautious decay only where update and weight have the same sign."""
-    if cautious:
-        weight.sub_(lr * wd * weight * (update * weight > 0))
-    else:
-        weight.mul_(1 - lr * wd)
-    weight.add_(update.to(weight.dtype), alpha=-lr)
-
+ADAM_BETA1, ADAM_EPS = 0.9, 1e-8
 
 class ShardedOptimizer:
     """Muon for the banks, sharded over ranks by slices; AdamW for the rest, replicated."""
 
     def __init__(self, model: GPT, cfg: Config, run: Run) -> None:
         self.cfg, self.run = cfg, run
-        self.named = {name: p for name, p in model.named_parameters() if p.numel()}  # there may be no skips
-        routes = {name: route(name) for name in self.named}
-        self.banks = [(p, routes[n]) for n, p in self.named.items() if routes[n].rule == "muon"]
-        self.small = [p for n, p in self.named.items() if routes[n].rule == "adam"]
+        named = {name: p for name, p in model.named_parameters() if p.numel()}  # there may be no skips
+        self.banks = {name: p for name, p in named.items() if route(name).rule == "muon"}
+        self.small = {name: p for name, p in named.items() if route(name).rule == "adam"}
         groups = collections.defaultdict(list)
-        for name, parameter in self.named.items():
-            if routes[name].rule == "adam":
-                groups[routes[name].lr, routes[name].wd].append(parameter)
+        for name, p in self.small.items():
+            groups[route(name).lr, route(name).wd].append(p)
         self.adam = torch.optim.AdamW(
             [dict(params=params, lr=getattr(cfg, lr), peak=getattr(cfg, lr), weight_decay=getattr(cfg, wd))
-             for (lr, wd), params in groups.items()], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+             for (lr, wd), params in groups.items()], betas=(ADAM_BETA1, cfg.beta2), eps=ADAM_EPS, fused=True)
         self.reset()
 
     def reset(self) -> None:
-        """Forget all momentum, as before the first step."""
-        self.adam.state.clear()
-        for p in self.small:  # as AdamW makes them in its first step: a checkpoint finds them in any step
+        """Forgets all momentum, as before the first step."""
+        for p in self.small.values():  # as AdamW makes them in its first step: a checkpoint finds them in any step
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-        self.skipped = torch.zeros((), dtype=torch.int32, device=self.run.device)
-        """Steps whose gradient was not finite, so far."""
-        self.state = []
-        for bank, _ in self.banks:
+        self.skipped = torch.zeros((), dtype=torch.int32, device=self.run.device)  # steps whose gradient was not finite
+        self.momentum, self.second = {}, dict.fromkeys(self.banks)
+        for name, bank in self.banks.items():
             slices = -(-bank.size(0) // self.run.world)
-            momentum = bank.new_zeros(slices, *bank.shape[1:])
-            second = momentum.new_zeros(*momentum.shape[:2], 1) if self.cfg.normuon_beta2 else None
-            self.state.append((momentum, second))
+            self.momentum[name] = bank.new_zeros(slices, *bank.shape[1:])
+            if self.cfg.normuon_beta2:
+                self.second[name] = bank.new_zeros(slices, bank.size(1), 1)
 
-    def _shards(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, bank, this rank's slices) of Muon's states."""
-        for name, (bank, states) in zip((n for n in self.named if route(n).rule == "muon"), zip(
-                (bank for bank, _ in self.banks), self.state)):
-            for kind, own in zip(("momentum", "second"), states):
-                if own is not None:
-                    yield f"muon.{kind}.{name}", bank, own
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(what is the same on all ranks, this rank's slices of the rest), by name: views of the live tensors."""
+        replicas = {f"adam.{kind}.{name}": value for name, p in self.small.items()
+                    for kind, value in self.adam.state[p].items()}
+        shards = {f"muon.{kind}.{name}": own for kind, of in (("momentum", self.momentum), ("second", self.second))
+                  for name, own in of.items() if own is not None}
+        return {"skipped": self.skipped, **replicas}, shards
 
-    def _replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what is the same on all ranks: AdamW's states and the count of skipped steps."""
-        yield "skipped", self.skipped
-        for name, p in self.named.items():
-            for kind, value in self.adam.state.get(p, {}).items():
-                yield f"adam.{kind}.{name}", value
-
-    @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, whole on every rank (a collective), for a checkpoint that any number of ranks can read."""
-        return {**dict(self._replicas()),
-                **{name: self.run.all_gather(own)()[:bank.size(0)] for name, bank, own in self._shards()}}
+        replicas, shards = self.state()
+        return {**replicas, **{name: self.run.all_gather(own)()[:self.banks[name.split(".", 2)[2]].size(0)]
+                               for name, own in shards.items()}}
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with the state that `tensors` gave, maybe with other ranks."""
-        for name, value in self._replicas():
+        """Goes on with the state that `tensors` gave, maybe with other ranks."""
+        replicas, shards = self.state()
+        for name, value in replicas.items():
             value.copy_(tensors[name])
-        for name, _, own in self._shards():
+        for name, own in shards.items():
             own.copy_(padded(tensors[name], self.run.world)[self.run.rank * len(own):][:len(own)])
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """One update from the gradients of all ranks' shares of the loss; returns the gradient norm (a scalar).
 
-        Gradients are consumed. `lr_scale` multiplies every peak learning rate.
+        Gradients are consumed. `lr_scale` multiplies every peak learning rate. A gradient that is not finite counts
+        as zero, and in `skipped`.
         """
-        cfg, run = self.cfg, self.run
-        idle = [name for name, p in self.named.items() if p.grad is None]
-        ensure(not idle, f"no gradient reached {', '.join(idle)}")
-        coming = [run.reduce_scatter(padded(bank.grad, run.world)) for bank, _ in self.banks]
-        flat = run.total(torch.cat([p.grad.flatten() for p in self.small]))
-        grads = [wait() for wait in coming]
-        own = sum((g.square().sum() for g in grads), flat.new_zeros(()))
-        norm = (run.total(own.clone()) + flat.square().sum()).sqrt()
-        shrink = (cfg.grad_clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if cfg.grad_clip_norm else None
-        if shrink is not None:
-            torch._foreach_mul_([*grads, flat], shrink)
+        cfg, run, small = self.cfg, self.run, list(self.small.values())
+        for name, p in {**self.banks, **self.small}.items():
+            ensure(p.grad is not None, f"no gradient reached {name}")
+        scattered = {name: run.reduce_scatter(padded(bank.grad, run.world)) for name, bank in self.banks.items()}
+        flat = run.all_reduce(torch.cat([p.grad.flatten() for p in small]))
+        grads = {name: wait() for name, wait in scattered.items()}
+        own = sum((g.square().sum() for g in grads.values()), flat.new_zeros(()))
+        norm = (run.all_reduce(own.clone()) + flat.square().sum()).sqrt()
+        clip_([*grads.values(), flat], norm, cfg.grad_clip_norm)
         broken = ~torch.isfinite(norm)
         self.skipped += broken
         if run.is_cuda or broken:  # a GPU is not waited for; a CPU is spared the pass
-            for g in (*grads, flat):
+            for g in (*grads.values(), flat):
                 g.masked_fill_(broken, 0)
-        for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
+        for p, g in zip(small, flat.split([p.numel() for p in small])):
             p.grad = g.view_as(p)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * lr_scale
+        steps = NEWTON_SCHULZ[cfg.muon_coefficients][:cfg.muon_backend_steps]
         # A bank's update travels while the next bank's is orthogonalised, and the last one's during AdamW.
-        updates = [run.all_gather(muon_update(grad, buffer, second, momentum, cfg.normuon_beta2, cfg.muon_row_normalize,
-                                              coefficients(cfg), run.dtype))
-                   for grad, (buffer, second) in zip(grads, self.state)]
+        updates = {name: run.all_gather(muon_update(grad, self.momentum[name], self.second[name], momentum,
+                                                    cfg.normuon_beta2, cfg.muon_row_normalize, steps, run.dtype))
+                   for name, grad in grads.items()}
         self.adam.step()
-        for (bank, row), wait in zip(self.banks, updates):
-            decay_and_apply(bank, wait()[:bank.size(0)], getattr(cfg, row.lr) * lr_scale, getattr(cfg, row.wd),
-                            cfg.cautious_wd)
-        for parameter in [*self.small, *(bank for bank, _ in self.banks)]:
-            parameter.grad = None
+        for name, bank in self.banks.items():
+            lr, wd = getattr(cfg, route(name).lr) * lr_scale, getattr(cfg, route(name).wd)
+            bank.mul_(1 - lr * wd).add_(updates[name]()[:bank.size(0)].to(bank.dtype), alpha=-lr)
+        for p in (*small, *self.banks.values()):
+            p.grad = None
         return norm
-
 
 def padded(bank: Tensor, world: int) -> Tensor:
     """The bank with zero matrices appended until `world` divides their number."""
-    missing = -bank.size(0) % world
-    return F.pad(bank, (0, 0, 0, 0, 0, missing)) if missing else bank
-
+    return F.pad(bank, (0, 0, 0, 0, 0, -bank.size(0) % world))
 
 class Ema:
     """Exponential moving average of all parameters, fp32, started at the initial weights (#287)."""
@@ -3558,220 +2065,136 @@ class Ema:
 # ----------------------------------------------------------------------------------------------------
 # 8 Schedule: pure functions of the used fraction of the budget, and the clock that measures it
 # ----------------------------------------------------------------------------------------------------
-# `frac` runs from 0 to 1 over the budget: seconds of rank 0's clock, or steps. All ranks use the same number.
+# `progress` runs from 0 to 1 over the budget: seconds of rank 0's clock, or steps. All ranks use the same number.
 # Safe to change: the shape of a schedule.
-
 
 def ramp(x: float, start: float, end: float) -> float:
     """0 before `start`, 1 after `end`, linear between."""
-    return 1.0 if x >= end else 0.0 if x <= start else (x - start) / (end - start)
+    return 1.0 if x >= end else max(0.0, (x - start) / (end - start))
 
-
-def lr_scale(cfg: ScheduleKnobs, frac: float) -> float:
+def lr_scale(cfg: ScheduleKnobs, progress: float) -> float:
     """1, then linear to 0 at the end of the budget over its last WARMDOWN_FRAC, never below MIN_LR."""
-    return 1.0 if cfg.warmdown_frac == 0 else max(1.0 - ramp(frac, 1 - cfg.warmdown_frac, 1.0), cfg.min_lr)
-
-
-def seq_schedule(cfg: Config) -> list[tuple[int, float]]:
-    """TRAIN_SEQ_SCHEDULE as (row length in tokens, fraction of the budget at which it ends); the last has no end.
-
-    >>> seq_schedule(Config(train_seq_schedule="1024@0.1,2048@1")), seq_schedule(Config())
-    ([(1024, 0.1), (2048, inf)], [(2048, inf)])
-    """
-    if not cfg.train_seq_schedule:
-        return [(cfg.train_seq_len, math.inf)]
-    try:
-        pairs = [part.split("@") for part in cfg.train_seq_schedule.split(",")]
-        lengths, ends = zip(*((int(length), float(end)) for length, end in pairs))
-    except ValueError:
-        lengths, ends = (0,), (0.0,)
-    require(min(lengths) >= 1 and list(ends) == sorted(set(ends)) and ends[0] > 0 and ends[-1] == 1,
-            f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: expected length@end pairs with rising ends up to 1, such as "
-            f"1024@0.1,2048@0.7,3072@1")
-    return list(zip(lengths, (*ends[:-1], math.inf)))
-
-
-class Stage(NamedTuple):
-    """What one stretch of training runs: each is a graph of its own."""
-    looped: bool
-    seq_len: int
-    rounded: bool
-    """Whether it sees its matrices as they will be stored (QAT_START)."""
-
-
-def stage(cfg: Config, frac: float) -> Stage:
-    """The stage at a used fraction of the budget."""
-    return Stage(cfg.num_loops > 0 and frac >= cfg.enable_looping_at,
-                 next(length for length, end in seq_schedule(cfg) if frac < end), frac >= cfg.qat_start < 1)
-
-
-def stage_starts(cfg: Config) -> list[float]:
-    """Fractions of the budget at which a stage may begin, in order."""
-    starts = {0.0, cfg.enable_looping_at, cfg.qat_start, *(end for _, end in seq_schedule(cfg))}
-    return sorted(start for start in starts if start < 1)
-
-
-def stages(cfg: Config) -> list[Stage]:
-    """Every stage of a run, in order."""
-    return list(dict.fromkeys(stage(cfg, start) for start in stage_starts(cfg)))
-
+    if cfg.warmdown_frac == 0:
+        return 1.0
+    return max(1.0 - ramp(progress, 1 - cfg.warmdown_frac, 1.0), cfg.min_lr)
 
 def muon_momentum(cfg: OptimizerKnobs, step: int) -> float:
     """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
     share = ramp(step, 0, cfg.muon_momentum_warmup_steps)
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
 
+class Stage(NamedTuple):
+    """What one stretch of training runs: each is a graph of its own."""
+    looped: bool
+    rounded: bool  # whether it sees its matrices as they will be stored (QAT_START)
+
+def stage_at(cfg: Config, progress: float) -> Stage:
+    """The stage at a used fraction of the budget."""
+    return Stage(cfg.num_loops > 0 and progress >= cfg.enable_looping_at, progress >= cfg.qat_start < 1)
+
+def stages(cfg: Config) -> list[Stage]:
+    """Every stage of a run, in order."""
+    starts = sorted({0.0, cfg.enable_looping_at, cfg.qat_start})
+    return list(dict.fromkeys(stage_at(cfg, start) for start in starts if start < 1))
 
 class TrainClock:
-    """The used fraction of the training budget, the same on all ranks, without a wait for the GPU in the step.
+    """The used fraction of the training budget, the same on all ranks.
 
-    With a budget in seconds, rank 0 measures every few steps (GPUs: from the newest finished event, so that the host
-    may run ahead) and broadcasts elapsed time and time a step over gloo; steps between are extrapolated from these.
+    With a budget in seconds, rank 0 measures every few steps (on a GPU, which is waited for then; the host runs ahead
+    in between) and broadcasts elapsed time and time a step over gloo; steps between are extrapolated from these.
     Training stops before the step that would cross the budget at the pace of the last ones. With
     MAX_WALLCLOCK_SECONDS=0 the fraction is step / ITERATIONS.
     """
 
-    GPU_SYNC_STEPS = 8
-    """Steps between measurements on a GPU; the host may lead by just under twice as many."""
-
-    def __init__(self, cfg: Config, run: Run, step: int = 0, elapsed: float = 0.0, each: float = 0.0) -> None:
-        """`step`, `elapsed` seconds and `each` step's: where a checkpoint goes on."""
-        self.cfg, self.run = cfg, run
-        self.budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 0.0
-        self.every = self.GPU_SYNC_STEPS if run.is_cuda else 1
-        self.paused = -elapsed
-        self.events: collections.deque[tuple[int, Any]] = collections.deque()
-        known = [(step - 1, elapsed - each), (step, elapsed)] if each else [(step, elapsed)]
-        self.finished: collections.deque[tuple[int, float]] = collections.deque(known, maxlen=2 * self.every)
-        self.at_step, self.elapsed, self.step_seconds = step, elapsed, each
+    def __init__(self, cfg: Config, run: Run, step: int = 0, elapsed: float = 0.0,
+                 now: Callable = time.perf_counter) -> None:
+        """`step` and `elapsed` seconds: where a checkpoint goes on; `now`: the clock, which a test simulates."""
+        self.cfg, self.run, self.now = cfg, run, now
+        self.budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        self.every = {True: 8, False: 1}[run.is_cuda]
+        self.at_step, self.elapsed, self.step_seconds = step, elapsed, 0.0
         run.synchronize()
-        self.started = time.perf_counter()
-        self.first_event = self._mark()
-
-    def _mark(self) -> Any:
-        if not self.run.is_cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _collect(self) -> None:
-        """Note when each step ended that the GPU has finished."""
-        while self.events and self.events[0][1].query():
-            done, event = self.events.popleft()
-            self.finished.append((done, self.first_event.elapsed_time(event) / 1000 - self.paused))
-
-    def _measure(self, step: int) -> tuple[float, float]:
-        """(seconds used when `step` begins, seconds a step), as rank 0 sees it."""
-        if not self.run.is_cuda:
-            self.finished.append((step, time.perf_counter() - self.started - self.paused))
-        else:
-            if len(self.events) >= self.every:
-                self.events[-self.every][1].synchronize()  # finished long ago, unless the host runs too far ahead
-            self._collect()
-        (a, t_a), (b, t_b) = self.finished[0], self.finished[-1]
-        each = (t_b - t_a) / (b - a) if b > a else 0.0
-        return t_b + (step - b) * each, each
-
-    def frac(self, step: int) -> float:
-        """Used fraction of the budget when `step` (0, 1, ...) begins; 1 or more: stop before it."""
-        if not self.budget:
-            return step / self.cfg.iterations
-        if self.run.is_cuda and step:
-            self.events.append((step, self._mark()))
-        if step % self.every == 0:
-            measured = torch.tensor(self._measure(step), dtype=torch.float64)
-            self.elapsed, self.step_seconds = self.run.broadcast(measured).tolist()
-            self.at_step = step
-        now = self.elapsed + (step - self.at_step) * self.step_seconds
-        if now + self.step_seconds > self.budget or step >= self.cfg.iterations:
-            return max(1.0, now / self.budget)
-        return now / self.budget
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time inside is not charged (validation in the middle of training)."""
-        self.run.synchronize()
-        self._collect()  # steps before the pause must not have it taken off
-        start = time.perf_counter()
-        yield
-        self.run.synchronize()
-        self.paused += time.perf_counter() - start
-
-    def state(self, step: int) -> dict[str, float]:
-        """What `__init__` takes to go on when `step` begins; without a wait for the GPU where there is a budget."""
-        elapsed = self.elapsed + (step - self.at_step) * self.step_seconds if self.budget else self.seconds()
-        return {"elapsed": elapsed, "each": self.step_seconds}
+        self.started = now() - elapsed
 
     def seconds(self) -> float:
         """Seconds since the start without pauses, everything finished."""
         self.run.synchronize()
-        return time.perf_counter() - self.started - self.paused
+        return self.now() - self.started
+
+    def progress(self, step: int) -> float:
+        """Used fraction of the budget when `step` (0, 1, ...) begins; 1 or more: stop before it."""
+        if not self.budget:
+            return step / self.cfg.iterations
+        if step % self.every == 0:
+            seconds = self.seconds()
+            each = (seconds - self.elapsed) / max(1, step - self.at_step)
+            measured = torch.tensor([seconds, each], dtype=torch.float64)
+            self.at_step, (self.elapsed, self.step_seconds) = step, self.run.broadcast(measured).tolist()
+        used = self.elapsed + (step - self.at_step) * self.step_seconds
+        over = used + self.step_seconds > self.budget or step >= self.cfg.iterations
+        return max(float(over), used / self.budget)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside is not charged (validation in the middle of training)."""
+        start = self.seconds()
+        yield
+        self.started += self.seconds() - start
 
 
 # ----------------------------------------------------------------------------------------------------
-# 9 Quantization: what an error costs, step sizes, GPTQ
+# 9 Quantization: what an error costs, scales, GPTQ
 # ----------------------------------------------------------------------------------------------------
-# A matrix becomes integer codes times a step for each row and column. GPTQ (Frantar et al. 2022) feeds the error of
-# each rounding forward into what is not rounded yet, along the inputs by their Hessian; here also along the outputs by
-# their Fisher information, as in K-FAC (Martens and Grosse 2015), so that the loss and not the layer's output is kept.
-# Where the steps go matters most: SDClip (#1394) gives every row the same rate, k standard deviations over the largest
-# code; `waterfill` gives every entry the same cost, as rate-distortion theory asks for; nothing is clipped, and one
-# unit for the whole model sets the size. Trellis-coded quantization (Marcellin and Fischer 1990) then gains most of
-# what a vector quantizer could. Sums run over all ranks and visits, with documents separated as in training.
-# Safe to change: how steps are chosen. `gptq` knows nothing of layers, ranks or files.
+# A matrix becomes integer codes times a scale for each row and column. GPTQ (Frantar et al. 2022) feeds the error of
+# each rounding forward into what is not rounded yet, along the inputs by their Hessian. Where the scales go matters
+# most: SDClip (#1394) gives every row the same rate, k standard deviations over the largest code; `waterfill` gives
+# every entry the same cost, as rate-distortion theory asks for, by the outputs' Fisher information (K-FAC: Martens and
+# Grosse 2015); nothing is clipped, and one global scale sets the size. Trellis-coded quantization (Marcellin and
+# Fischer 1990) then gains most of what a vector quantizer could. Sums run over all ranks and layers, with documents
+# separated as in training.
+# Safe to change: how scales are chosen. `gptq` knows nothing of layers, ranks or files.
 
-OCTAVE = 8
-"""Step codes to a factor of two."""
+OCTAVE = 8  # scale codes to a factor of two
+# 2^(k/8) for k from -256: the same bits on every machine.
+SCALE_TABLE = torch.tensor([math.ldexp(2.0 ** (k % OCTAVE / OCTAVE), k // OCTAVE) for k in range(-256, 256)],
+                           dtype=torch.float64)
+ROW_OFFSET = 64  # this code is a scale of 1, so that codes reach from 2^-24 to 2^7.9: no row's scale is 0
+GPTQ_DAMP = 0.01  # damping of a Hessian as a fraction of its mean diagonal
+ROW_SOFTNESS = 0.7  # exponent of the rows' Fisher information: it is an estimate from few tokens (LOG 2026-11-22)
 
+def row_scales(codes: Tensor, global_scale: float) -> Tensor:
+    """fp32 scales of rows with these codes."""
+    return (global_scale * SCALE_TABLE.to(codes.device)[codes.long() - ROW_OFFSET + 256]).float()
+
+def column_scales(codes: Tensor) -> Tensor:
+    """fp32 factors of columns with these codes."""
+    return SCALE_TABLE.to(codes.device)[codes.long() + 256].float()
+
+def scale_codes(scales: Tensor, offset: int, rounding: Callable = torch.round) -> Tensor:
+    """int8 codes of the nearest scales (relative error at most 4.4 %), or of the next larger ones (`torch.ceil`)."""
+    exact = OCTAVE * scales.double().clamp_min(1e-30).log2() + offset
+    return rounding(exact).clamp(-128, 127).to(torch.int8)
 
 class Quantized(NamedTuple):
     """One stored tensor."""
-    stored: str
-    """As in ROUTES: gptq:<family>, int8 or fp16."""
-    codes: Tensor
-    """int16 [..., C] codes; for fp16 the values themselves."""
-    rows: Tensor | None = None
-    """int8 [...]: step code of each row; None for fp16."""
-    columns: Tensor | None = None
-    """int8 [C]: step code of each column, of GPTQ's matrices alone."""
+    stored: str  # as in ROUTES: gptq:<family>, int8 or fp16
+    codes: Tensor  # int16 [..., C] codes; for fp16 the values themselves
+    rows: Tensor | None = None  # int8 [...]: scale code of each row; None for fp16
+    columns: Tensor | None = None  # int8 [C]: scale code of each column, of GPTQ's matrices alone
 
-    def dequantize(self, unit: float) -> Tensor:
-        """The fp32 values that the artifact stands for; `unit` multiplies the codes of GPTQ's matrices."""
+    def dequantize(self, global_scale: float) -> Tensor:
+        """The fp32 values that the artifact stands for; `global_scale` multiplies the codes of GPTQ's matrices."""
         if self.rows is None:
             return self.codes.float()
-        values = self.codes.float() * row_steps(self.rows, unit if self.columns is not None else 1.0).unsqueeze(-1)
-        return values if self.columns is None else values * column_steps(self.columns)
+        if self.columns is None:
+            return self.codes.float() * row_scales(self.rows, 1.0).unsqueeze(-1)
+        return self.codes.float() * row_scales(self.rows, global_scale).unsqueeze(-1) * column_scales(self.columns)
 
-
-STEP_TABLE = torch.tensor([math.ldexp(2.0 ** (k % OCTAVE / OCTAVE), k // OCTAVE) for k in range(-256, 256)],
-                          dtype=torch.float64)
-"""2^(k/8) for k from -256: the same bits on every machine."""
-ROW_OFFSET = 64
-"""Code 64 is a step of 1, so that codes reach from 2^-24 to 2^7.9: no row's step is 0."""
-
-
-def row_steps(codes: Tensor, unit: float) -> Tensor:
-    """fp32 steps of rows with these codes."""
-    return (unit * STEP_TABLE.to(codes.device)[codes.long() - ROW_OFFSET + 256]).float()
-
-
-def column_steps(codes: Tensor) -> Tensor:
-    """fp32 factors of columns with these codes."""
-    return STEP_TABLE.to(codes.device)[codes.long() + 256].float()
-
-
-def step_codes(steps: Tensor, offset: int, up: bool = False) -> Tensor:
-    """int8 codes of the nearest steps (relative error at most 4.4 %), or of the next larger ones."""
-    exact = OCTAVE * steps.double().clamp_min(1e-30).log2() + offset
-    return (exact.ceil() if up else exact.round()).clamp(-128, 127).to(torch.int8)
-
-
-def factorize(gram_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *a, **k: None) -> Tensor:
+def inverse_factor(gram_KCC: Tensor, log: Callable = lambda *a, **k: None) -> Tensor:
     """[K, C, C] upper Cholesky factor U of the damped inverse, (gram + damp * mean diagonal)^-1 = U^T U.
 
     Compensated by all later ones, an error e in entry c costs (e / U_cc)^2. Entries never seen get the mean diagonal;
-    where a matrix fails, its damping grows tenfold.
+    where a matrix fails, its damping grows tenfold. `LocalError` where that does not help.
     """
     h = gram_KCC.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
@@ -3780,7 +2203,7 @@ def factorize(gram_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *
     diagonal.copy_(torch.where(dead, (diagonal.sum(-1, keepdim=True) / alive).clamp_min(1e-30), diagonal))
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(h.size(-1), device=h.device)
-    damps = torch.full_like(mean, damp)
+    damps = torch.full_like(mean, GPTQ_DAMP)
     while float(damps.max()) < 1e4:
         lower, failed = torch.linalg.cholesky_ex(h + (damps * mean)[:, None, None] * eye)
         lower = torch.where((failed != 0)[:, None, None], eye, lower)
@@ -3792,214 +2215,166 @@ def factorize(gram_KCC: Tensor, damp: float, log: Callable[..., None] = lambda *
         damps = torch.where(bad, 10 * damps, damps)
     raise LocalError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
-
-SEGMENT = 64
-"""Columns that one path through the trellis covers; each starts in state 0."""
-
+SEGMENT = 64  # columns that one path through the trellis covers; each starts in state 0
 
 class Trellis(NamedTuple):
-    """Which codes may follow each other along a row (Ungerboeck's codes 5/2 and 13/4 in octal, of 4 and 8 states).
+    """Which codes may follow each other along a row (Ungerboeck's code 5/2 in octal, of 4 states).
 
     A state allows the codes of its own parity, every second one. The next bit of the code picks the next state, so that
     a path can reach every code and entropy coding still pays for every second one only.
     """
-    previous: Tensor
-    """[S, 2] the states from which one comes to each state."""
-    coset: Tensor
-    """[S, 2] remainder by 4 of the codes that lead from there."""
-    following: Tensor
-    """[S, 2] the state after each state and second bit of a code."""
+    previous: Tensor  # [S, 2] the states from which one comes to each state
+    coset: Tensor  # [S, 2] remainder by 4 of the codes that lead from there
+    following: Tensor  # [S, 2] the state after each state and second bit of a code
 
     @classmethod
     def of(cls, states: int, device: torch.device | str = "cpu") -> Trellis:
-        """With 4 or 8 states; 1: plain rounding, every code may follow."""
-        if states == 1:
-            return cls(*(torch.zeros(1, n, dtype=torch.long, device=device) for n in (1, 1, 2)))
-        first, second = {4: (0o5, 0o2), 8: (0o13, 0o4)}[states]
-        state, bit = torch.arange(states).unsqueeze(1), torch.arange(2)
-        following = (state >> 1) ^ (state & 1) * (first >> 1) ^ bit * (second >> 1)
-        edges = following.flatten().argsort(stable=True).view(states, 2)
-        return cls(*(t.to(device) for t in (edges // 2, edges % 2 * 2 + edges // 2 % 2, following)))
-
-    @property
-    def states(self) -> int:
-        return len(self.previous)
+        """With 4 states; 1: plain rounding, every code may follow."""
+        tables = {1: ([[0]], [[0]], [[0, 0]]),
+                  4: ([[0, 2], [0, 2], [1, 3], [1, 3]], [[0, 2], [2, 0], [1, 3], [3, 1]],
+                      [[0, 1], [2, 3], [1, 0], [3, 2]])}
+        return cls(*(torch.tensor(table, device=device) for table in tables[states]))
 
     @property
     def density(self) -> int:
-        """Codes to a step: only every second one is to be told apart."""
-        return 2 if self.states > 1 else 1
+        """Codes to a scale: with a trellis only every second one is to be told apart."""
+        return min(2, len(self.previous))
 
-
-def round_along(target: Tensor, upper: Tensor, lattice: Tensor, trellis: Trellis, top: int) -> Tensor:
+def round_along(target: Tensor, upper: Tensor, grid: Tensor, trellis: Trellis, top: int) -> Tensor:
     """Codes [..., B] of pieces of rows, each error fed forward; the path of least cost through the trellis (Viterbi).
 
-    target: [..., B] values wanted; upper: [..., B, B] (broadcasts) factor of the columns; lattice: [..., B] value of
+    target: [..., B] values to round; upper: [..., B, B] (broadcasts) factor of the columns; grid: [..., B] value of
     the code 1. Every survivor carries its own fed-forward errors. With one state this is GPTQ's column loop.
     """
-    states, came_from = trellis.states, trellis.previous.flatten()
+    states, came_from = len(trellis.previous), trellis.previous.flatten()
     paths = target.unsqueeze(-2).repeat(*[1] * (target.dim() - 1), states, 1)  # codes up to j, targets from j on
     cost = torch.full(paths.shape[:-1], math.inf, device=target.device)
     cost[..., 0] = 0.0
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    weight = (lattice / diagonal).square()
+    weight = (grid / diagonal).square()
     for j in range(target.size(-1)):
-        wanted = (paths[..., j] / lattice[..., j, None]).clamp(-top, top)
-        if states > 1:
-            wanted = wanted.index_select(-1, came_from).unflatten(-1, (states, 2))
-            codes = trellis.coset + 4 * ((wanted - trellis.coset) / 4).round()
+        exact = (paths[..., j] / grid[..., j, None]).clamp(-top, top)
+        code = exact.round()
+        if states > 1:  # each state keeps the cheaper of the two ways into it
+            exact = exact.index_select(-1, came_from).unflatten(-1, (states, 2))
+            codes = trellis.coset + 4 * ((exact - trellis.coset) / 4).round()
             costs = cost.index_select(-1, came_from).unflatten(-1, (states, 2))
-            cost, pick = torch.addcmul(costs, (wanted - codes).square(), weight[..., j, None, None]).min(-1, True)
+            cost, pick = torch.addcmul(costs, (exact - codes).square(), weight[..., j, None, None]).min(-1, True)
             source = trellis.previous.expand(*pick.shape[:-1], 2).gather(-1, pick)
             paths, code, cost = paths.gather(-2, source.expand_as(paths)), codes.gather(-1, pick)[..., 0], cost[..., 0]
-        else:
-            code = wanted.round()
-        error = (paths[..., j] - code * lattice[..., j, None]) / diagonal[..., j, None]
+        error = (paths[..., j] - code * grid[..., j, None]) / diagonal[..., j, None]
         paths[..., j + 1:] -= error.unsqueeze(-1) * upper[..., j, None, j + 1:]
         paths[..., j] = code
     best = cost.argmin(-1)[..., None, None]
     return paths.gather(-2, best.expand(*paths.shape[:-2], 1, target.size(-1))).squeeze(-2)
 
+def gptq(weight_KRC: Tensor, hessian_factor: Tensor, row_KR: Tensor, column_KC: Tensor, trellis: Trellis, top: int
+         ) -> Tensor:
+    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the grid of values row x column x code.
 
-def gptq(weight_KRC: Tensor, inputs: Tensor, outputs: Tensor | None, row_KR: Tensor, column_KC: Tensor,
-         trellis: Trellis, top: int) -> Tensor:
-    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the lattice of values row x column x code.
-
-    inputs: [K, C, C] factor of the columns (`factorize`); outputs: [K, R, R] of the rows, or None: rows are rounded
-    independently. With both, an error is fed forward along rows and columns, U and V at once: what remains to round at
-    (r, c) is W - V^T E U there, E the errors so far over U_cc V_rr. Blocks on one anti-diagonal need nothing of each
-    other and go together; the rest of the matrix is updated by products.
+    hessian_factor: [K, C, C] of the columns (`inverse_factor`). Rows are rounded independently, a segment of columns
+    at a time; the rest of the matrix is then updated by one product.
     """
-    w, rows = weight_KRC.float().clone(), weight_KRC.size(1)
-    lattice = row_KR.unsqueeze(-1) * column_KC.unsqueeze(1)
+    w = weight_KRC.float().clone()
+    grid = row_KR.unsqueeze(-1) * column_KC.unsqueeze(1)
     codes = torch.empty_like(w)
-    if outputs is None:
-        for begin in range(0, w.size(-1), SEGMENT):
-            part, rest = slice(begin, begin + SEGMENT), slice(begin + SEGMENT, None)
-            upper = inputs[:, part, part]
-            codes[..., part] = round_along(w[..., part], upper.unsqueeze(1), lattice[..., part], trellis, top)
-            lost = w[..., part] - codes[..., part] * lattice[..., part]
-            w[..., rest] -= torch.linalg.solve_triangular(upper, lost, upper=True, left=False) @ inputs[:, part, rest]
-        return codes.to(torch.int16)
-    ahead = torch.zeros_like(w)  # E U from the columns before
-    row_parts = [slice(r, min(r + 16, rows)) for r in range(0, rows, 16)]
-    column_parts = [slice(c, min(c + SEGMENT, w.size(-1))) for c in range(0, w.size(-1), SEGMENT)]
-    waves: dict[tuple, list[tuple[slice, slice]]] = collections.defaultdict(list)
-    for i, r in enumerate(row_parts):
-        for j, c in enumerate(column_parts):  # the last ones may be smaller: only blocks of one size go together
-            waves[i + j, r.stop - r.start, c.stop - c.start].append((r, c))
-    for _, blocks in sorted(waves.items()):
-        (target, before, delta), upper, lower = (
-            [torch.stack([t[:, r, c] for r, c in blocks]) for t in (w, ahead, lattice)],
-            torch.stack([inputs[:, c, c] for _, c in blocks]), torch.stack([outputs[:, r, r] for r, _ in blocks]))
-        found, kept = torch.empty_like(target), torch.empty_like(target)
-        for r in range(target.size(2)):
-            scale = lower[:, :, r, r, None]
-            wanted = target[:, :, r] - scale * before[:, :, r]
-            found[:, :, r] = round_along(wanted, upper, delta[:, :, r], trellis, top)
-            kept[:, :, r] = before[:, :, r] + (wanted - found[:, :, r] * delta[:, :, r]) / scale  # E U of this row
-            target[:, :, r + 1:] -= lower[:, :, r, r + 1:, None] * kept[:, :, r, None]
-        errors = torch.linalg.solve_triangular(upper, kept - before, upper=True, left=False)
-        for (r, c), code, here, error in zip(blocks, found, kept, errors):
-            codes[:, r, c] = code
-            w[:, r.stop:, c] -= outputs[:, r, r.stop:].mT @ here
-            ahead[:, r, c.stop:] += error @ inputs[:, c, c.stop:]
+    for begin in range(0, w.size(-1), SEGMENT):
+        part, rest = slice(begin, begin + SEGMENT), slice(begin + SEGMENT, None)
+        upper = hessian_factor[:, part, part]
+        codes[..., part] = round_along(w[..., part], upper.unsqueeze(1), grid[..., part], trellis, top)
+        error = w[..., part] - codes[..., part] * grid[..., part]
+        error = torch.linalg.solve_triangular(upper, error, upper=True, left=False)
+        w[..., rest] -= error @ hessian_factor[:, part, rest]
     return codes.to(torch.int16)
 
+def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
+    """[M] ids drawn from the model: the gradients' squares then are the true Fisher information.
 
-INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv"}
-"""Last part of a stored matrix's name -> the product of `Weights.linear` whose input it reads, where names differ."""
+    Drawn by row, so that the number of ranks does not change what is drawn.
+    """
+    capped = cfg.logit_softcap * torch.tanh(logits_MV.float() / cfg.logit_softcap)
+    uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in rows])
+    thresholds = torch.from_numpy(uniform.astype(np.float32)).to(logits_MV.device).view(-1, 1)
+    return (capped.softmax(-1).cumsum(-1) < thresholds).sum(-1).clamp_max(cfg.vocab_size - 1)
 
+def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> RecordingWeights:
+    """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device.
 
-def hessian_key(name: str) -> tuple[str, int]:
-    """(product, block) that recorded the input of a stored matrix: blocks.3.k -> (qkv, 3); tok_emb -> (head, 0)."""
-    parts = name.split(".")
-    return (INPUT_OF.get(parts[2], parts[2]), int(parts[1])) if parts[0] == "blocks" else ("head", 0)
-
-
-class Calibration(NamedTuple):
-    """Sums over the calibration tokens of all ranks, by product and block."""
-    gram: dict[tuple[str, int], Tensor]
-    """Mean of x x^T over inputs, all visits, [I, I]."""
-    fisher: dict[tuple[str, int], Tensor]
-    """Sum of g g^T over outputs, [O, O], of the head its diagonal [V]; targets are drawn from the model (the true
-    Fisher information)."""
-    input_gram: Tensor
-    """Sum of g g^T at the embedding's output, [D, D]."""
-    input_rows: Tensor
-    """Sum of |g|^2 there by id, [V]."""
-
-
-def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> Calibration:
-    """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device."""
+    Returns the recorded sums of all ranks, `gram` divided by the number of inputs.
+    """
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
     mine = range(first_row + run.rank, first_row + rows, run.world)
     model.requires_grad_(False)
-    w, plan = RecordingWeights(model, run.dtype), layer_plan(cfg, looped=True)
+    w, layers = RecordingWeights(model, run.dtype), unroll_layers(cfg, looped=True)
     with run.progress(len(mine), "calibrate", "row") as bar:
         few = -(-data.micro_rows // 4)  # nothing is compiled here, so that activations take more room than in training
         for at in range(0, len(mine), few):
             part = mine[at:at + few]
             batch = make_batch([data.row(i) for i in part], len(part), cfg.train_seq_len).to(run.device)
-            logits = w.linear("head", None, model.hidden(batch, plan, w).flatten(0, 1))
+            logits = w.linear("head", None, model(batch, layers, w).flatten(0, 1))
             with torch.no_grad():
-                capped = cfg.logit_softcap * torch.tanh(logits.float() / cfg.logit_softcap)
-                # Drawn by row, so that the number of ranks does not change what is drawn.
-                uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in part])
-                drawn = torch.from_numpy(uniform.astype(np.float32)).to(run.device).view(-1, 1)
-                # torch refuses cumsum where algorithms must be deterministic, as that of one long vector is not.
-                set_deterministic(False)
-                targets = (capped.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp_max(cfg.vocab_size - 1)
-                set_deterministic(cfg.deterministic)
-            model.kernels.cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
+                targets = draw_targets(logits, part, cfg)
+            softcapped_cross_entropy(logits, targets, cfg.logit_softcap).sum().backward()
             bar.update(len(part))
     model.requires_grad_(True)
-    gram, fisher = {}, {}
-    for key, matrix in w.matrices.items():  # a rank without rows still takes part
-        outputs, inputs = matrix.shape
-        shape = (outputs,) if key[0] == "head" else (outputs, outputs)
-        count = run.total(torch.tensor(float(w.tokens[key]), device=run.device)).clamp_min(1)
-        gram[key] = run.total(w.gram.get(key, matrix.new_zeros(inputs, inputs, dtype=torch.float32))) / count
-        fisher[key] = run.total(w.fisher.get(key, matrix.new_zeros(shape, dtype=torch.float32)))
-    return Calibration(gram, fisher, run.total(w.input_gram), run.total(w.input_rows))
+    for key in w.matrices:  # a rank without rows still takes part
+        count = run.all_reduce(torch.tensor(float(w.tokens[key]), device=run.device)).clamp_min(1)
+        run.all_reduce(w.gram[key]).div_(count)
+        run.all_reduce(w.fisher[key])
+    run.all_reduce(w.input_gram), run.all_reduce(w.input_rows)
+    return w
 
+def error_cost(name: str, sums: RecordingWeights, model: GPT) -> tuple[Tensor, Tensor]:
+    """(Hessian [C, C], Fisher information of each row [R]) of an error in a stored matrix."""
+    if name == "tok_emb":  # the embedding is read at both ends: mix the costs of both uses
+        gram = sums.gram["head", 0]
+        out, into = sums.fisher["head", 0] * gram.trace(), sums.input_rows
+        total = out.sum() + into.sum()
+        mixed = gram / gram.trace().clamp_min(1e-30) * out.sum() + \
+            sums.input_gram / sums.input_gram.trace().clamp_min(1e-30) * into.sum()
+        return mixed / total.clamp_min(1e-30), out + into
+    _, block, part = name.split(".")
+    matrix, key = MATRICES[part], (MATRICES[part].product, int(block))
+    fisher = sums.fisher[key][matrix_shapes(model.cfg)[part][0]]
+    if matrix.scale:
+        scale = getattr(model, matrix.scale)[int(block)].detach()
+        fisher = fisher * scale * scale
+    return sums.gram[key], fisher
 
-def waterfill_steps(cost_KR: Tensor, scale_KC: Tensor, softness: float) -> tuple[Tensor, Tensor]:
-    """(row steps [K, R], column steps [K, C]) at which every matrix loses equally much to rounding.
+def waterfill_scales(cost_KR: Tensor, factor_KC: Tensor) -> tuple[Tensor, Tensor]:
+    """(row scales [K, R], column scales [K, C]) at which every matrix loses equally much to rounding.
 
-    An error e in row r and column c costs cost_r (e / scale_c)^2. Reverse water-filling (Cover and Thomas, 10.3.3)
-    wants step ~ cost^-1/2 scale; the rows' exponent is softened, as their cost is an estimate from few tokens.
+    An error e in row r and column c costs cost_r (e / factor_c)^2. Reverse water-filling (Cover and Thomas, 10.3.3)
+    asks for scales ~ cost^-1/2 factor; the rows' exponent is softened, as their cost is an estimate.
     """
     cost = cost_KR + 0.01 * cost_KR.mean(-1, keepdim=True).clamp_min(1e-30)
-    row = torch.exp(-0.5 * softness * (cost.log() - cost.log().mean(-1, keepdim=True)))
-    level = (cost * row.square()).mean(-1, keepdim=True)  # columns: scale^2 / scale^2
-    return row / level.sqrt(), scale_KC
+    row = torch.exp(-0.5 * ROW_SOFTNESS * (cost.log() - cost.log().mean(-1, keepdim=True)))
+    level = (cost * row.square()).mean(-1, keepdim=True)  # columns: factor^2 / factor^2
+    # The geometric mean of the columns goes to the rows, so that columns lie around code 0.
+    middle = factor_KC.log().mean(-1, keepdim=True).exp()
+    return row / level.sqrt() * middle, factor_KC / middle
 
-
-def sdclip_steps(weights: Tensor, bits: int, sigmas: float) -> Tensor:
-    """int8 step codes [..., R] of rows [..., R, C]; the largest code of so many bits stands for `sigmas` deviations."""
-    # A row of nearly one value has almost no spread: its step must still reach its values.
+def sdclip_codes(weights: Tensor, bits: int, sigmas: float) -> Tensor:
+    """int8 scale codes [..., R] of rows [..., R, C]: the largest code of so many bits stands for so many deviations."""
+    # A row of nearly one value has almost no spread: its scale must still reach its values.
     largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
-    return step_codes(largest / (2 ** (bits - 1) - 1), ROW_OFFSET)
+    return scale_codes(largest / (2 ** (bits - 1) - 1), ROW_OFFSET)
 
-
-def on_lattice(weights: Tensor, bits: int, sigmas: float) -> tuple[Tensor, Tensor]:
-    """(`weights` rounded to SDClip's codes, step codes of their rows)."""
-    rows, top = sdclip_steps(weights, bits, sigmas), 2 ** (bits - 1) - 1
-    steps = row_steps(rows, 1.0).unsqueeze(-1)
-    return (weights / steps).round().clamp(-top, top) * steps, rows
-
+def snap_to_grid(weights: Tensor, bits: int, sigmas: float) -> tuple[Tensor, Tensor]:
+    """(`weights` rounded to SDClip's codes, scale codes of their rows)."""
+    rows, top = sdclip_codes(weights, bits, sigmas), 2 ** (bits - 1) - 1
+    scales = row_scales(rows, 1.0).unsqueeze(-1)
+    return (weights / scales).round().clamp(-top, top) * scales, rows
 
 def bank_grids(model: GPT, cfg: Config) -> dict[str, tuple[int, float]]:
     """(bits, clip) of the codes of every bank."""
     routes = {name: route(name) for name, _ in model.named_parameters()}
     return {name: cfg.grid(row.stored.removeprefix("gptq:")) for name, row in routes.items() if row.rule == "muon"}
 
-
 class RoundedWeights(Weights):
     """Plain weights whose banks are read as the artifact will hold them; gradients pass straight through (QAT).
 
-    The straight-through estimator of Bengio et al. 2013. Steps are SDClip's of the current weights.
+    The straight-through estimator of Bengio et al. 2013. Scales are SDClip's of the current weights.
     """
 
     def __init__(self, grids: Mapping[str, tuple[int, float]], model: GPT, dtype: torch.dtype) -> None:
@@ -4007,209 +2382,164 @@ class RoundedWeights(Weights):
         super().__init__(model, dtype)
 
     def cast(self, name: str, bank: Tensor) -> Tensor:
-        return (on_lattice(bank.detach(), *self.grids[name])[0] + (bank - bank.detach())).to(self.dtype)
+        return (snap_to_grid(bank.detach(), *self.grids[name])[0] + (bank - bank.detach())).to(self.dtype)
 
-
-@torch.no_grad()
-def settle(model: GPT, cfg: Config) -> None:
-    """Move the banks to what `RoundedWeights` reads of them; GPTQ will find them on its lattice."""
+def snap_banks(model: GPT, cfg: Config) -> None:
+    """Moves the banks to what `RoundedWeights` reads of them; GPTQ will find them on its grid."""
     grids = bank_grids(model, cfg)
     for name, values, parameter in model.tensors():
         if parameter in grids:
-            rounded, model.lattice[name] = on_lattice(values, *grids[parameter])
-            values.copy_(rounded)
-
+            on_grid, model.row_codes[name] = snap_to_grid(values, *grids[parameter])
+            values.copy_(on_grid)
 
 @contextlib.contextmanager
-def settled(model: GPT, cfg: Config) -> Iterator[None]:
-    """`settle` for a while."""
-    kept = [p.detach().clone() for p in model.parameters()]
-    settle(model, cfg)
+def snapped(model: GPT, cfg: Config) -> Iterator[None]:
+    """`snap_banks` for a while."""
+    originals = {name: model.get_parameter(name).detach().clone() for name in bank_grids(model, cfg)}
+    snap_banks(model, cfg)
     yield
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), kept)
+    for name, values in originals.items():
+        model.get_parameter(name).detach().copy_(values)
 
-
-class Stack(NamedTuple):
+class MatrixGroup(NamedTuple):
     """Matrices of one shape and family, ready for GPTQ."""
     stored: str
     names: list[str]
-    order: Tensor
-    """[K, C] order in which the columns are rounded."""
-    weights: Tensor
-    """[K, R, C] fp32, columns in that order."""
-    inputs: Tensor
-    """[K, C, C] factor of the columns."""
-    outputs: Tensor | None
-    """[K, R, R] factor of the rows; None: errors are not fed forward along them."""
-    rows: Tensor
-    """[K, R] int8 step codes."""
-    columns: Tensor
-    """[K, C] int8 step codes."""
-    top: int
-    """Largest code."""
-
+    order: Tensor  # [K, C] order in which the columns are rounded
+    weights: Tensor  # [K, R, C] fp32, columns in that order
+    hessian_factor: Tensor  # [K, C, C], see `inverse_factor`
+    rows: Tensor  # [K, R] int8 scale codes
+    columns: Tensor  # [K, C] int8 scale codes
+    top: int  # largest code
 
 class Quantizer:
     """Turns the model's tensors into codes, as often as the packer asks; what costs time is kept between calls."""
 
-    def __init__(self, model: GPT, sums: Calibration, cfg: Config, run: Run) -> None:
+    def __init__(self, model: GPT, sums: RecordingWeights, cfg: Config, run: Run) -> None:
         self.model, self.sums, self.cfg, self.run = model, sums, cfg, run
-        self.trellis = Trellis.of(cfg.trellis_states if cfg.quant == "waterfill" else 1, run.device)
-        jobs: dict[tuple, list[tuple[str, Tensor]]] = collections.defaultdict(list)
-        fewer = self._fewer_bits()
-        self.plain: dict[str, Quantized] = {}
+        self.states = {"waterfill": cfg.trellis_states, "sdclip": 1}[cfg.quant]
+        self.trellis = Trellis.of(self.states, run.device)
+        self.plain = {}  # tensors that no Hessian is needed for
+        groups = collections.defaultdict(list)
+        # N_INT6_LAYERS leaves the matrices of the smallest Hessian trace with one bit less.
+        blocks = [name for name, _, _ in model.tensors() if name.startswith("blocks.") and cfg.n_int6_layers]
+        blocks.sort(key=lambda name: -float(error_cost(name, sums, model)[0].trace()))
+        fewer = blocks[cfg.n_int6_layers:]
         for name, values, parameter in model.tensors():
             stored, values = route(parameter).stored, values.float()
             if stored.startswith("gptq:"):
-                jobs[values.shape, stored, name in fewer].append((name, values))
+                groups[values.shape, stored, name in fewer].append((name, values))
             elif stored == "int8":
-                rows = step_codes(values.abs().amax(-1) / 127, ROW_OFFSET, up=True)
-                codes = (values / row_steps(rows, 1.0).unsqueeze(-1)).round().clamp(-127, 127)
+                rows = scale_codes(values.abs().amax(-1) / 127, ROW_OFFSET, torch.ceil)
+                codes = (values / row_scales(rows, 1.0).unsqueeze(-1)).round().clamp(-127, 127)
                 self.plain[name] = Quantized(stored, codes.to(torch.int16).cpu(), rows.cpu())
             else:
                 self.plain[name] = Quantized(stored, values.half().cpu())
-        # Zeros cost next to nothing: a hashed table's rows that no text has met are no reason for finer steps.
-        self.weights = max(1, sum(int(values.count_nonzero()) for matrices in jobs.values() for _, values in matrices))
-        self.stacks = []
-        for (_, stored, less), matrices in jobs.items():
-            mine = matrices[run.rank::run.world]
-            if mine:
-                self.stacks.append(self._prepare(stored, mine, int(less)))
+        # Zeros cost next to nothing: a hashed table's rows that no text has met are no reason for finer scales.
+        self.weights = max(1, sum(int(values.count_nonzero()) for group in groups.values() for _, values in group))
+        self.groups = [self.prepare(stored, group[run.rank::run.world], int(less))
+                       for (_, stored, less), group in groups.items() if group[run.rank::run.world]]
 
-    def _fewer_bits(self) -> set[str]:
-        """Names of the matrices that N_INT6_LAYERS leaves with one bit less."""
-        names = [name for name, _, p in self.model.tensors() if route(p).stored in ("gptq:attn", "gptq:mlp")]
-        ranked = sorted(names, key=lambda name: -float(self.sums.gram[hessian_key(name)].trace()))
-        return set(ranked[self.cfg.n_int6_layers:]) if self.cfg.n_int6_layers else set()
-
-    def _prepare(self, stored: str, matrices: Sequence[tuple[str, Tensor]], less: int = 0) -> Stack:
-        """Factors and step codes of matrices (name, values) of equal shape; `less` bits than the knobs say (SDClip)."""
-        names, weights = [name for name, _ in matrices], torch.stack([values for _, values in matrices])
-        grams, fishers = map(torch.stack, zip(*(self._cost(name) for name in names)))
+    def prepare(self, stored: str, group: Sequence[tuple[str, Tensor]], less: int = 0) -> MatrixGroup:
+        """Factors and scale codes of matrices (name, values) of one shape, with `less` bits than SDClip's knobs say."""
+        names, weights = [name for name, _ in group], torch.stack([values for _, values in group])
+        grams, costs = map(torch.stack, zip(*(error_cost(name, self.sums, self.model) for name in names)))
         energy = grams.diagonal(dim1=-2, dim2=-1)
         weights = weights.masked_fill((energy == 0).unsqueeze(1), 0.0)  # inputs never seen
-        # Costly columns first, while the others can still make up for them: with SDClip's equal steps that is worth a
-        # fifth of the damage, with water-filled ones nothing (bench/LOG.md 2026-11-22). A trellis keeps their order.
-        natural = torch.arange(energy.size(-1), device=energy.device).expand_as(energy)
-        order = energy.argsort(dim=-1, descending=True, stable=True) if self.cfg.quant == "sdclip" else natural
+        order = torch.arange(energy.size(-1), device=energy.device).expand_as(energy)
+        if self.cfg.quant == "waterfill":
+            factor = inverse_factor(grams, self.run.log)
+            rows, columns = waterfill_scales(costs, factor.diagonal(dim1=-2, dim2=-1))
+            return MatrixGroup(stored, names, order, weights, factor, scale_codes(rows, ROW_OFFSET),
+                               scale_codes(columns, 0), 2 ** 15 - 4)  # cosets add 2
+        # Costly columns first, while the others can still make up for them: with SDClip's equal scales that is worth a
+        # fifth of the damage, with water-filled ones nothing (docs/LOG.md 2026-11-22).
+        order = energy.argsort(dim=-1, descending=True, stable=True)
         weights = weights.gather(2, order.unsqueeze(1).expand_as(weights))
         grams = grams.gather(1, order.unsqueeze(2).expand_as(grams)).gather(2, order.unsqueeze(1).expand_as(grams))
-        damp, outputs = self.cfg.gptq_damp, None
-        inputs = factorize(grams, damp, self.run.log)
-        if self.cfg.quant == "waterfill":
-            costs = fishers if fishers.dim() == 2 else fishers.diagonal(dim1=-2, dim2=-1)
-            if self.cfg.gptq_two_sided and fishers.dim() == 3:
-                outputs = factorize(fishers, damp, self.run.log)
-                costs = outputs.diagonal(dim1=-2, dim2=-1).square().reciprocal()
-            steps = waterfill_steps(costs, inputs.diagonal(dim1=-2, dim2=-1), self.cfg.row_softness)
-            # The geometric mean goes to the rows, so that columns lie around code 0.
-            middle = steps[1].log().mean(-1, keepdim=True).exp()
-            rows, columns = step_codes(steps[0] * middle, ROW_OFFSET), step_codes(steps[1] / middle, 0)
-            return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** 15 - 4)  # cosets add 2
         bits, sigmas = self.cfg.grid(stored.removeprefix("gptq:"))
-        columns = torch.zeros(len(names), weights.size(-1), dtype=torch.int8, device=weights.device)
-        settled, bits = [self.model.lattice[name] for name in names if name in self.model.lattice], bits - less
-        rows = torch.stack(settled) if settled else sdclip_steps(weights, bits, sigmas)
-        return Stack(stored, names, order, weights, inputs, outputs, rows, columns, 2 ** (bits - 1) - 1)
+        rows = sdclip_codes(weights, bits - less, sigmas)
+        if names[0] in self.model.row_codes:
+            rows = torch.stack([self.model.row_codes[name] for name in names])
+        return MatrixGroup(stored, names, order, weights, inverse_factor(grams, self.run.log), rows,
+                           torch.zeros_like(order, dtype=torch.int8), 2 ** (bits - less - 1) - 1)
 
-    def _cost(self, name: str) -> tuple[Tensor, Tensor]:
-        """(Hessian [C, C], Fisher information [R, R] or its diagonal [R]) of an error in a stored matrix."""
-        sums, (product, block) = self.sums, hessian_key(name)
-        gram, fisher = sums.gram[product, block], sums.fisher[product, block]
-        if product == "head":  # the embedding is read at both ends: mix the costs of both uses
-            out, into = fisher * gram.trace(), sums.input_rows
-            total = out.sum() + into.sum()
-            mixed = gram / gram.trace().clamp_min(1e-30) * out.sum() + \
-                sums.input_gram / sums.input_gram.trace().clamp_min(1e-30) * into.sum()
-            return mixed / total.clamp_min(1e-30), out + into
-        part, kv = name.split(".")[-1], self.model.cfg.num_kv_heads * self.model.cfg.head_dim
-        if product == "qkv":
-            begin = {"q": 0, "k": len(fisher) - 2 * kv, "v": len(fisher) - kv}[part]
-            mine = slice(begin, len(fisher) - 2 * kv if part == "q" else begin + kv)
-            return gram, fisher[mine, mine]
-        scales = {"o": self.model.attn_scale, "down": self.model.mlp_scale}.get(product)
-        if scales is None:
-            return gram, fisher
-        scale = scales[block].detach()
-        return gram, fisher * scale.unsqueeze(1) * scale
+    def nearest(self, group: MatrixGroup, global_scale: float) -> Tensor:
+        """int16 codes by rounding alone, at the steps between codes of one parity: about as large to pack as GPTQ's."""
+        grid = row_scales(group.rows, global_scale * self.trellis.density).unsqueeze(-1) * \
+            column_scales(group.columns).unsqueeze(1)
+        return (group.weights / grid).round_().clamp_(-group.top, group.top).to(torch.int16)
 
-    def bits(self, unit: float) -> float:
+    def solved(self, group: MatrixGroup, global_scale: float) -> Tensor:
+        """int16 codes by GPTQ."""
+        codes = gptq(group.weights, group.hessian_factor, row_scales(group.rows, global_scale),
+                     column_scales(group.columns), self.trellis, group.top)
+        return codes.gather(2, group.order.argsort(-1).unsqueeze(1).expand_as(codes))
+
+    def bits(self, global_scale: float) -> float:
         """Bits of `nearest`'s codes by their entropy, matrix by matrix."""
         total = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for stack in self.stacks:
-            for matrix in self.nearest(stack, unit).int():
-                counts = torch.bincount(matrix.flatten() + stack.top).double()
+        for group in self.groups:
+            for matrix in self.nearest(group, global_scale).int():
+                counts = torch.bincount(matrix.flatten() + group.top).double()
                 total -= (counts * (counts / matrix.numel()).clamp_min(1e-30).log2()).sum()
-        return float(self.run.total(total))
-
-    def nearest(self, stack: Stack, unit: float) -> Tensor:
-        """int16 codes by rounding alone, at the steps between codes of one parity: about as large to pack as GPTQ's."""
-        steps = row_steps(stack.rows, unit * self.trellis.density).unsqueeze(-1) * \
-            column_steps(stack.columns).unsqueeze(1)
-        return (stack.weights / steps).round_().clamp_(-stack.top, stack.top).to(torch.int16)
-
-    def solved(self, stack: Stack, unit: float) -> Tensor:
-        """int16 codes by GPTQ."""
-        codes = gptq(stack.weights, stack.inputs, stack.outputs, row_steps(stack.rows, unit),
-                     column_steps(stack.columns), self.trellis, stack.top)
-        return codes.gather(2, stack.order.argsort(-1).unsqueeze(1).expand_as(codes))
+        return float(self.run.all_reduce(total))
 
     def octaves_for(self, bits: float) -> float:
-        """log2 of the unit at which the codes take so many bits in all, by `bits`."""
+        """log2 of the global scale at which the codes take so many bits in all, by `bits`."""
         logs = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        for _, _, _, weights, _, _, rows, columns, _ in self.stacks:
-            least = 1e-3 * weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
-            steps = row_steps(rows, float(self.trellis.density))
-            ratios = weights.abs().clamp_min(least).log2() - steps.log2().unsqueeze(-1) - \
-                column_steps(columns).log2().unsqueeze(1)
-            logs += ratios.masked_fill(weights == 0, 0.0).sum(dtype=torch.float64)
+        for group in self.groups:
+            least = 1e-3 * group.weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
+            rows = row_scales(group.rows, float(self.trellis.density))
+            ratios = group.weights.abs().clamp_min(least).log2() - rows.log2().unsqueeze(-1) - \
+                column_scales(group.columns).log2().unsqueeze(1)
+            logs += ratios.masked_fill(group.weights == 0, 0.0).sum(dtype=torch.float64)
         # Gaussian codes of deviation s: log2 s + 2.05 bits, and the mean of log2 |code| is log2 s - 0.92.
-        guess = float(self.run.total(logs)) / self.weights + 2.97 - bits / self.weights
+        guess = float(self.run.all_reduce(logs)) / self.weights + 2.97 - bits / self.weights
         low, high = guess - 3, guess + 6
         for _ in range(16):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.bits(2.0 ** middle) > bits else (low, middle)
+            if self.bits(2.0 ** middle) > bits:
+                low = middle
+            else:
+                high = middle
         return high
 
     @torch.no_grad()
-    def quantize(self, unit: float, rounding: Callable[[Stack, float], Tensor] | None = None) -> dict[str, Quantized]:
-        """Every tensor as it will be stored, on rank 0; each rank does its share of the matrices.
+    def quantize(self, global_scale: float, rounding: Callable) -> dict[str, Quantized]:
+        """Every tensor as it will be stored; each rank does its share of the matrices.
 
-        `rounding`: `solved` (None) or `nearest`.
+        `rounding`: `solved` or `nearest`.
         """
-        own: dict[str, Quantized] = {}
-        for stack in self.stacks:
-            parts = (rounding or self.solved)(stack, unit).cpu(), stack.rows.cpu(), stack.columns.cpu()
-            own.update({name: Quantized(stack.stored, *of) for name, *of in zip(stack.names, *parts)})
+        own = {}
+        for group in self.groups:
+            parts = rounding(group, global_scale).cpu(), group.rows.cpu(), group.columns.cpu()
+            own.update({name: Quantized(group.stored, *of) for name, *of in zip(group.names, *parts)})
         done = dict(self.plain)
-        for part in self.run.collect(own):
+        for part in self.run.all_gather_object(own):
             done.update(part)
-        return {name: done[name] for name, _, _ in self.model.tensors() if self.run.is_main}
+        return {name: done[name] for name, _, _ in self.model.tensors()}
 
 
 # ----------------------------------------------------------------------------------------------------
 # 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
 # ----------------------------------------------------------------------------------------------------
-# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, unit of the codes, states of the
-# trellis, tensors in order, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before
-# it. Codes of one family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader
-# checks digest, bounds and sizes before it allocates. Rank 0 writes, everyone scores what was read back.
+# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, global scale of the codes,
+# states of the trellis, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before it.
+# Codes of one family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader
+# checks digest, bounds and sizes before it allocates. Rank 0 writes, all score what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 3
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 4
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
-OCTAL = frozenset(bytes([digit]) for digit in b"01234567")
 WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
-
 
 def brotli_pack(data: bytes) -> bytes:
     """Brotli at quality 11 with the largest window."""
     import brotli
     return brotli.compress(data, quality=11, lgwin=24)
-
 
 def brotli_unpack(data: bytes, size: int) -> bytes:
     """Exactly `size` bytes; `UserError` for a damaged stream, and before more than that is allocated."""
@@ -4226,21 +2556,18 @@ def brotli_unpack(data: bytes, size: int) -> bytes:
     require(len(out) == size and reader.is_finished(), f"a stream does not hold the {size} bytes it claims")
     return bytes(out)
 
-
 def stream_parts(stored: str, shape: Sequence[int]) -> list[tuple[str, int]]:
     """(stream, raw bytes) that one tensor contributes, in the order in which they are written."""
     count, rows = math.prod(shape), math.prod(shape[:-1])
     if stored == "fp16":
         return [("fp16", 2 * count)]
     if stored == "int8":
-        return [("int8", count), ("steps", rows)]
-    return [(stored, 2 * count), ("steps", rows + shape[-1])]
-
+        return [("int8", count), ("scales", rows)]
+    return [(stored, 2 * count), ("scales", rows + shape[-1])]
 
 def split_bytes(halves: bytes) -> bytes:
     """High bytes of little-endian 16-bit numbers, then their low bytes: the former repeat, the latter do not."""
     return halves[1::2] + halves[::2]
-
 
 def join_bytes(data: bytes) -> bytes:
     """Inverse of `split_bytes`."""
@@ -4248,145 +2575,127 @@ def join_bytes(data: bytes) -> bytes:
     out[1::2], out[::2] = data[:len(data) // 2], data[len(data) // 2:]
     return bytes(out)
 
-
 def zigzag(codes: np.ndarray) -> np.ndarray:
     """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: int16 -> uint16 of the same shape."""
     return ((codes.astype(np.int32) << 1) ^ (codes.astype(np.int32) >> 31)).astype("<u2")
-
 
 def unzigzag(values: np.ndarray) -> np.ndarray:
     """Inverse of `zigzag`."""
     return ((values.astype(np.int32) >> 1) ^ -(values.astype(np.int32) & 1)).astype(np.int16)
 
-
-def to_lanes(matrices: Sequence[np.ndarray], fill: int, states: int) -> np.ndarray:
-    """Matrices [R, C] as [T, lanes]: each lane is one path through the trellis, or one entry where there is none."""
+def to_streams(matrices: Sequence[np.ndarray], fill: int, states: int) -> np.ndarray:
+    """Matrices [R, C] as [T, parallel streams]: each is one path through the trellis, or without one a single entry."""
     if states == 1:
         return np.concatenate([matrix.reshape(-1) for matrix in matrices])[None]
     padded = [np.pad(m, ((0, 0), (0, -m.shape[1] % SEGMENT)), constant_values=fill) for m in matrices]
     return np.ascontiguousarray(np.concatenate([m.reshape(-1, SEGMENT) for m in padded]).T)
 
-
-def from_lanes(lanes: np.ndarray, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
-    """Inverse of `to_lanes`."""
-    widths = [cols + (-cols % SEGMENT if states > 1 else 0) for _, cols in shapes]
+def from_streams(streams: np.ndarray, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
+    """Inverse of `to_streams`."""
+    widths = [cols + (-cols % SEGMENT) * (states > 1) for _, cols in shapes]
     ends = np.cumsum([rows * width for (rows, _), width in zip(shapes, widths)])
-    parts = np.split(lanes.T.reshape(-1), ends[:-1])
+    parts = np.split(streams.T.reshape(-1), ends[:-1])
     return [part.reshape(rows, width)[:, :cols] for part, (rows, cols), width in zip(parts, shapes, widths)]
 
+class TrellisState:
+    """Paths through the trellis abreast, as a decoder takes them. A code is density * symbol + the parity."""
 
-class Walk:
-    """Paths through the trellis, one a lane, as a decoder takes them. A code is density * symbol + the parity."""
-
-    def __init__(self, lanes: int, states: int) -> None:
-        self.following, self.state = Trellis.of(states).following.numpy().astype(np.int8), np.zeros(lanes, np.int8)
-        self.density = Trellis.of(states).density
-
-    def parity(self) -> np.ndarray:
-        """[lanes] int8 parity of the next codes; 0 without a trellis."""
-        return self.state & 1
+    def __init__(self, paths: int, states: int) -> None:
+        trellis = Trellis.of(states)
+        self.following, self.density = trellis.following.numpy().astype(np.int8), trellis.density
+        self.state = np.zeros(paths, np.int8)
 
     def codes(self, symbols: np.ndarray) -> np.ndarray:
-        """[lanes] int16 codes of these symbols; takes the step."""
-        found = (self.density * symbols.astype(np.int32) + self.parity()).astype(np.int16)
+        """[paths] int16 codes of these symbols; takes the step."""
+        codes = self.density * symbols.astype(np.int32) + (self.state & 1)
         self.state = self.following[self.state, symbols & 1]
-        return found
+        return codes.astype(np.int16)
 
+    def by_context(self, classes: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order of the paths by context, number of paths of each context, last of those that only fill).
 
-def symbols_of(codes: np.ndarray, states: int) -> np.ndarray:
-    """What is left to say of codes where the parity is known."""
-    return codes >> 1 if states > 1 else codes
+        A context is the class of a code (num_classes: filling) and, along a trellis, its parity.
+        """
+        contexts = np.minimum(classes * self.density + (self.state & 1), num_classes * self.density)
+        return np.argsort(contexts, kind="stable"), np.bincount(contexts, minlength=num_classes * self.density + 1)
 
+ESCAPE = 127  # symbol of a code that has none of its own; the code follows in a side stream
+LEAST_IN_CLASS = 2048  # codes of a class with a histogram of its own (or one for each parity); others join the nearest
+FILLING = -2 ** 15  # class of what only fills a stream
 
-ESCAPE = 127
-"""Symbol of a code that has none of its own; the code follows in a side stream."""
-LEAST_IN_CLASS = 2048
-"""Codes of a class with a histogram of its own (or one for each parity); smaller classes join the nearest."""
-NO_CLASS = -2 ** 15
-"""Class of what only fills a lane."""
-
-
-def magnitudes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def magnitudes(codes: np.ndarray) -> bytes:
     """int8 logs (4 to the octave) of the mean |code| of each row, of each column and of all of a matrix [R, C]."""
     size = np.abs(codes.astype(np.float64))
-    return tuple(np.clip(np.rint(4 * np.log2(np.asarray(mean) + 1 / 64)), -128, 127).astype(np.int8).reshape(-1)
-                 for mean in (size.mean(1), size.mean(0), size.mean()))
+    means = np.concatenate([size.mean(1), size.mean(0), [size.mean()]])
+    return np.clip(np.rint(4 * np.log2(means + 1 / 64)), -128, 127).astype(np.int8).tobytes()
 
-
-def classes_of(logs: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def expected_classes(logs: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """[R, C] int16 class of every code of each matrix: the magnitude that its row and its column let expect."""
-    found, at = [], 0
-    values = np.frombuffer(logs, dtype=np.int8).astype(np.int16)
-    for rows, cols in shapes:
-        r, c, (mean,) = np.split(values[at:at + rows + cols + 1], [rows, rows + cols])
-        found.append(r[:, None] + c - mean)
-        at += rows + cols + 1
-    return found
+    ends = np.cumsum([rows + cols + 1 for rows, cols in shapes])
+    classes = []
+    for (rows, cols), part in zip(shapes, np.split(np.frombuffer(logs, dtype=np.int8).astype(np.int16), ends[:-1])):
+        row, column, (mean,) = np.split(part, [rows, rows + cols])
+        classes.append(row[:, None] + column - mean)
+    return classes
 
-
-def join_classes(classes: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """int16 index into the ascending `kept` classes of the nearest one, the lower of two; len(kept) for NO_CLASS."""
+def join_classes(classes: np.ndarray, frequent: np.ndarray) -> np.ndarray:
+    """int16 index into the ascending `frequent` classes of the nearest one, the lower of two; their number to fill."""
     every = np.arange(-2 ** 9, 2 ** 9)
-    above = np.searchsorted(kept, every).clip(0, len(kept) - 1)
+    above = np.searchsorted(frequent, every).clip(0, len(frequent) - 1)
     below = (above - 1).clip(0)
-    nearest = np.where(np.abs(kept[below] - every) <= np.abs(kept[above] - every), below, above)
-    return np.where(classes == NO_CLASS, len(kept), nearest[classes.clip(-2 ** 9) + 2 ** 9]).astype(np.int16)
+    nearest = np.where(np.abs(frequent[below] - every) <= np.abs(frequent[above] - every), below, above)
+    joined = nearest[classes.clip(-2 ** 9) + 2 ** 9]
+    return np.where(classes == FILLING, len(frequent), joined).astype(np.int16)
 
-
-def contexts_of(joined: np.ndarray, walk: Walk, num_kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order of the lanes by context, number of lanes of each context and of those that only fill)."""
-    contexts = np.minimum(joined * walk.density + walk.parity(), num_kept * walk.density)
-    return np.argsort(contexts, kind="stable"), np.bincount(contexts, minlength=num_kept * walk.density + 1)
-
+def histogram(table: np.ndarray) -> Any:
+    """The entropy model of one context by its symbols' stored counts; None where at most one symbol occurs."""
+    import constriction
+    counts = table.astype(np.float64)
+    if np.count_nonzero(counts) <= 1:
+        return None
+    return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
 
 def range_pack(matrices: Sequence[np.ndarray], states: int) -> bytes:
     """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude (and parity).
 
     Rows' and columns' mean magnitudes travel as side information; histograms are integers, so that both ends compute
     with the same numbers on any machine. Entropy coding as in Deflate's or zstd's static models, over better classes.
-    Along the trellis the paths go abreast: one turn codes the next symbol of every lane.
+    Along the trellis the paths go abreast: one turn codes the next symbol of every stream.
     """
     import constriction
-    logs = b"".join(part.tobytes() for matrix in matrices for part in magnitudes(matrix))
-    classes = to_lanes(classes_of(logs, [matrix.shape for matrix in matrices]), NO_CLASS, states)
-    present, counts = np.unique(classes[classes != NO_CLASS], return_counts=True)
-    enough = counts >= LEAST_IN_CLASS
-    kept = present[enough] if enough.any() else present[counts.argmax()][None]
-    joined = join_classes(classes, kept)
-    symbols = symbols_of(to_lanes(matrices, 0, states), states)
-    walk = Walk(symbols.shape[1], states)
-    turns, tables = [], np.zeros((len(kept) * walk.density, ESCAPE + 1), dtype=np.int64)
-    for some, line in zip(symbols, joined):
-        order, sizes = contexts_of(line, walk, len(kept))
-        flat = zigzag(some[order])
-        turns.append((flat, sizes))
-        owner = np.repeat(np.arange(len(tables) + 1), sizes)
-        both = owner * (ESCAPE + 1) + np.minimum(flat, ESCAPE)
+    logs = b"".join(magnitudes(matrix) for matrix in matrices)
+    classes = to_streams(expected_classes(logs, [matrix.shape for matrix in matrices]), FILLING, states)
+    present, counts = np.unique(classes[classes != FILLING], return_counts=True)
+    frequent = present[counts >= min(LEAST_IN_CLASS, counts.max())]
+    if counts.max() < LEAST_IN_CLASS:
+        frequent = frequent[:1]
+    symbols = to_streams(matrices, 0, states) >> (states > 1)  # the parity is known: what is left to say
+    state = TrellisState(symbols.shape[1], states)
+    turns, tables = [], np.zeros((len(frequent) * state.density, ESCAPE + 1), dtype=np.int64)
+    for line, line_classes in zip(symbols, join_classes(classes, frequent)):
+        order, counts = state.by_context(line_classes, len(frequent))
+        values = zigzag(line[order])
+        turns.append((values, counts))
+        context = np.repeat(np.arange(len(tables) + 1), counts)
+        both = context * (ESCAPE + 1) + np.minimum(values, ESCAPE)
         tables += np.bincount(both, minlength=(len(tables) + 1) * (ESCAPE + 1)).reshape(-1, ESCAPE + 1)[:-1]
-        walk.codes(some)
+        state.codes(line)
     top = tables.max(axis=1, keepdims=True).clip(1)
     tables = np.where(tables, np.maximum(1, tables * 65535 // top), 0).astype("<u2")
-    models = [histogram(table) if np.count_nonzero(table) > 1 else None for table in tables]
+    models = [histogram(table) for table in tables]
     coder, escaped = constriction.stream.queue.RangeEncoder(), []
-    for flat, sizes in turns:
-        for model, part in zip(models, np.split(np.minimum(flat, ESCAPE).astype(np.int32), np.cumsum(sizes)[:-1])):
+    for values, counts in turns:
+        parts = np.split(np.minimum(values, ESCAPE).astype(np.int32), np.cumsum(counts)[:-1])
+        for model, part in zip(models, parts):
             if model is not None and len(part):
                 coder.encode(part, model)
-        used = flat[:len(flat) - sizes[-1]]
+        used = values[:len(values) - counts[-1]]
         escaped.append(used[used >= ESCAPE])
     escapes = np.concatenate(escaped)
-    parts = [brotli_pack(logs), brotli_pack(kept.astype("<i2").tobytes()), brotli_pack(split_bytes(tables.tobytes())),
-             brotli_pack(escapes.astype("<u2").tobytes()), coder.get_compressed().astype("<u4").tobytes()]
-    return struct.pack("<7I", *(len(part) for part in parts[:4]), len(kept), len(escapes), len(parts[4])) + \
-        b"".join(parts)
-
-
-def histogram(table: np.ndarray) -> Any:
-    """The entropy model of one class: its symbols' stored counts."""
-    import constriction
-    counts = table.astype(np.float64)
-    return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
-
+    side = [brotli_pack(data) for data in (logs, frequent.astype("<i2").tobytes(), split_bytes(tables.tobytes()),
+                                           escapes.astype("<u2").tobytes())]
+    words = coder.get_compressed().astype("<u4").tobytes()
+    return struct.pack("<7I", *map(len, side), len(frequent), len(escapes), len(words)) + b"".join(side) + words
 
 def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
     """Inverse of `range_pack`, given the matrices' shapes; `UserError` for anything it could not have written."""
@@ -4394,267 +2703,202 @@ def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> l
         import constriction
     except ImportError:
         raise UserError("its codes need the package constriction; pip install -r requirements.txt") from None
-    head = struct.calcsize("<7I")
-    require(len(data) >= head, "a range-coded stream is truncated")
-    *lengths, num_kept, num_escaped, num_words = struct.unpack_from("<7I", data)
-    total = sum(rows * cols for rows, cols in shapes)
-    require(head + sum(lengths) + num_words == len(data) and num_words % 4 == 0 and 0 < num_kept <= 1024
-            and num_escaped <= total, "a range-coded stream does not fit its lengths")
-    edges = np.cumsum([head, *lengths])
-    num_tables = num_kept * Trellis.of(states).density
-    raw = [brotli_unpack(data[a:b], size) for a, b, size in zip(edges, edges[1:], (
-        sum(rows + cols + 1 for rows, cols in shapes), 2 * num_kept, 2 * num_tables * (ESCAPE + 1), 2 * num_escaped))]
-    kept = np.frombuffer(raw[1], dtype="<i2").astype(np.int64)
-    require(bool((np.diff(kept) > 0).all()), "the classes of a range-coded stream are not ascending")
-    joined = join_classes(to_lanes(classes_of(raw[0], shapes), NO_CLASS, states), kept)
-    tables = np.frombuffer(join_bytes(raw[2]), dtype="<u2").reshape(num_tables, ESCAPE + 1)
-    used = [np.flatnonzero(table) for table in tables]
-    models = [histogram(table) if len(symbols) > 1 else None for table, symbols in zip(tables, used)]
-    escapes, taken = np.frombuffer(raw[3], dtype="<u2"), 0
+    require(len(data) >= 28, "a range-coded stream is truncated")
+    *lengths, num_classes, num_escapes, num_words = struct.unpack_from("<7I", data)
+    num_tables = num_classes * Trellis.of(states).density
+    require(28 + sum(lengths) + num_words == len(data) and num_words % 4 == 0 and 0 < num_classes <= 1024
+            and num_escapes <= sum(rows * cols for rows, cols in shapes),
+            "a range-coded stream does not fit its lengths")
+    edges = np.cumsum([28, *lengths])
+    raw_sizes = (sum(rows + cols + 1 for rows, cols in shapes), 2 * num_classes, 2 * num_tables * (ESCAPE + 1),
+                 2 * num_escapes)
+    logs, frequent, tables, escapes = (brotli_unpack(data[a:b], size) for a, b, size in
+                                       zip(edges, edges[1:], raw_sizes))
+    frequent = np.frombuffer(frequent, dtype="<i2").astype(np.int64)
+    require(bool((np.diff(frequent) > 0).all()), "the classes of a range-coded stream are not ascending")
+    classes = join_classes(to_streams(expected_classes(logs, shapes), FILLING, states), frequent)
+    tables = np.frombuffer(join_bytes(tables), dtype="<u2").reshape(num_tables, ESCAPE + 1)
+    models, escapes, taken = [histogram(table) for table in tables], np.frombuffer(escapes, dtype="<u2"), 0
     decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[edges[-1]:], dtype="<u4").astype(np.uint32))
-    lanes, walk = np.empty(joined.shape, dtype=np.int16), Walk(joined.shape[1], states)
-    for turn, line in enumerate(joined):
-        order, sizes = contexts_of(line, walk, num_kept)
-        parts = []
-        for model, symbols, count in zip(models, used, sizes[:-1].tolist()):
-            require(len(symbols) > 0 or count == 0, "a class of codes has no histogram")
-            if model is None or not count:
-                parts.append(np.full(count, symbols[0] if len(symbols) else 0, dtype=np.int32))
-                continue
-            try:
-                parts.append(decoder.decode(model, count))
-            except (AssertionError, ValueError) as error:  # what the package raises for bytes nobody encoded
-                raise UserError("a range-coded stream is damaged") from error
-        flat = np.concatenate([*parts, np.zeros(sizes[-1], dtype=np.int32)])
-        large = flat == ESCAPE
-        taken, before = taken + int(large.sum()), taken
-        require(taken <= num_escaped, "a range-coded stream has the wrong number of large codes")
-        flat[large] = escapes[before:taken]
-        some = np.empty(len(flat), dtype=np.int16)
-        some[order] = unzigzag(flat)
-        lanes[turn] = walk.codes(some)
-    require(taken == num_escaped, "a range-coded stream has the wrong number of large codes")
-    return from_lanes(lanes, shapes, states)
-
+    streams, state = np.empty(classes.shape, dtype=np.int16), TrellisState(classes.shape[1], states)
+    for turn, line_classes in enumerate(classes):
+        order, counts = state.by_context(line_classes, num_classes)
+        require(bool((tables.any(axis=1) | (counts[:-1] == 0)).all()), "a class of codes has no histogram")
+        parts = [np.full(count, table.argmax(), dtype=np.int32) for table, count in zip(tables, counts)]
+        try:
+            parts = [part if model is None or not len(part) else decoder.decode(model, len(part))
+                     for model, part in zip(models, parts)]
+        except (AssertionError, ValueError) as error:  # what the package raises for bytes nobody encoded
+            raise UserError("a range-coded stream is damaged") from error
+        values = np.concatenate([*parts, np.zeros(counts[-1], dtype=np.int32)])
+        large = values == ESCAPE
+        before, taken = taken, taken + int(large.sum())
+        require(taken <= num_escapes, "a range-coded stream has the wrong number of large codes")
+        values[large] = escapes[before:taken]
+        line = np.empty(len(values), dtype=np.int16)
+        line[order] = unzigzag(values)
+        streams[turn] = state.codes(line)
+    require(taken == num_escapes, "a range-coded stream has the wrong number of large codes")
+    return from_streams(streams, shapes, states)
 
 def brotli_codes(matrices: Sequence[np.ndarray], states: int) -> bytes:
     """int16 matrices by Brotli: transposed (columns first), zigzag, high bytes before low bytes."""
-    flat = np.concatenate([zigzag(symbols_of(matrix, states).T.reshape(-1)) for matrix in matrices])
+    flat = np.concatenate([zigzag(matrix >> (states > 1)).T.reshape(-1) for matrix in matrices])
     return brotli_pack(split_bytes(flat.tobytes()))
-
 
 def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
     """Inverse of `brotli_codes`."""
     sizes = [rows * cols for rows, cols in shapes]
     flat = unzigzag(np.frombuffer(join_bytes(brotli_unpack(data, 2 * sum(sizes))), dtype="<u2"))
     parts = np.split(flat, np.cumsum(sizes)[:-1])
-    lanes = to_lanes([part.reshape(cols, rows).T for part, (rows, cols) in zip(parts, shapes)], 0, states)
-    walk = Walk(lanes.shape[1], states)
-    return from_lanes(np.stack([walk.codes(line) for line in lanes]), shapes, states)
+    symbols = to_streams([part.reshape(cols, rows).T for part, (rows, cols) in zip(parts, shapes)], 0, states)
+    state = TrellisState(symbols.shape[1], states)
+    return from_streams(np.stack([state.codes(line) for line in symbols]), shapes, states)
 
-
-CODERS: dict[str, tuple[Callable[[Sequence[np.ndarray], int], bytes], Callable[..., list[np.ndarray]]]] = {
+# How the codes of GPTQ's matrices are packed, and read again.
+CODERS: dict[str, tuple[Callable, Callable]] = {
     "range": (range_pack, range_unpack), "brotli": (brotli_codes, brotli_uncodes)}
-"""How the codes of GPTQ's matrices are packed, and read again."""
+TRY_BROTLI = 1 << 20  # codes of a stream that Brotli is also tried on (4 s a million): it finds the rows of unused ids
 
+class Stream(NamedTuple):
+    """One stream of an artifact."""
+    coder: str
+    raw_bytes: int
+    data: bytes
 
-TRY_BROTLI = 1 << 20
-"""Codes of a stream that Brotli is also tried on (it takes 4 s a million): it finds the like rows of unused ids."""
+packed_once = functools.lru_cache(maxsize=4)(brotli_pack)  # streams without codes stay while `fit_to_cap` searches
 
-
-def pick_codec(wanted: str) -> str:
-    """auto, range or brotli; `UserError` if the wanted one is not installed."""
-    if wanted == "brotli":
-        return wanted
-    try:
-        import constriction  # noqa: F401
-    except ImportError:
-        require(wanted == "auto", "CODEC=range: the package constriction is missing; pip install -r requirements.txt")
-        return "brotli"
-    return wanted
-
-
-packed_once = functools.lru_cache(maxsize=4)(brotli_pack)
-"""For the streams without codes, which stay as they are while `fit_to_cap` looks for a unit."""
-
-
-def pack_codes(matrices: Sequence[np.ndarray], states: int, codec: str) -> tuple[str, bytes]:
-    """(coder, packed codes) of one stream; auto: of small streams whatever is smaller."""
-    small = sum(matrix.size for matrix in matrices) <= TRY_BROTLI
-    names = [codec] if codec != "auto" else ["range", "brotli"] if small else ["range"]
-    return min(((name, CODERS[name][0](matrices, states)) for name in names), key=lambda found: len(found[1]))
-
-
-def pack(tensors: Mapping[str, Quantized], unit: float, states: int, codec: str, model: ModelKnobs, preset: str,
-         illegal: str = "") -> bytes:
-    """The artifact's bytes; `states` of the trellis; `illegal` says which rule its making broke ("": none)."""
-    raw: dict[str, bytearray] = collections.defaultdict(bytearray)
-    matrices: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+def pack_streams(tensors: Mapping[str, Quantized], states: int, coders: Sequence[str]) -> dict[str, Stream]:
+    """Tensors as streams by name; `states` of the trellis; of several coders small streams take the smaller result."""
+    raw = collections.defaultdict(bytearray)
+    matrices = collections.defaultdict(list)
     for q in tensors.values():
         if q.rows is None:
             raw["fp16"] += q.codes.numpy().astype("<f2").tobytes()
             continue
-        raw["steps"] += q.rows.numpy().tobytes()
+        raw["scales"] += q.rows.numpy().tobytes()
         if q.columns is None:
             raw["int8"] += q.codes.reshape(-1, q.codes.size(-1)).T.contiguous().numpy().astype(np.int8).tobytes()
         else:
-            raw["steps"] += q.columns.numpy().tobytes()
+            raw["scales"] += q.columns.numpy().tobytes()
             matrices[q.stored].append(q.codes.numpy())
-    streams = [(name, "brotli", len(data), packed_once(split_bytes(bytes(data)) if name == "fp16" else bytes(data)))
-               for name, data in raw.items()]
-    # In threads: both coders leave the interpreter's lock while they work.
-    with ThreadPoolExecutor() as pool:
-        packed_codes = pool.map(lambda stack: pack_codes(stack, states, codec), matrices.values())
-        streams += [(name, coder, sum(2 * m.size for m in stack), data)
-                    for (name, stack), (coder, data) in zip(matrices.items(), packed_codes)]
+    if "fp16" in raw:
+        raw["fp16"] = bytearray(split_bytes(bytes(raw["fp16"])))
+    streams = {name: Stream("brotli", len(data), packed_once(bytes(data))) for name, data in raw.items()}
+
+    def pack_codes(stack):
+        size = sum(matrix.size for matrix in stack)
+        names = coders if size <= TRY_BROTLI else coders[:1]
+        return min((Stream(name, 2 * size, CODERS[name][0](stack, states)) for name in names),
+                   key=lambda stream: len(stream.data))
+
+    with ThreadPoolExecutor() as pool:  # both coders leave the interpreter's lock while they work
+        return {**streams, **dict(zip(matrices, pool.map(pack_codes, matrices.values())))}
+
+def pack(streams: Mapping[str, Stream], global_scale: float, states: int, model: ModelKnobs, preset: str) -> bytes:
+    """The artifact's bytes; the streams hold a model's tensors in the order of `GPT.tensors`."""
     header = json.dumps({
-        "preset": preset, "illegal": illegal, "unit": unit, "trellis": states,
-        "model": {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelKnobs)},
-        "tensors": [[name, q.stored, list(q.codes.shape)] for name, q in tensors.items()],
-        "streams": [[name, coder, size, len(packed)] for name, coder, size, packed in streams]}, separators=(",", ":"))
+        "preset": preset, "global_scale": global_scale, "trellis": states,
+        "model": {name: getattr(model, name) for name in kinds(ModelKnobs)},
+        "streams": [[name, s.coder, s.raw_bytes, len(s.data)] for name, s in streams.items()]}, separators=(",", ":"))
     head = struct.pack("<I", len(header)) + brotli_pack(header.encode())
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + \
-        b"".join(packed for _, _, _, packed in streams)
+        b"".join(stream.data for stream in streams.values())
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
-
-
-def header_of(blob: bytes) -> Any:
-    """The header of an artifact, as its JSON says it; `UserError` where its length is not plausible."""
-    at, head_bytes = ARTIFACT_HEAD.size, ARTIFACT_HEAD.unpack_from(blob)[2]
-    require(4 < head_bytes <= len(blob) - DIGEST_BYTES - at, "the header is longer than the file")
-    (header_bytes,) = struct.unpack_from("<I", blob, at)
-    require(header_bytes <= MAX_HEADER_BYTES, f"a header of {header_bytes} bytes is not plausible")
-    return json.loads(brotli_unpack(blob[at + 4:at + head_bytes], header_bytes))
-
-
-def code_bytes_of(blob: bytes) -> int:
-    """Bytes that the codes take in an artifact of ours."""
-    return sum(size for name, _, _, size in header_of(blob)["streams"] if name.startswith("gptq:"))
-
 
 class Artifact(NamedTuple):
     """What an artifact holds."""
     model: ModelKnobs
     preset: str
-    illegal: str
-    """Which rule its making broke; empty: none."""
-    tensors: dict[str, Tensor]
-    """Stored name -> fp32 values."""
-    streams: dict[str, Stream]
+    tensors: dict[str, Tensor]  # stored name -> fp32 values
+    streams: dict[str, tuple[int, int]]  # name -> (values, packed bytes)
 
+def read_header(blob: bytes) -> tuple[Any, ...]:
+    """Checks magic, version, digest and header of an artifact before anything of its size is allocated.
 
-def code_entropy(codes: np.ndarray, states: int) -> float:
-    """Bits of a matrix's int16 codes by their histogram; where a trellis tells the parity, it is known."""
-    bits = 0.0
-    for some in (codes[codes & 1 == 0], codes[codes & 1 == 1]) if states > 1 else (codes,):
-        counts = np.bincount(some.reshape(-1).astype(np.int64) + 2 ** 15).astype(np.float64)
-        bits -= float((counts * np.log2(counts.clip(1) / max(1, some.size))).sum())
-    return bits
-
-
-class Stream(NamedTuple):
-    """What one stream of an artifact takes."""
-    values: int
-    packed: int
-    """Bytes."""
-    entropy: float
-    """Bits of its codes by their histogram, matrix by matrix; 0 for streams that are no codes."""
-
-
-def size_table(artifact: Artifact, weight_bytes: int, code_bytes: int) -> list[str]:
-    """Lines: bytes by stream, bits a value, the codes' entropy, what header and code take."""
-    lines = [f"  {'stream':12s} {'values':>12s} {'bytes':>12s} {'bits each':>10s} {'entropy':>8s}"]
-    for name, (values, packed, entropy) in artifact.streams.items():
-        ideal = f"{entropy / values:8.3f}" if entropy else f"{'-':>8s}"
-        lines.append(f"  {name:12s} {values:12,} {packed:12,} {8 * packed / values:10.3f} {ideal}")
-    rest = {"header": weight_bytes - sum(stream.packed for stream in artifact.streams.values()), "code": code_bytes,
-            "all": weight_bytes + code_bytes}
-    return lines + [f"  {name:12s} {'':12s} {size:12,}" for name, size in rest.items()]
-
-
-def unpack(blob: bytes, source: str = "artifact") -> Artifact:
-    """Read an artifact. Raises `UserError`, one line, for anything but bytes that `pack` could have written."""
-    try:
-        return read_artifact(blob)
-    except UserError as error:
-        raise UserError(f"{source}: {one_line(error)}") from None
-
-
-def read_artifact(blob: bytes) -> Artifact:
-    """`unpack` without the file's name in its errors."""
-    fixed = ARTIFACT_HEAD.size
-    require(len(blob) > fixed + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
+    Returns (model, preset, global scale, trellis states, tensors [(name, stored, shape)], streams [(name, coder, raw
+    bytes, packed bytes)], where the first stream begins).
+    """
+    begin = ARTIFACT_HEAD.size
+    require(len(blob) > begin + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
             "not an artifact of this program")
     _, version, head_bytes = ARTIFACT_HEAD.unpack_from(blob)
     require(version == ARTIFACT_VERSION, f"format version {version}, this program reads {ARTIFACT_VERSION}")
     body = memoryview(blob)[:-DIGEST_BYTES]
     require(hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() == blob[-DIGEST_BYTES:],
             "truncated or damaged (the checksum does not fit); copy it again")
+    (header_bytes,) = struct.unpack_from("<I", blob, begin)
+    require(4 < head_bytes <= len(body) - begin and header_bytes <= MAX_HEADER_BYTES, "a header of "
+            f"{head_bytes} packed and {header_bytes} unpacked bytes is not plausible")
+    text, begin = brotli_unpack(blob[begin + 4:begin + head_bytes], header_bytes), begin + head_bytes
     try:
-        header = header_of(blob)
-        types = typing.get_type_hints(ModelKnobs)
-        require(all(type(value) is types[name] for name, value in dict(header["model"]).items()),
+        header, defaults = json.loads(text), vars(ModelKnobs())
+        require(all(type(value) is type(defaults[name]) for name, value in dict(header["model"]).items()),
                 "a knob in the header has a value that is none of its kind")
-        model = ModelKnobs(**header["model"])
-        expected = [[name, route(parameter).stored, list(values.shape)]
-                    for name, values, parameter in shapes_of(model).tensors()]
-        preset, illegal = str(header["preset"]), str(header["illegal"])
-        listed = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
-        unit, states = float(header["unit"]), header["trellis"]
-        require(type(states) is int and states in (1, 4, 8), f"a trellis of {states!r} states is not known")
-        require(1e-12 < unit < 1e12, f"a unit of {unit:g} for its steps is not plausible")
-        require(header["tensors"] == expected, "its tensors are not those of its model")
+        model, preset = ModelKnobs(**header["model"]), str(header["preset"])
+        tensors = [(name, route(parameter).stored, list(values.shape))
+                   for name, values, parameter in shapes_of(model).tensors()]
+        streams = [(str(n), str(coder), int(raw), int(size)) for n, coder, raw, size in header["streams"]]
+        global_scale, states = float(header["global_scale"]), header["trellis"]
+        require(type(states) is int and states in (1, 4), f"a trellis of {states!r} states is not known")
+        require(1e-12 < global_scale < 1e12, f"a global scale of {global_scale:g} is not plausible")
     except (ArithmeticError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the header cannot be read ({type(error).__name__})") from None
-    need: dict[str, int] = collections.defaultdict(int)
-    for _, stored, shape in expected:
-        for stream, size in stream_parts(stored, shape):
-            need[stream] += size
-    require({name: raw for name, _, raw, _ in listed} == dict(need) and len(listed) == len(need)
-            and all(coder in CODERS and (coder == "brotli" or name.startswith("gptq:")) for name, coder, _, _ in listed)
-            and fixed + head_bytes + sum(size for *_, size in listed) == len(body),
-            "its streams do not fit its tensors")
-    padded = sum(math.prod(shape[:-1]) * (shape[-1] + SEGMENT) for _, _, shape in expected if shape)
-    require(max(padded, sum(need.values())) <= MAX_RAW_BYTES,
+    need = collections.Counter()
+    for _, stored, shape in tensors:
+        need.update(dict(stream_parts(stored, shape)))
+    require({name: raw for name, _, raw, _ in streams} == dict(need) and len(streams) == len(need)
+            and all(coder == "brotli" or coder in CODERS and name.startswith("gptq:") for name, coder, _, _ in streams)
+            and begin + sum(size for *_, size in streams) == len(body), "its streams do not fit its tensors")
+    padded_values = sum(math.prod(shape[:-1]) * (shape[-1] + SEGMENT) for _, _, shape in tensors if shape)
+    require(max(padded_values, sum(need.values())) <= MAX_RAW_BYTES,
             f"{sum(need.values()):,} bytes of tensors is not plausible")
-    raw, matrices, at = {}, {}, fixed + head_bytes
-    for name, coder, length, size in listed:
-        data, at = bytes(body[at:at + size]), at + size
-        if name.startswith("gptq:"):
+    return model, preset, global_scale, states, tensors, streams, begin
+
+def read_artifact(blob: bytes) -> Artifact:
+    """`unpack` without the file's name in its errors."""
+    model, preset, global_scale, states, expected, streams, at = read_header(blob)
+    raw, matrices, tensors, sizes = {}, {}, {}, {}
+    for name, coder, length, size in streams:
+        data, at, coded = blob[at:at + size], at + size, name.startswith("gptq:")
+        sizes[name] = length // (1 + (coded or name == "fp16")), size
+        if coded:
             shapes = [shape for _, stored, shape in expected if stored == name]
             matrices[name] = iter(CODERS[coder][1](data, shapes, states))
         else:
             data = brotli_unpack(data, length)
             raw[name] = io.BytesIO(join_bytes(data) if name == "fp16" else data)
-    tensors, entropy = {}, collections.Counter()
+
+    def take(stream, kind, *shape):
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        return torch.from_numpy(np.frombuffer(raw[stream].read(size), dtype=kind).reshape(shape).copy())
+
     for name, stored, shape in expected:
         if stored == "fp16":
-            halves = np.frombuffer(raw["fp16"].read(2 * math.prod(shape)), dtype="<f2").reshape(shape)
-            quantized = Quantized(stored, torch.from_numpy(halves.copy()))
+            quantized = Quantized(stored, take("fp16", "<f2", *shape))
+        elif stored == "int8":
+            rows = take("scales", "i1", *shape[:-1])
+            quantized = Quantized(stored, take("int8", "i1", shape[-1], rows.numel()).T.reshape(shape), rows)
         else:
-            rows = np.frombuffer(raw["steps"].read(math.prod(shape[:-1])), dtype=np.int8).reshape(shape[:-1])
-            columns = None
-            if stored == "int8":
-                codes = np.frombuffer(raw["int8"].read(math.prod(shape)), dtype=np.int8).reshape(shape[-1], -1).T
-            else:
-                codes = next(matrices[stored])
-                columns = torch.from_numpy(np.frombuffer(raw["steps"].read(shape[-1]), dtype=np.int8).copy())
-                entropy[stored] += code_entropy(codes, states)
-            quantized = Quantized(stored, torch.from_numpy(codes.astype(np.int16).reshape(shape)),
-                                  torch.from_numpy(rows.copy()), columns)
-        tensors[name] = quantized.dequantize(unit)
+            rows, columns = take("scales", "i1", *shape[:-1]), take("scales", "i1", shape[-1])
+            codes = torch.from_numpy(np.ascontiguousarray(next(matrices[stored])))
+            quantized = Quantized(stored, codes, rows, columns)
+        tensors[name] = quantized.dequantize(global_scale)
         require(bool(torch.isfinite(tensors[name]).all()), f"{name} holds values that are not finite")
-    streams = {name: Stream(length // (2 if name == "fp16" or name.startswith("gptq:") else 1), size, entropy[name])
-               for name, _, length, size in listed}
-    return Artifact(model, preset, illegal, tensors, streams)
+    return Artifact(model, preset, tensors, sizes)
 
+def unpack(blob: bytes, source: str = "artifact") -> Artifact:
+    """Reads an artifact. Raises `UserError`, one line, for anything but bytes that `pack` could have written."""
+    try:
+        return read_artifact(blob)
+    except UserError as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
 
 @torch.no_grad()
 def load_tensors(model: GPT, tensors: Mapping[str, Tensor]) -> None:
-    """Copy an artifact's tensors into a model of the same knobs."""
+    """Copies an artifact's tensors into a model of the same knobs."""
     for name, values, _ in model.tensors():
         values.copy_(tensors[name])
-
 
 def shipped_source(path: Path) -> bytes:
     """The script as a submission ships it: docstrings and comments stripped, LZMA, in a self-extracting wrapper.
@@ -4670,145 +2914,109 @@ def shipped_source(path: Path) -> bytes:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-            node.body = kept or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
+            code = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+            node.body = code or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
     data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    escapes = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r", b'"': b'\\"', b"\0": b"\\0"}
     # A NUL before a digit takes three digits: \0 and the digit would be read as one longer escape.
-    data = re.sub(rb'[\\\n\r"\0]', lambda m: b"\\000" if data[m.end():m.end() + 1] in OCTAL and
-                  m[0] == b"\0" else escapes[m[0]], data)
+    data = re.sub(rb'[\\\n\r"]', lambda m: {b"\n": b"\\n", b"\r": b"\\r"}.get(m[0], b"\\" + m[0]), data)
+    data = re.sub(rb"\0(?=[0-7])", rb"\\000", data).replace(b"\0", b"\\0")
     return (WRAPPER_MARK + b'import lzma,linecache\ns=lzma.decompress("' + data + b'".encode("latin-1")).decode()\n'
             b'linecache.cache["train_gpt"]=len(s),None,s.splitlines(True),"train_gpt"\n'
             b'exec(compile(s,"train_gpt","exec"))\n')
 
+def search(pack_at: Callable, cap: int, guess: float, finest: float, slope: float,
+           late: Callable) -> bytes:
+    """The largest blob that `pack_at` makes within `cap` bytes, to a thousandth of it; empty where none fits.
 
-def illegal(cfg: Config) -> str:
-    """Which rule a run with these knobs breaks; empty: none."""
-    return "C3: trained on the validation data before it was scored (PREQUANT_TTT=1)" if cfg.prequant_ttt else ""
+    `pack_at(octaves)` packs with a global scale of 2^octaves: larger is coarser and smaller. From `guess` on, the next
+    trial is extrapolated by `slope` (bytes an octave) until one fits and one does not, then interpolated between them.
+    Ends at `finest`, or where `late()` says that there is no time for another trial.
+    """
+    over, fits, octaves = (-math.inf, math.inf), (math.inf, b""), guess  # (octaves, bytes), (octaves, blob)
+    for trial in range(15):
+        blob = pack_at(octaves)
+        if len(blob) > cap:
+            over = (octaves, len(blob))
+        elif len(blob) < len(fits[1]):  # finer and yet smaller: the coder's classes jump here
+            break
+        else:
+            fits = (octaves, blob)
+        if fits[1] and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap or fits[0] - over[0] < 1e-4 or late()):
+            break
+        if not fits[1]:
+            octaves = over[0] + max(0.002, 1.02 * (over[1] - 0.9996 * cap) / slope * 2 ** max(0, trial - 3))
+            if octaves >= min(over[0] + 8, 40):
+                break
+        elif over[1] == math.inf:
+            octaves = max(finest, fits[0] - max(0.002, (0.9997 * cap - len(fits[1])) / slope))
+        else:
+            share = (over[1] - 0.9996 * cap) / max(1, over[1] - len(fits[1]))
+            octaves = over[0] + min(0.95, max(0.05, share)) * (fits[0] - over[0])
+    return fits[1]
 
-
-def predicted_bytes(cfg: Config, code_bytes: int) -> dict[str, int]:
-    """Estimated packed bytes by stream before training: BITS_PER_WEIGHT or what the cap leaves, or under SDClip those
-    of Gaussian rows, whose codes have 2.05 + log2(Q/k) bits."""
-    total: dict[str, float] = collections.defaultdict(float)
-    for _, values, parameter in shapes_of(cfg).tensors():
-        for stream, size in stream_parts(route(parameter).stored, values.shape):
-            bits = 8.0
-            if stream.startswith("gptq:"):
-                width, sigmas = cfg.grid(stream.removeprefix("gptq:"))
-                top = 2 ** (width - 1) - 1
-                bits = cfg.bits_per_weight if cfg.quant == "waterfill" else \
-                    min(max(0.1, 2.05 + math.log2(top / sigmas)), math.log2(2 * top + 1))
-                size /= 2  # raw codes have two bytes
-            total[stream] += size * bits / 8
-    excess = sum(total.values()) + code_bytes - cfg.artifact_bytes_cap
-    if cfg.quant == "waterfill" and excess > 0:  # the unit gives way
-        codes = sum(size for stream, size in total.items() if stream.startswith("gptq:"))
-        for stream in total:
-            total[stream] *= max(0.0, 1 - excess / codes) if stream.startswith("gptq:") else 1.0
-    return {stream: round(size) for stream, size in total.items()}
-
-
-def fit_to_cap(model: GPT, sums: Calibration, code_bytes: int, cfg: Config, run: Run) -> bytes:
+def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config, run: Run) -> bytes:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
 
-    One unit multiplies all steps. Where the cap binds it is guessed from entropies and the packed size of nearest
-    codes, and finished with true sizes, until at most a thousandth of the cap is left, or no time for another GPTQ.
-    `UserError` when nothing fits.
+    One global scale multiplies all others. Where the cap binds it is guessed from entropies and the packed size of
+    nearest codes, and finished with true sizes (`search`). `UserError` when nothing fits.
     """
-    cap = cfg.artifact_bytes_cap - code_bytes
-    codec = pick_codec(cfg.codec)
+    cap, coders = cfg.artifact_bytes_cap - code_bytes, ("range", "brotli")
+    if importlib.util.find_spec("constriction") is None:
+        coders = ("brotli",)  # packs codes 1 to 2 % larger
     with run.phase("factorize", "train"):
         quantizer = Quantizer(model, sums, cfg, run)
-    rest = sum(size for stream, size in predicted_bytes(cfg, code_bytes).items() if not stream.startswith("gptq:"))
 
-    def packed(tensors: Mapping[str, Quantized], octaves: float, states: int, codec: str) -> bytes:
+    def packed(tensors, octaves, states, coders):
+        """(blob, bytes that the codes take in it), on every rank."""
+        blob, codes = b"", 0
         with run.phase("pack"):
-            return run.share(b"" if not run.is_main else pack(tensors, 2.0 ** octaves, states, codec, cfg, cfg.preset,
-                                                              illegal(cfg)))
+            if run.is_main:
+                streams = pack_streams(tensors, states, coders)
+                blob = pack(streams, 2.0 ** octaves, states, cfg, cfg.preset)
+                codes = sum(len(stream.data) for name, stream in streams.items() if name.startswith("gptq:"))
+            return run.broadcast_object((blob, codes))
 
-    def late() -> bool:
-        """Whether another attempt like the last would end beyond the budget."""
-        each = next((phase.seconds for phase in reversed(run.phases) if phase.name == "gptq"), 0.0)
-        return run.share(0 < cfg.max_wallclock_seconds < run.spent("train") + each)
+    def late():
+        """Whether another trial like the last would end beyond the budget."""
+        return run.broadcast_object(0 < cfg.max_wallclock_seconds < 2 * run.spent("train") - before)
 
-    def attempt(octaves: float) -> bytes:
+    def pack_at(octaves):
+        nonlocal before
+        before = run.spent("train")
         with run.phase("gptq", "train"):
-            tensors = quantizer.quantize(2.0 ** octaves)
-        blob = packed(tensors, octaves, quantizer.trellis.states, codec)
-        run.log("pack", unit=2.0 ** octaves, codec=codec, weight_bytes=len(blob), code_bytes=code_bytes,
+            tensors = quantizer.quantize(2.0 ** octaves, quantizer.solved)
+        blob, _ = packed(tensors, octaves, quantizer.states, coders)
+        run.log("pack", global_scale=2.0 ** octaves, weight_bytes=len(blob), code_bytes=code_bytes,
                 left_bytes=cap - len(blob))
         return blob
 
-    finest, octaves, slope = -60.0, 0.0, quantizer.weights / 8  # bytes an octave: at most a bit a weight
+    before = 0.0  # seconds charged to training before the last trial
+    # SDClip's bits set the size; else a bit a weight is an octave at most.
+    octaves, finest, slope = 0.0, 0.0, quantizer.weights / 8
     if cfg.quant == "waterfill":
         with run.phase("allocate", "train"):
             most = cfg.bits_per_weight * quantizer.weights
+            rest = sum(size for _, values, parameter in model.tensors()
+                       for stream, size in stream_parts(route(parameter).stored, values.shape)
+                       if not stream.startswith("gptq:"))
             octaves = quantizer.octaves_for(min(most, 8 * max(1, 0.999 * cap - rest)))
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
             near = quantizer.quantize(2.0 ** octaves, quantizer.nearest)
-            trial = packed(near, octaves, 1, "brotli" if codec == "brotli" else "range")
-            codes = code_bytes_of(trial)
-            wanted = min(most, 8 * max(1, 0.999 * cap - (len(trial) - codes)))
+            blob, codes = packed(near, octaves, 1, coders[:1])
+            bits = min(most, 8 * max(1, 0.999 * cap - (len(blob) - codes)))
             # Less than a bit a weight where many codes are 0; where nearly all are, nothing can be told from them.
             slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
-            octaves += max(-1.0, (codes - wanted / 8) / slope)
-            finest = octaves if most <= wanted else finest
-    else:
-        finest = 0.0  # SDClip's bits set the size
-    blob = attempt(octaves)
-    big, fits = (None, (octaves, blob)) if len(blob) <= cap else ((octaves, len(blob)), None)
-    for number in range(14):
-        if fits is not None and (fits[0] <= finest or len(fits[1]) >= 0.9991 * cap or late()):
-            break
-        if fits is None:
-            coarser = 1.02 * (big[1] - 0.9996 * cap) / slope * 2 ** max(0, number - 3)
-            octaves = big[0] + max(0.002, coarser)
-            require(octaves < big[0] + 8 and octaves < 40, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code "
-                    f"{code_bytes:,} and weights {big[1]:,} do not fit however coarse the steps; use a smaller model")
-        elif big is None:
-            octaves = max(finest, fits[0] - max(0.002, (0.9997 * cap - len(fits[1])) / slope))
-        else:
-            share = (big[1] - 0.9996 * cap) / max(1, big[1] - len(fits[1]))
-            octaves = big[0] + min(0.95, max(0.05, share)) * (fits[0] - big[0])
-            if abs(fits[0] - big[0]) < 1e-4:
-                break
-        blob = attempt(octaves)
-        if len(blob) > cap:
-            big = (octaves, len(blob))
-        elif fits is None or len(blob) >= len(fits[1]):
-            fits = (octaves, blob)
-        else:  # finer and yet smaller: the coder's classes jump here
-            break
-    require(fits is not None, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights "
-            f"{len(blob):,} do not fit however coarse the steps; use a smaller model")
+            octaves += max(-1.0, (codes - bits / 8) / slope)
+            finest = octaves if most <= bits else -60.0
+    blob = search(pack_at, cap, octaves, finest, slope, late)
+    require(bool(blob), f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights do not fit "
+            f"however coarse the scales; use a smaller model")
     over = run.spent("train") - cfg.max_wallclock_seconds
     if cfg.max_wallclock_seconds and over > 0:
-        reserve = math.ceil(cfg.gptq_reserve_seconds + over + 0.5)
-        remedy = f"set GPTQ_RESERVE_SECONDS={reserve}" if reserve < cfg.max_wallclock_seconds else "raise it"
         run.log("warning", text=f"training, calibration and GPTQ took {over:.1f} s more than MAX_WALLCLOCK_SECONDS="
-                f"{cfg.max_wallclock_seconds:g}: {remedy}")
-    return fits[1]
-
-
-def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
-    """Rank 0 writes the file (whole or not at all) and reads it back; every rank gets the bytes of the file.
-
-    Where that fails, what training has made lies in the system's temporary folder: `UserError` says under which name.
-    """
-    problem, found = "", b""
-    if run.is_main:
-        try:
-            write_whole(path, lambda temporary: temporary.write_bytes(blob))
-            found = path.read_bytes()
-        except OSError as error:
-            problem = f"{path}: cannot write the artifact: {error}; make room or set ARTIFACT_DIR{run.goes_on()}"
-            with contextlib.suppress(OSError):
-                spare = Path(tempfile.mkdtemp(prefix="train_gpt-")) / path.name
-                write_whole(spare, lambda temporary: temporary.write_bytes(blob))
-                problem += f"; until then it is {spare}, which EVAL_ONLY={spare} scores"
-    run.agree(problem)
-    return run.share(found)
+                f"{cfg.max_wallclock_seconds:g}: set GPTQ_RESERVE_SECONDS="
+                f"{math.ceil(cfg.gptq_reserve_seconds + over + 0.5)}")
+    return blob
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -4821,701 +3029,459 @@ def write_artifact(blob: bytes, path: Path, run: Run) -> bytes:
 # on any rank; the score is the same up to rounding. A target is scored before anything learns from it (section 4).
 # Safe to change: packing and dealing; how an update is made. Not safe: what it is made from.
 
-
 class Window(NamedTuple):
     """Inputs [begin, end) of the stream; targets first..end-1 are scored (target t is the id after input t)."""
     begin: int
     end: int
     first: int
 
-
-def plan_windows(starts: np.ndarray, num_targets: int, seq_len: int, stride: int) -> list[Window]:
+def plan_windows(val: ValData, seq_len: int, stride: int) -> list[Window]:
     """Windows of at most seq_len inputs that score every target of every document once, `stride` at a time.
 
     Each but a document's first has seq_len - stride inputs of context before its first scored one.
     """
     windows = []
-    for begin, end in zip(starts.tolist(), np.append(starts[1:], num_targets).tolist()):
+    for begin, end in zip(val.starts.tolist(), val.stops.tolist()):
         stop = min(begin + seq_len, end)
-        if stop > begin:
-            windows.append(Window(begin, stop, begin))
+        windows += [Window(begin, stop, begin)] * (stop > begin)
         while stop < end:
             first, stop = stop, min(stop + stride, end)
             windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))
     return windows
 
-
 def pack_rows(windows: Sequence[Window], seq_len: int) -> list[list[Window]]:
     """Windows dealt into rows of seq_len inputs, longest first, each into the fullest row that still has room."""
-    rows: list[list[Window]] = []
-    room: list[tuple[int, int]] = []  # (free inputs, row), sorted
+    rows = []
+    room = []  # (free inputs, row), sorted
     for window in sorted(windows, key=lambda w: (w.begin - w.end, w.begin)):
         length = window.end - window.begin
         at = bisect.bisect_left(room, (length, -1))
-        if at < len(room):
-            free, row = room.pop(at)
-            rows[row].append(window)
-        else:
-            free, row = seq_len, len(rows)
-            rows.append([window])
+        if at == len(room):
+            room.append((seq_len, len(rows)))
+            rows.append([])
+        free, row = room.pop(at)
+        rows[row].append(window)
         if free > length:
             bisect.insort(room, (free - length, row))
     return rows
 
-
 def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: int, seq_len: int
                  ) -> tuple[Batch, Tensor, Tensor]:
     """(batch, flat positions that are scored, their target numbers) of some packed rows."""
-    inputs = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
-    targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
-    starts = np.zeros((num_rows, seq_len), dtype=bool)
-    starts[:, 0] = True
-    where, which = [], []
+    segments = [[ids[window.begin:window.end + 1] for window in row] for row in rows]
+    where, numbers = [], []
     for r, row in enumerate(rows):
-        at = 0
+        at = r * seq_len
         for begin, end, first in row:
-            stop = at + end - begin
-            inputs[r, at:stop], targets[r, at:stop] = ids[begin:end], ids[begin + 1:end + 1]
-            starts[r, at] = True
-            where.append(np.arange(r * seq_len + at + first - begin, r * seq_len + stop))
-            which.append(np.arange(first, end))
-            at = stop
-        starts[r, at:at + 1] = True
-    return (pack_batch(inputs, targets, starts), torch.from_numpy(np.concatenate(where)),
-            torch.from_numpy(np.concatenate(which)))
+            where.append(np.arange(at + first - begin, at + end - begin))
+            numbers.append(np.arange(first, end))
+            at += end - begin
+    return (batch_of_segments(segments, num_rows, seq_len), torch.from_numpy(np.concatenate(where)),
+            torch.from_numpy(np.concatenate(numbers)))
 
+def context_numbers(ids: Tensor, length: int, halves: dict[int, Tensor]) -> Tensor:
+    """[N] int32, equal for equal contexts ids[t-length+1..t] (t >= length-1); exact: nothing is hashed.
 
-class Hints(NamedTuple):
-    """At most one hinted id for each target, with its strength; both depend on the ids before the target alone."""
-    ids: Tensor
-    """[targets] int32; any id where there is no hint."""
-    betas: Tensor
-    """[targets] float32; 0: no hint."""
-
-
-def context_groups(ids: Tensor, length: int, known: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """(number, order) for contexts of `length` ids: number[t] is equal for equal ids[t-length+1..t] (t >= length-1);
-    order lists these t by number and then by time, both int32. Exact: built by doubling and sorting, nothing is hashed.
-    `known` keeps the numbers of lengths that are powers of two."""
-    def numbers(half: int) -> Tensor:
-        if half > 1 and half not in known:
-            known[half] = context_groups(ids, half, known)[0]
-        return known[half] if half > 1 else ids
-
-    if length == 1:
-        key, order = ids.sort(stable=True)
-    else:
+    `halves` keeps the numbers of lengths that are powers of two; halves[1] are the ids themselves.
+    """
+    if length not in halves:
         half = 1 << (length - 1).bit_length() - 1  # two overlapping halves cover the context
-        part = numbers(half)
+        part = context_numbers(ids, half, halves)
         key = part[half - 1:len(ids) - length + half].long() * (int(part.max()) + 1) + part[length - 1:]
-        key, order = key.sort(stable=True)
-    ranks = F.pad((key[1:] != key[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
-    del key
-    order = order.int() + (length - 1)
-    number = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
-    return number.index_put_((order,), ranks), order
+        numbers = F.pad(key.unique(return_inverse=True)[1].int(), (length - 1, 0))
+        if length & (length - 1):
+            return numbers
+        halves[length] = numbers
+    return halves[length]
 
+def best_continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each t of `order`, what followed earlier occurrences of its context: (best id, its count, number of them).
 
-def continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each t of `order`, what followed earlier occurrences of its context: (best id, its count, all), in the
-    order given. The best is the id that first reached the highest count, as in #1514's tables."""
+    The best is the id that first reached the highest count, as in #1514's tables. All [len(order)], in that order.
+    """
     follower = F.pad(ids[1:].int(), (0, 1))[order]  # the last t has none: it is the last of its group, so none sees it
     group = number[order]
     index = torch.arange(len(order), device=ids.device, dtype=torch.int32)
 
-    def since(changed: Tensor) -> Tensor:
-        """Distance to the last place at or before each where `changed` holds; the first place counts as one."""
-        return index - torch.where(changed, index, 0).cummax(0).values
+    def last_place(changed):
+        """Index of the last place at or before each where `changed` [len - 1] (of neighbours) holds, or the first."""
+        return torch.where(F.pad(changed, (1, 0), value=True), index, 0).cummax(0).values
 
+    # How often this pair of context and follower has occurred up to each place.
     pair, by_pair = (group.long() * vocab_size + follower).sort(stable=True)
-    opens = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)
+    occurrence = index - last_place(pair[1:] != pair[:-1]) + 1
     del pair
-    count = torch.empty_like(index).index_put_((by_pair,), since(opens) + 1)
+    count = torch.empty_like(index).index_put_((by_pair,), occurrence)
     del by_pair
+    # A context's highest count so far rises where its leader changes or scores again; groups keep them apart.
     highest = (group.long() * (len(order) + 1) + count).cummax(0).values
-    rises = F.pad(highest[1:] > highest[:-1], (1, 0), value=True)
+    leader = last_place(highest[1:] > highest[:-1])[(index - 1).clamp_min_(0)]
     del highest
-    leader = torch.where(rises, index, 0).cummax(0).values[(index - 1).clamp_min_(0)]
-    seen = since(F.pad(group[1:] != group[:-1], (1, 0), value=True))
-    return follower[leader], count[leader] * (seen > 0), seen
+    earlier = index - last_place(group[1:] != group[:-1])
+    return follower[leader], count[leader] * (earlier > 0), earlier
 
-
-def ngram_hints(ids: Tensor, cfg: Config) -> Hints:
+def ngram_hints(ids: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """The hint of every target: the continuation that its longest trusted context had most often before (#1420).
 
     NGRAM_RULES are tried longest context first; one applies where the best continuation has its least share and the
-    context its least number of earlier occurrences. ids [N] int64 on any device; memory: bench/ngram.py.
+    context its least number of earlier occurrences. ids [N] int64 -> ids [N-1] int32, strengths [N-1] (0: no hint);
+    both depend on the ids before the target alone.
     """
     hints = torch.zeros(len(ids), dtype=torch.int32, device=ids.device)
     betas = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
-    known: dict[int, Tensor] = {}
+    halves = {1: ids}
     for length, least_share, least_count in sorted(ngram_rules(cfg.ngram_rules), reverse=True):
         if length >= len(ids):
             continue
-        number, order = context_groups(ids, length, known)
-        best, count, seen = continuations(ids, number, order, cfg.vocab_size)
-        share = count / seen.clamp_min(1)
-        use = (seen >= least_count) & (share >= least_share) & (betas[order] == 0)
+        number = context_numbers(ids, length, halves)
+        order = (number[length - 1:].sort(stable=True).indices + (length - 1)).int()
+        best, count, earlier = best_continuations(ids, number, order, cfg.vocab_size)
+        share = count / earlier.clamp_min(1)
+        use = (earlier >= least_count) & (share >= least_share) & (betas[order] == 0)
         hints[order[use]] = best[use]
         betas[order[use]] = cfg.ngram_base_beta * (share[use] if cfg.ngram_beta_by_share else 1.0)
-    return Hints(hints[:-1], betas[:-1])
+    return hints[:-1], betas[:-1]
 
+def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, softcap: float) -> Tensor:
+    """Nats under p'(y) = p(y) e^(beta [y = hint]) / Z with Z = 1 + p(hint) (e^beta - 1).
 
-def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, gamma: float, softcap: float
-           ) -> Tensor:
-    """Nats under p'(y) = p(y) e^(b [y = hint]) / Z with Z = 1 + p(hint) (e^b - 1) and b = beta (1 - p(hint))^gamma.
-
-    nats, targets, hints, betas [M]; logits [M, V] before the softcap. b depends on p and the hint, never on the
-    target, so that p' is a distribution fixed before the target is looked at.
+    nats, targets, hints, betas [M]; logits [M, V] before the softcap. beta depends on ids before the target, never on
+    the target, so that p' is a distribution fixed before the target is looked at.
     """
-    def capped(ids: Tensor) -> Tensor:
-        picked = logits.gather(-1, ids.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        return softcap * torch.tanh(picked.double() / softcap)
-
-    p = torch.exp(capped(hints) - capped(targets) - nats.double()).clamp_max(1.0)
-    b = betas * (1 - p) ** gamma
-    return (nats + torch.log1p(p * torch.expm1(b)) - b * (hints == targets)).float()
-
+    picked = logits.gather(-1, torch.stack([hints, targets.clamp_min(0)], dim=-1)).double()
+    of_hint, of_target = (softcap * torch.tanh(picked / softcap)).unbind(-1)
+    p, betas = torch.exp(of_hint - of_target - nats.double()).clamp_max(1.0), betas.double()
+    return (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)).float()
 
 class Scorer:
     """Turns hidden states into ledger entries: the one place where a score is made."""
 
-    def __init__(self, val: ValData, cfg: Config, run: Run, hints: Hints | None = None,
-                 kept: ScoreCheckpoints | Unkept | None = None) -> None:
-        self.val, self.cfg, self.run, self.hints, self.kept = val, cfg, run, hints, kept or Unkept()
+    def __init__(self, val: ValData, cfg: Config, run: Run, hints: tuple[Tensor, Tensor] | None = None) -> None:
+        """`hints`: ids and strengths for all targets (`ngram_hints`), or None: no tilt."""
+        self.val, self.cfg, self.run, self.hints = val, cfg, run, hints
         self.ledger = Ledger(val.num_targets, val.starts)
 
     def nats(self, model: GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
         """(scores, losses to learn from), flat [M]: of targets with these numbers, given hidden [..., D]."""
+        softcap, targets = model.cfg.logit_softcap, targets.flatten()
         logits = w.linear("head", None, hidden).flatten(0, -2)
-        targets, numbers = targets.flatten(), numbers.flatten()
-        nats = model.kernels.cross_entropy(logits, targets, model.cfg.logit_softcap)
+        nats = softcapped_cross_entropy(logits, targets, softcap)
         if self.hints is None:
             return nats.detach(), nats
-        at = numbers.clamp_max(len(self.hints.ids) - 1).to(self.hints.ids.device)
+        at = numbers.flatten().clamp_max(self.val.num_targets - 1).to(self.hints[0].device)
         hints, betas = (t[at].to(nats.device) for t in self.hints)
-        hints = hints.long()
         with torch.no_grad():
-            return tilted(nats, logits, targets, hints, betas, self.cfg.ngram_gamma, model.cfg.logit_softcap), nats
-
+            return tilted(nats, logits, targets, hints.long(), betas, softcap), nats
 
 @torch.no_grad()
 def score_windows(model: GPT, windows: Sequence[Window], scorer: Scorer, name: str) -> None:
-    """Score windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
-    cfg, run, done = scorer.cfg, scorer.run, scorer.ledger.done
-    w, plan = Weights(model, run.dtype), layer_plan(model.cfg, looped=True)
-    hidden = run.compiled(model.hidden)
-    mine = [row for row in pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world] if not done[row[0].first]]
+    """Scores windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
+    cfg, run = scorer.cfg, scorer.run
+    w, layers = Weights(model, run.dtype), unroll_layers(model.cfg, looped=True)
+    forward = run.compiled(model.forward)
+    mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]
     chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
     with run.progress(len(mine), name, "row") as bar:
         for at in range(0, len(mine), cfg.eval_rows):
             part = mine[at:at + cfg.eval_rows]
             num_rows = cfg.eval_rows if run.compiles else len(part)  # a compiled graph has one shape
-            batch, where, which = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
+            batch, where, numbers = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
             batch, where = batch.to(run.device), where.to(run.device)
-            flat, targets = hidden(batch, plan, w).flatten(0, 1), batch.targets.flatten()
-            for spots, numbers in zip(where.split(chunk), which.split(chunk)):
-                scorer.ledger.record(numbers, scorer.nats(model, flat[spots], targets[spots], numbers, w)[0])
+            hidden, targets = forward(batch, layers, w).flatten(0, 1), batch.targets.flatten()
+            for spots, some in zip(where.split(chunk), numbers.split(chunk)):
+                scorer.ledger.record(some, scorer.nats(model, hidden[spots], targets[spots], some, w)[0])
             _, ends, firsts = np.array([window for row in part for window in row]).T
             scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)
             bar.update(len(part))
-            scorer.kept.pause()
-        scorer.kept.finish()
 
-
-def evaluate(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
+def score_fixed(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
     """Score of the whole validation stream with fixed weights and windows that advance by `stride` targets."""
     scorer = Scorer(val, cfg, run)
-    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, stride), scorer, name)
+    score_windows(model, plan_windows(val, cfg.eval_seq_len, stride), scorer, name)
     return scorer.ledger.close(val.target_bytes, run)[0]
 
-
-class Job(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Documents that are adapted to side by side, one a row, chunk by chunk from their starts."""
     documents: tuple[int, ...]
-    edges: tuple[int, ...]
-    """Where chunks begin and end, in targets from the start of a document; the last is beyond the longest one."""
-    cost: int
-    """In token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few."""
+    edges: tuple[int, ...]  # where chunks begin and end, in targets from the documents' starts; the last is beyond all
+    cost: int  # in token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few
 
-
-STEP_TOKENS = 512
-"""Fixed cost of a chunk step in tokens: launches, the optimizer, small products."""
-
+STEP_TOKENS = 512  # fixed cost of a chunk step in tokens: launches, the optimizer, small products
 
 def tokens_run(begin: int, end: int, cfg: Config) -> int:
     """Tokens of one document that go through the model to score its targets [begin, end)."""
-    return end - (begin if cfg.ttt_context == "cache" else max(0, end - cfg.eval_seq_len))
+    first = {"cache": begin, "recompute": max(0, end - cfg.eval_seq_len)}[cfg.ttt_context]
+    return end - first
 
+def plan_batches(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: int) -> list[DocumentBatch]:
+    """Every document (numbers, targets of each) in one batch, costliest batch first.
 
-def plan_jobs(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: int) -> list[Job]:
-    """Every document (numbers, targets of each) in one job, costliest job first.
-
-    Neighbours in length share a job while the padding costs less than steps of their own, up to TTT_BATCH_SIZE rows,
-    and fewer where the ranks would otherwise have too few jobs, or too long ones, to share evenly.
+    Neighbours in length share a batch while the padding costs less than steps of their own, up to TTT_BATCH_SIZE rows,
+    and fewer where the ranks would otherwise have too few batches, or too long ones, to share evenly.
     """
-    by_length = np.argsort(-lengths, kind="stable")
-    most = cfg.ttt_batch_size if world == 1 else min(cfg.ttt_batch_size, max(1, len(documents) // (4 * world)))
-    edges = np.array(chunk_edges(int(lengths.max(initial=0)), cfg.ttt_chunk_size))
-    row = np.cumsum([0, *(tokens_run(a, b, cfg) for a, b in zip(edges.tolist(), edges[1:].tolist()))])
+    edges = np.arange(0, int(lengths.max(initial=0)) + cfg.ttt_chunk_size, cfg.ttt_chunk_size)
+    row_cost = np.cumsum([0, *(tokens_run(a, b, cfg) for a, b in zip(edges.tolist(), edges[1:].tolist()))])
     chunks = np.searchsorted(edges, lengths)  # of each document by itself
-    largest = math.inf if world == 1 else (row[chunks].sum() + chunks.sum() * STEP_TOKENS / most) / (8 * world)
-    jobs: list[tuple[int, list[int]]] = []  # (chunks, documents)
-    for i in by_length[lengths[by_length] > 0].tolist():
-        own = int(chunks[i])
-        longest, rows = jobs[-1] if jobs else (0, [])
-        if rows and len(rows) < most and row[longest] - row[own] <= own * STEP_TOKENS \
-                and longest * STEP_TOKENS + (len(rows) + 1) * row[longest] <= largest:
+    most, largest = cfg.ttt_batch_size, math.inf
+    if world > 1:
+        most = min(most, max(1, len(documents) // (4 * world)))
+        largest = (row_cost[chunks].sum() + chunks.sum() * STEP_TOKENS / most) / (8 * world)
+    batches = [(0, [])]  # (chunks, documents)
+    for i in np.argsort(-lengths, kind="stable")[:np.count_nonzero(lengths)].tolist():
+        own, (longest, rows) = int(chunks[i]), batches[-1]
+        if rows and len(rows) < most and row_cost[longest] - row_cost[own] <= own * STEP_TOKENS \
+                and longest * STEP_TOKENS + (len(rows) + 1) * row_cost[longest] <= largest:
             rows.append(int(documents[i]))
         else:
-            jobs.append((own, [int(documents[i])]))
-    return sorted((Job(tuple(rows), tuple(edges[:longest + 1].tolist()),
-                       int(longest * STEP_TOKENS + len(rows) * row[longest])) for longest, rows in jobs),
-                  key=lambda job: (-job.cost, job.documents))
+            batches.append((own, [int(documents[i])]))
+    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),
+                                 int(longest * STEP_TOKENS + len(rows) * row_cost[longest]))
+                   for longest, rows in batches[1:]), key=lambda batch: (-batch.cost, batch.documents))
 
-
-def deal(jobs: Sequence[Job], world: int) -> list[list[Job]]:
-    """Jobs to ranks: the costliest first, each to the rank with the least work so far (Graham 1969)."""
-    dealt: list[list[Job]] = [[] for _ in range(world)]
+def assign_to_ranks(batches: Sequence[DocumentBatch], world: int) -> list[list[DocumentBatch]]:
+    """Batches to ranks: the costliest first, each to the rank with the least work so far (Graham 1969)."""
+    assigned = [[] for _ in range(world)]
     load = [0] * world
-    for job in jobs:
+    for batch in batches:
         rank = load.index(min(load))
-        dealt[rank].append(job)
-        load[rank] += job.cost
-    return dealt
+        assigned[rank].append(batch)
+        load[rank] += batch.cost
+    return assigned
 
-
-def jobs_left(documents: np.ndarray, scorer: Scorer) -> list[Job]:
-    """Jobs of these documents without those that are done: the jobs of one run, unless another number of ranks or rows
-    has dealt them otherwise before."""
-    val, cfg, world = scorer.val, scorer.cfg, scorer.run.world
-    lengths = np.append(val.starts[1:], val.num_targets) - val.starts
-    jobs = plan_jobs(documents, lengths[documents], cfg, world)
-    done = {document for job in jobs for document in job.documents if scorer.ledger.done[val.starts[document]]}
-    torn = np.array([document for job in jobs if done.intersection(job.documents) for document in job.documents
-                     if document not in done], dtype=np.int64)
-    return [job for job in jobs if not done.intersection(job.documents)] + \
-        plan_jobs(torn, lengths[torn], cfg, world)
-
-
-def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, pace: Pace, name: str) -> None:
-    """Score whole documents, each with adapters that learn from its own chunks once these are scored."""
-    run = scorer.run
-    mine = deal(jobs_left(documents, scorer), run.world)[run.rank]
-    model.requires_grad_(False)
-    with torch.no_grad():
-        base = Weights(model, run.dtype)
-    with run.progress(sum(job.cost for job in mine), name, "tok") as bar:
-        for job in mine:
-            for cost in adapt_and_score(model, base, job, scorer, pace):
-                bar.update(cost)
-                scorer.kept.pause()
-        scorer.kept.finish()
-    model.requires_grad_(True)
-
-
-def adapt_and_score(model: GPT, base: Weights, job: Job, scorer: Scorer, pace: Pace) -> Iterator[float]:
-    """One job: chunk by chunk, score first, then one or more steps of the adapters on that chunk; yields their costs.
-
-    TTT_CONTEXT=cache computes each token once and keeps keys and values; recompute runs the whole window of a chunk
-    again with the newest adapters. Both score, and learn from, the chunk's targets alone.
-    """
-    cfg, run, val = scorer.cfg, scorer.run, scorer.val
-    rows, total = len(job.documents), job.edges[-1]
-    begins = val.starts[list(job.documents)]
-    lengths = np.append(val.starts[1:], val.num_targets)[list(job.documents)] - begins
-    ids = np.full((rows, total + 1), BOS_ID, dtype=np.int64)
-    for r, (begin, length) in enumerate(zip(begins, lengths)):
-        ids[r, :length + 1] = val.ids[begin:begin + length + 1]
-    ids_RT, left_R1 = torch.from_numpy(ids).to(run.device), torch.from_numpy(lengths).to(run.device)[:, None]
-    column = torch.arange(-1, total, device=run.device)
-    numbers_RT = torch.from_numpy(begins).to(run.device)[:, None] + column[None, 1:]
-    targets_RT = torch.where(column[1:] < left_R1, ids_RT[:, 1:], IGNORE)
-    scores = torch.zeros(rows, total, device=run.device)
-    plan = layer_plan(model.cfg, looped=True)
-    adapters = Adapters(model, plan, rows, cfg)
-    optimizer = adapter_optimizer(adapters, cfg)
-    past = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NoPast()
-    for begin, end in zip(job.edges, job.edges[1:]):
-        size, cost = end - begin, STEP_TOKENS + rows * tokens_run(begin, end, cfg)
-        goes_on = lengths > end
-        steps = cfg.ttt_grad_steps if goes_on.any() and pace.adapts() else 0
-        started = time.perf_counter()
-        first = begin if past.lead else max(0, end - cfg.eval_seq_len)
-        # Column c of `column` is position c - 1, so that a chunk's lead is the token before it (or padding).
-        window = F.pad(ids_RT, (1, 0), value=BOS_ID)[:, first + 1 - past.lead:end + 1]
-        positions = (column[first + 1 - past.lead:end + 1] - (0 if past.lead else first)).int().expand(rows, -1)
-        pieces = torch.arange(0, window.numel() + 1, window.size(1), device=run.device, dtype=torch.int32)
-        batch = Batch(window, window, positions, pieces)
-        targets, numbers = targets_RT[:, begin:end], numbers_RT[:, begin:end]
-        for number in range(max(1, steps)):
-            with torch.set_grad_enabled(steps > 0):
-                w = AdaptedWeights(base, model, adapters)
-                hidden = model.hidden(batch, plan, w, past)[:, -size:]
-                scored, losses = scorer.nats(model, hidden, targets, numbers, w)
-            if number == 0:
-                scores[:, begin:end] = scored.view(rows, size)
-                new = dict(past.new) if isinstance(past, KeyValueCache) else {}
-                live = np.flatnonzero(lengths > begin)
-                scorer.ledger.note(Ledger.SCORE, np.array(job.documents)[live], begins[live] + begin,
-                                   begins[live] + np.minimum(end, lengths[live]))
-            if steps:
-                weight = torch.from_numpy(goes_on / size).to(losses)[:, None]
-                (losses.view(rows, size) * weight).sum().backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                live = np.flatnonzero(goes_on)
-                scorer.ledger.note(Ledger.UPDATE, np.array(job.documents)[live], begins[live] + begin,
-                                   begins[live] + end)
-        if isinstance(past, KeyValueCache):
-            past.advance(size, new)
-        if end == total:  # waits for the device
-            real = column[1:] < left_R1
-            scorer.ledger.record(numbers_RT[real].cpu(), scores[real])
-            scorer.ledger.settle()
-        pace.did(cost, time.perf_counter() - started)
-        yield cost
-
-
-def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
-    """The optimizer of one job's adapters; elementwise, so that documents stay independent."""
-    parameters = adapters.parameters()
-    if cfg.ttt_optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=cfg.ttt_lora_lr, momentum=cfg.ttt_beta1,
-                               weight_decay=cfg.ttt_weight_decay, foreach=True)
-    return torch.optim.AdamW(parameters, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-                             weight_decay=cfg.ttt_weight_decay, fused=True)
-
-
-class SharedSgd:
-    """Steps of the shared weights on stretches of the stream, over all ranks; the rule is a torch optimizer.
-
-    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it.
-    """
-
-    def __init__(self, model: GPT, ids: np.ndarray, optimizer: Callable[[], torch.optim.Optimizer], clip: float,
-                 freeze: int, batch_rows: int, cfg: Config, run: Run) -> None:
-        self.model, self.ids, self.new_optimizer, self.clip, self.freeze = model, ids, optimizer, clip, freeze
-        self.batch_rows, self.cfg, self.run = batch_rows, cfg, run
-        plan = layer_plan(model.cfg, looped=True)
-        self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
-        self.micro = max(1, min(-(-batch_rows // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
-        self.forget()
-        if run.compiles:
-            run.place, outside = "shared_sgd", run.place
-            self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
-            self.optimizer.zero_grad(set_to_none=True)
-            run.place = outside
-
-    def forget(self) -> None:
-        """Begin with fresh optimizer state."""
-        self.optimizer = self.new_optimizer()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What learning changes, by name: weights, and momentum (zero before the first step)."""
-        named, state = dict(self.model.named_parameters()), self.optimizer.state
-        return {**{f"weights.{name}": p.detach() for name, p in named.items()},
-                **{f"momentum.{name}": state[p].get("momentum_buffer", torch.zeros_like(p)) for name, p in named.items()
-                   if self.optimizer.defaults.get("momentum")}}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with what `tensors` gave; without tensors (other ranks) with rank 0's."""
-        for name, here in self.tensors().items():
-            here = self.run.broadcast(here.copy_(tensors[name]) if tensors else here)
-            if name.startswith("momentum."):
-                self.optimizer.state[self.model.get_parameter(name[9:])]["momentum_buffer"] = here
-
-    def learn(self, first: int, stop: int, lr: float) -> None:
-        """One step a batch of rows over targets [first, stop), each with the mean loss of its batch."""
-        seq_len, run = self.cfg.train_seq_len, self.run
-        spans = [(at, min(at + seq_len, stop)) for at in range(first, stop, seq_len)]
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for at in range(0, len(spans), self.batch_rows):
-            part = spans[at:at + self.batch_rows]
-            mine, count = part[run.rank::run.world], sum(b - a for a, b in part)
-            for i in range(0, len(mine), self.micro):
-                rows = [self.ids[a:b + 1] for a, b in mine[i:i + self.micro]]
-                num_rows = self.micro if run.compiles else len(rows)
-                (self.loss(make_batch(rows, num_rows, seq_len).to(run.device)) / count).backward()
-            self.step()
-
-    def step(self) -> None:
-        """Gradients summed over ranks in one message, the first blocks' zeroed, clipped, applied."""
-        model, layers = self.model, self.model.cfg.num_layers
-        for name, p in model.named_parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if self.freeze and not name.startswith(("tok_emb", "skip_", "smear_", "bigram.")):  # the rest has a row
-                p.grad.unflatten(0, (-1, layers))[:, :self.freeze] = 0  # (banks: two) for each block
-        parameters = list(model.parameters())
-        flat = self.run.total(torch.cat([p.grad.flatten() for p in parameters]))
-        if self.clip:
-            flat *= (self.clip / flat.norm().clamp_min(1e-12)).clamp_max(1.0)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = g.view_as(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def cosine(i: int, count: int) -> float:
-    """From 1 at i = 0 to 0 at the last of `count`."""
-    return 0.5 * (1 + math.cos(math.pi * i / max(1, count - 1)))
-
-
-class Pace:
+class EvalBudget:
     """Watches the projected end of evaluation: while it lies beyond EVAL_SECONDS_BUDGET, nothing adapts.
 
     What does not adapt is still scored, by what has been learned: no target is ever left out. Waiting for other ranks
     counts as time; as the pace of this rank's work only within a chunk of TTT=sgd, which all ranks end together.
     """
-    LEAST_SECONDS = 5.0
-    """Work before the first projection: the first steps load kernels and say little."""
+    LEAST_SECONDS = 5.0  # work before the first projection: the first steps load kernels and say little
 
     def __init__(self, total_cost: float, cfg: Config, run: Run) -> None:
         self.cfg, self.run, self.total, self.done, self.busy = cfg, run, max(1.0, total_cost), 0.0, 0.0
-        self.used, self.started, self.refused = run.spent("eval"), time.perf_counter(), 0
-
-    def did(self, cost: float, seconds: float) -> None:
-        """Account for finished work, in the unit of `total_cost`."""
-        self.done += cost
-        self.busy += seconds
+        self.used, self.started, self.cut = run.spent("eval"), time.perf_counter(), False
 
     @contextlib.contextmanager
-    def works(self, cost: float) -> Iterator[None]:
-        """What happens inside is work of this cost."""
+    def work(self, cost: float) -> Iterator[None]:
+        """What happens inside is work of this cost, in the unit of `total_cost`."""
         start = time.perf_counter()
         yield
-        self.did(cost, time.perf_counter() - start)
+        self.done += cost
+        self.busy += time.perf_counter() - start
 
-    def projected(self) -> float:
-        """Seconds of evaluation at the end, at the pace so far."""
-        ahead = self.busy / self.done * max(0.0, self.total - self.done) if self.busy > self.LEAST_SECONDS else 0.0
-        return self.used + time.perf_counter() - self.started + ahead
-
-    def adapts(self) -> bool:
-        """Whether there is time to adapt now."""
-        late = self.projected() > self.cfg.eval_seconds_budget
-        self.refused += late
+    def allows(self) -> bool:
+        """Whether there is time to adapt now: the projected end, at the pace so far, lies within the budget."""
+        ahead = 0.0
+        if self.busy > self.LEAST_SECONDS:
+            ahead = self.busy / self.done * max(0.0, self.total - self.done)
+        late = self.used + time.perf_counter() - self.started + ahead > self.cfg.eval_seconds_budget
+        if late and not self.cut:
+            self.run.log("adaptation_cut", budget_seconds=self.cfg.eval_seconds_budget, work=self.done / self.total)
+        self.cut |= late
         return not late
 
-    def report(self) -> None:
-        """Log how often adaptation was refused on each rank, if it was; all ranks take part."""
-        refused = self.run.gather(self.refused)
-        if any(refused):
-            self.run.log("adaptation_cut", refused_by_rank=refused, budget_seconds=self.cfg.eval_seconds_budget)
+def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, budget: EvalBudget, name: str) -> None:
+    """Scores whole documents, each with adapters that learn from its own chunks once these are scored."""
+    val, run = scorer.val, scorer.run
+    batches = plan_batches(documents, (val.stops - val.starts)[documents], scorer.cfg, run.world)
+    mine = assign_to_ranks(batches, run.world)[run.rank]
+    model.requires_grad_(False)
+    with torch.no_grad():
+        base = Weights(model, run.dtype)
+    with run.progress(sum(batch.cost for batch in mine), name, "tok") as bar:
+        for batch in mine:
+            for cost in adapt_and_score(model, base, batch, scorer, budget):
+                bar.update(cost)
+    model.requires_grad_(True)
 
+class DocumentRows:
+    """The documents of one batch on the device, padded to its last chunk: the inputs and targets of any chunk."""
 
-class Unkept:
-    """Scoring that cannot be interrupted: what adapts asks, and nothing happens."""
+    def __init__(self, batch: DocumentBatch, val: ValData, device: torch.device) -> None:
+        self.documents, self.total = np.array(batch.documents), batch.edges[-1]
+        self.begins = val.starts[self.documents]
+        self.lengths = val.stops[self.documents] - self.begins
+        ids = np.full((len(self.documents), self.total + 2), BOS_ID, dtype=np.int64)  # column c is position c - 1
+        for row, begin, length in zip(ids, self.begins, self.lengths):
+            row[1:length + 2] = val.ids[begin:begin + length + 1]
+        self.ids = torch.from_numpy(ids).to(device)
+        self.column = torch.arange(-1, self.total, device=device)
+        self.real = self.column[1:] < torch.from_numpy(self.lengths).to(device)[:, None]
+        self.numbers = torch.from_numpy(self.begins).to(device)[:, None] + self.column[None, 1:]
+        self.targets = torch.where(self.real, self.ids[:, 2:], IGNORE)
 
-    def start(self, pace: Pace | None = None, sgd: SharedSgd | None = None) -> tuple[int, int]:
-        """Where to go on: the ledger's phase, and how many pieces of what ends it have been learned."""
-        return 0, 0
+    def inputs(self, first: int, end: int, prefix: int) -> Batch:
+        """Positions [first - prefix, end) as a batch; rows that do not start their document count from `first`."""
+        window = self.ids[:, first + 1 - prefix:end + 1]
+        positions = self.column[first + 1 - prefix:end + 1] - first * (prefix == 0)
+        starts = torch.arange(0, window.numel() + 1, window.size(1), device=window.device, dtype=torch.int32)
+        return Batch(window, window, positions.int().expand(len(window), -1), starts)
 
-    def pause(self) -> None:
-        """Here this rank can be interrupted, wherever the others are."""
+    def note(self, ledger: Ledger, kind: int, live: np.ndarray, begin: int, end: int) -> None:
+        """Tells the ledger that the documents `live` (bool) score, or learn from, their targets [begin, end)."""
+        ledger.note(kind, self.documents[live], self.begins[live] + begin,
+                    self.begins[live] + np.minimum(end, self.lengths[live]))
 
-    def finish(self) -> None:
-        """This rank has scored its share of a phase; returns when all have. A collective."""
+def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Scorer, budget: EvalBudget
+                    ) -> Iterator[float]:
+    """One batch: chunk by chunk, score first, then a step of the adapters on that chunk; yields their costs.
 
-    def agree(self, learned: int) -> None:
-        """Here all ranks can be interrupted: `learned` pieces after the phase's scores. A collective."""
-
-
-class ScoreCheckpoints(Checkpoints):
-    """From which scoring goes on: `<run_id>.score.ckpt`, there while an artifact waits for its verdict.
-
-    Until the adapted score begins the head alone: which artifact, which knobs, seconds spent, scores for comparison.
-    Then also the ledger, and weights and momentum that learn. Ranks score at their own pace: one that is due or asked
-    to stop waits for the others, who come when they are due, stopped or done; then all save, or go on, together.
+    TTT_CONTEXT=cache computes each token once and keeps keys and values; recompute runs the whole window of a chunk
+    again with the newest adapters. Both score, and learn from, the chunk's targets alone.
     """
-    KINDS = {"seconds": dict, "figures": dict, "ladder": dict, "progress": dict}
-    COUNTS = ("phase", "learned", "sequence", "learned_in", "targets", "events", "refused")
+    cfg, run, ledger, layers = scorer.cfg, scorer.run, scorer.ledger, unroll_layers(model.cfg, looped=True)
+    rows = DocumentRows(batch, scorer.val, run.device)
+    scores = torch.zeros(len(rows.documents), rows.total, device=run.device)
+    w = AdaptedWeights(base, model, layers, len(rows.documents), cfg)
+    # Elementwise, so that documents stay independent.
+    optimizer = torch.optim.AdamW(w.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
+                                  weight_decay=cfg.ttt_weight_decay, fused=True)
+    cache = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NO_CACHE
+    for begin, end in zip(batch.edges, batch.edges[1:]):
+        size, cost = end - begin, STEP_TOKENS + len(rows.documents) * tokens_run(begin, end, cfg)
+        goes_on = rows.lengths > end
+        learns = bool(goes_on.any()) and budget.allows()
+        with budget.work(cost):
+            inputs = rows.inputs(end - tokens_run(begin, end, cfg), end, cache.prefix)
+            with torch.set_grad_enabled(learns):
+                hidden = model(inputs, layers, w, cache)[:, -size:]
+                nats, losses = scorer.nats(model, hidden, rows.targets[:, begin:end], rows.numbers[:, begin:end], w)
+            scores[:, begin:end] = nats.view(-1, size)
+            rows.note(ledger, Ledger.SCORE, rows.lengths > begin, begin, end)
+            if learns:
+                weight = torch.from_numpy(goes_on / size).to(losses)[:, None]  # a document that ends learns no more
+                (losses.view(-1, size) * weight).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                rows.note(ledger, Ledger.UPDATE, goes_on, begin, end)
+            cache.advance(size)
+            if end == rows.total:  # waits for the device
+                ledger.record(rows.numbers[rows.real].cpu(), scores[rows.real])
+        yield cost
 
-    def __init__(self, blob: bytes, model: GPT, figures: Mapping[str, Any], cfg: Config, run: Run) -> None:
-        """Of the artifact with these bytes, which holds such a model; `figures` of its training, for the verdict."""
-        super().__init__(run.score_path, self.KINDS, run)
-        self.artifact, self.model, self.cfg = hashlib.sha256(blob).hexdigest(), model, cfg
-        self.state: dict[str, Any] = {"figures": dict(figures), "ladder": {}, "progress": {}}
-        self.found: dict[str, Tensor] = {}
-        self.resumed = run.resumes == "score"
+class SharedSgd:
+    """SGD of the shared weights on stretches of the stream, over all ranks (momentum 0.9, batches of 32 rows).
 
-    def knobs(self) -> dict[str, Any]:
-        """The artifact, and every knob that can change the score by more than rounding."""
-        return {"artifact_sha256": self.artifact, **{name: value for name, value in dataclasses.asdict(self.cfg).items()
-                                                     if name not in NO_RESULT | NO_SCORE}}
-
-    def keep(self) -> None:
-        """Write the head, unless the adapted score has begun: then a file has all or nothing."""
-        if not self.state["progress"]:
-            self.write({}, {**self.state, "seconds": self.run.seconds()})
-
-    def load(self) -> None:
-        """Take over seconds, figures and scores for comparison of the run before; `restore` and `start` do the rest."""
-        self.state, self.found = self.read(self._expected)
-        for budget, seconds in self.state["seconds"].items():
-            self.run.went_before("before", budget, seconds)
-
-    def _expected(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        progress = state["progress"]
-        if set(state["seconds"]) != {"train", "eval", "none"} or progress and not all(
-                type(progress.get(name)) is int and progress[name] >= -(name == "learned_in") for name in self.COUNTS):
-            raise ValueError("its head is not a checkpoint's")
-        shapes = {"nats": ((progress["targets"],), torch.float32),
-                  "events": ((progress["events"], 6), torch.int64)} if progress else {}
-        return {**{name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()},
-                **{f"{kind}.{name}": p for kind in progress.get("learning", ())
-                   for name, p in self.model.named_parameters()}}
-
-    def restore(self, scorer: Scorer) -> None:
-        """The ledger as far as it got."""
-        self.scorer, ledger, progress = scorer, scorer.ledger, self.state["progress"]
-        self.corpus = f"{len(ledger.nats)} targets that begin {beginning(scorer.val.ids)}"
-        if progress:
-            require(progress.get("corpus") == self.corpus, f"{self.paths[0]}: made on {progress.get('corpus')}, the "
-                    f"validation shards have {self.corpus}")
-            nats, events = (self.found.get(name, torch.zeros(0)) for name in ("nats", "events"))
-            ledger.restore(nats, events.numpy(), self.run)
-            ledger.phase, ledger.sequence, ledger.learned_in = (progress[name] for name in (
-                "phase", "sequence", "learned_in"))
-
-    def start(self, pace: Pace | None = None, sgd: SharedSgd | None = None) -> tuple[int, int]:
-        self.pace, self.sgd, progress = pace, sgd, self.state["progress"]
-        self.run.graceful = True
-        if progress and sgd is not None:
-            sgd.load({name: t for name, t in self.found.items() if "." in name})
-        if progress and pace is not None and self.run.is_main:
-            pace.refused += progress["refused"]
-        self.found = {}
-        return progress.get("phase", 0), progress.get("learned", 0)
-
-    def pause(self) -> None:
-        if self.run.stop or self.due():
-            self._meet(True, 0)
-
-    def finish(self) -> None:
-        while self._meet(False, 0):
-            pass
-
-    def agree(self, learned: int) -> None:
-        self._meet(True, learned)
-
-    def _meet(self, busy: bool, learned: int) -> bool:
-        """Whether some rank has scores to make; saved on the way where one was due or asked to stop."""
-        notes = torch.tensor([busy, bool(self.run.stop), self.due()], dtype=torch.int32)
-        busy, stop, due = self.run.total(notes).tolist()
-        if stop or due:
-            self._save(learned)
-        if stop:
-            progress = self.state["progress"]
-            self.end_run(f"{int(self.scorer.ledger.times.sum())} of {progress['targets']} targets")
-        return bool(busy)
-
-    def _save(self, learned: int) -> None:
-        ledger, sgd = self.scorer.ledger, self.sgd
-        events = torch.from_numpy(ledger.hand_in(self.run))
-        learning = sgd.tensors() if sgd is not None else {}
-        refused = sum(self.run.gather(self.pace.refused if self.pace is not None else 0))
-        self.state["progress"] = {
-            "phase": ledger.phase, "learned": learned, "sequence": ledger.sequence, "learned_in": ledger.learned_in,
-            "targets": len(ledger.nats), "corpus": self.corpus, "events": len(events), "refused": refused,
-            "learning": sorted({name.split(".")[0] for name in learning})}
-        self.write({"nats": ledger.nats, "events": events, **learning}, {**self.state, "seconds": self.run.seconds()},
-                   targets=int(ledger.times.sum()))
-
-
-def adapted_score(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> tuple[Score, str]:
-    """Score of the validation stream with everything the knobs ask for, part by part in the order of the stream.
-
-    The shared weights of `model` change. Returns the score and the ledger's digest.
+    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it.
     """
-    adapt = {"none": score_plain, "sgd": chunked_sgd, "lora": phased_lora}[cfg.ttt]
-    adapt(model, val, cfg, run, scorer)
-    return scorer.ledger.close(val.target_bytes, run)
+    MOMENTUM, BATCH_ROWS, CLIP = 0.9, 32, 1.0  # as in #549, #1413 and #1626
 
+    def __init__(self, model: GPT, ids: np.ndarray, cfg: Config, run: Run) -> None:
+        self.model, self.ids, self.cfg, self.run, layers = model, ids, cfg, run, unroll_layers(model.cfg, looped=True)
+        self.loss = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype))
+        self.micro = max(1, min(-(-self.BATCH_ROWS // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
+        if run.compiles:
+            self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
+        self.forget()
 
-def score_plain(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
-    """Fixed weights, windows by EVAL_STRIDE."""
-    scorer.kept.start()
-    score_windows(model, plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, cfg.stride), scorer, "score")
+    def forget(self) -> None:
+        """Begins with fresh momentum."""
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=self.MOMENTUM)
+        self.optimizer.zero_grad(set_to_none=True)
 
+    def learn(self, first: int, stop: int, lr: float) -> None:
+        """One step a batch of rows over targets [first, stop), each with the mean loss of its batch.
 
-def chunked_sgd(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
-    """Windows of TTT_CHUNK_TOKENS targets are scored, then the whole model learns from these targets (#1413, #549).
+        Gradients are summed over ranks in one message and clipped.
+        """
+        seq_len, run, parameters = self.cfg.train_seq_len, self.run, list(self.model.parameters())
+        spans = [(at, min(at + seq_len, stop)) for at in range(first, stop, seq_len)]
+        self.optimizer.param_groups[0]["lr"] = lr
+        for at in range(0, len(spans), self.BATCH_ROWS):
+            part = spans[at:at + self.BATCH_ROWS]
+            mine, count = part[run.rank::run.world], sum(b - a for a, b in part)
+            for i in range(0, len(mine), self.micro):
+                rows = [self.ids[a:b + 1] for a, b in mine[i:i + self.micro]]
+                num_rows = self.micro if run.compiles else len(rows)
+                (self.loss(make_batch(rows, num_rows, seq_len).to(run.device)) / count).backward()
+            # A rank may have had no row.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            flat = run.all_reduce(torch.cat([g.flatten() for g in grads]))
+            clip_([flat], flat.norm(), self.CLIP)
+            for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad = g.view_as(p)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+def cosine(i: int, count: int) -> float:
+    """From 1 at i = 0 to 0 at the last of `count`."""
+    return 0.5 * (1 + math.cos(math.pi * i / max(1, count - 1)))
+
+def score_and_learn(score: Callable, learn: Callable, spans: Sequence[tuple[int, int]],
+                    scorer: Scorer, budget: EvalBudget) -> None:
+    """Scores each part, then lets the shared weights learn: the one order of everything that adapts.
+
+    After `score(i)`, `learn(i)` learns from targets spans[i] = (begin, end); begin = end: nothing is learned.
+    """
+    for i, (begin, end) in enumerate(spans):
+        score(i)
+        if begin < end and scorer.run.broadcast_object(budget.allows()):
+            learn(i)
+            scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)
+        scorer.ledger.phase += 1
+
+def chunked_sgd(model: GPT, scorer: Scorer) -> None:
+    """Scores windows of TTT_CHUNK_TOKENS targets, from which the whole model then learns (#1413, #549).
 
     A window belongs to the chunk of its first scored target. Momentum runs on; the rate falls as a cosine over chunks.
     """
-    windows = plan_windows(val.starts, val.num_targets, cfg.eval_seq_len, cfg.stride)
-    firsts = [w.first for w in windows]
-    count = -(-val.num_targets // cfg.ttt_chunk_tokens)
-    sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0, momentum=cfg.ttt_momentum),
-                    cfg.ttt_grad_clip, cfg.ttt_freeze_blocks, cfg.ttt_batch_seqs, cfg, run)
-    pace = Pace(count - scorer.ledger.phase, cfg, run)
-    begin, learned = scorer.kept.start(pace, sgd)
-    for c in range(begin, count):
-        first, stop = c * cfg.ttt_chunk_tokens, min((c + 1) * cfg.ttt_chunk_tokens, val.num_targets)
-        mine = windows[bisect.bisect_left(firsts, first):bisect.bisect_left(firsts, stop)]
-        learns = c + 1 < count and (learned > 0 or run.share(pace.adapts()))
-        with pace.works(1):
-            score_windows(model, mine, scorer, f"chunk {c + 1}/{count}")
-            for epoch in range(learned, cfg.ttt_epochs if learns else 0):
-                sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))
-                scorer.kept.agree(epoch + 1)
-        learned = 0
-        if learns:
-            scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)
-        scorer.ledger.phase += 1
-    pace.report()
+    val, cfg = scorer.val, scorer.cfg
+    windows = plan_windows(val, cfg.eval_seq_len, cfg.stride)
+    edges = [*range(0, val.num_targets, cfg.ttt_chunk_tokens), val.num_targets]
+    cuts = np.searchsorted([window.first for window in windows], edges).tolist()
+    count, sgd = len(edges) - 1, SharedSgd(model, val.ids, cfg, scorer.run)
+    budget = EvalBudget(count, cfg, scorer.run)
 
+    def score(c):
+        with budget.work(1):
+            score_windows(model, windows[cuts[c]:cuts[c + 1]], scorer, f"chunk {c + 1}/{count}")
 
-def phased_lora(model: GPT, val: ValData, cfg: Config, run: Run, scorer: Scorer) -> None:
-    """Documents with adapters of their own; after each phase the shared weights learn from all documents so far.
+    def learn(c):
+        with budget.work(0):  # its time belongs to the chunk's
+            for _ in range(cfg.ttt_epochs):
+                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))
+
+    spans = list(zip(edges, edges[1:-1])) + [(0, 0)]  # nothing is scored after the last one
+    score_and_learn(score, learn, spans, scorer, budget)
+
+def phased_lora(model: GPT, scorer: Scorer) -> None:
+    """Scores documents with adapters of their own; after each phase the shared weights learn from all of them so far.
 
     The phases end at equal shares of the first PHASED_TTT_PREFIX_DOCS documents of the stream (#1610, which took the
-    longest ones instead).
+    longest ones instead). Momentum and rate begin anew in each.
     """
+    val, cfg, run = scorer.val, scorer.cfg, scorer.run
     documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases
     ends = [min(cfg.phased_ttt_prefix_docs * (i + 1) // phases, len(documents)) for i in range(phases)]
-    ends.append(len(documents))
-    sgd = SharedSgd(model, val.ids, lambda: torch.optim.SGD(model.parameters(), lr=0.0,
-                                                            momentum=cfg.global_ttt_momentum),
-                    cfg.global_ttt_grad_clip, 0, cfg.global_ttt_batch_seqs, cfg, run) if phases else None
-    pace = Pace(sum(job.cost for job in deal(jobs_left(documents, scorer), run.world)[run.rank]), cfg, run)
-    phase, learned = scorer.kept.start(pace, sgd)
-    for number, (begin, end) in enumerate(zip([0, *ends], ends)):
-        if number < phase:
-            continue
-        score_documents(model, documents[begin:end], scorer, pace, f"phase {number + 1}/{len(ends)}")
-        stop = int(val.starts[end]) if end < len(documents) else val.num_targets
-        if sgd is not None and begin < end < len(documents) and (learned > 0 or run.share(pace.adapts())):
-            with run.phase("shared_sgd", "eval"):
-                if not learned:
-                    sgd.forget()
-                chunks = range(0, stop, cfg.global_ttt_chunk_tokens)
-                for at in range(learned, cfg.global_ttt_epochs * len(chunks)):
-                    first, i = chunks[at % len(chunks)], at % len(chunks)
-                    sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),
-                              cfg.global_ttt_lr * cosine(i, len(chunks) + 1))
-                    scorer.kept.agree(at + 1)
-            scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, 0, stop)
-        learned = 0
-        scorer.ledger.phase += 1
-    pace.report()
+    edges = [0, *ends, len(documents)]
+    spans = [(0, int(val.starts[end]) if begin < end < len(documents) else 0) for begin, end in zip(edges, edges[1:])]
+    sgd = SharedSgd(model, val.ids, cfg, run) if phases else None
+    batches = plan_batches(documents, val.stops - val.starts, cfg, run.world)
+    budget = EvalBudget(sum(batch.cost for batch in assign_to_ranks(batches, run.world)[run.rank]), cfg, run)
 
+    def score(i):
+        score_documents(model, documents[edges[i]:edges[i + 1]], scorer, budget, f"phase {i + 1}/{len(spans)}")
 
-def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
-    """AdamW on the validation data before quantization, as PR #1485 did: against the rules (C3), a specimen.
+    def learn(i):
+        stop = spans[i][1]
+        with run.phase("shared_sgd", "eval"):
+            sgd.forget()
+            starts = range(0, stop, cfg.ttt_chunk_tokens)
+            for c, at in enumerate(starts):
+                sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop), cfg.global_ttt_lr * cosine(c, len(starts) + 1))
 
-    Kept so that the auditor has something real to catch; whatever it scores is marked illegal.
+    score_and_learn(score, learn, spans, scorer, budget)
+
+def adapted_score(model: GPT, scorer: Scorer) -> tuple[Score, str]:
+    """(score of the validation stream with everything the knobs ask for, the ledger's digest), in the stream's order.
+
+    The shared weights of `model` change.
     """
-    val = ValData.load(cfg, run)
-    sgd = SharedSgd(model, val.ids, lambda: torch.optim.AdamW(model.parameters(), weight_decay=0.0),
-                    cfg.prequant_ttt_grad_clip, cfg.prequant_ttt_freeze_blocks,
-                    cfg.prequant_ttt_batch_seqs, cfg, run)
-    for epoch in range(cfg.prequant_ttt_epochs):
-        share = 0.1 + 0.9 * cosine(epoch, cfg.prequant_ttt_epochs + 1)
-        sgd.learn(0, val.num_targets, cfg.prequant_ttt_lr * share)
+    val, cfg = scorer.val, scorer.cfg
+    if cfg.ttt == "none":
+        score_windows(model, plan_windows(val, cfg.eval_seq_len, cfg.stride), scorer, "score")
+    else:
+        {"sgd": chunked_sgd, "lora": phased_lora}[cfg.ttt](model, scorer)
+    return scorer.ledger.close(val.target_bytes, scorer.run)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -5523,551 +3489,316 @@ def prequant_ttt(model: GPT, cfg: Config, run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
 
+def stage_loss(model: GPT, stage: Stage, cfg: Config, run: Run) -> Callable:
+    """The loss that a stage differentiates, in mean nats of the global batch; compiled where the run compiles."""
+    layers = unroll_layers(cfg, stage.looped)
+    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if stage.rounded else Weights
+    total = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype, weights))
+    return lambda batch: total(batch.to(run.device)) / cfg.train_batch_tokens
 
-def describe(cfg: Config, model: GPT, run: Run, warnings: Sequence[str], code_bytes: int) -> None:
-    """The header of the log: versions, device, kernels, config, layer plan, routes."""
-    device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
-    run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
-            world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-            compile=run.compiles, attention=model.kernels.attention.name,
-            fused=model.kernels.fused,
-            code_sha256=file_sha256(Path(__file__)), code_bytes=code_bytes)
-    for warning in warnings:
-        run.log("warning", text=warning)
-    decisive = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NO_RESULT}
-    run.log("versions", config_sha256=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
-            **installed())
-    run.record("config", dataclasses.asdict(cfg))
-    run.write("config (* differs from the preset record)")
-    fields = {f.name: f.default for f in dataclasses.fields(Config)}
-    for name in (f.name for group in GROUPS for f in dataclasses.fields(group)):
-        value = getattr(cfg, name)
-        run.write(f"  {'*' if value != fields[name] else ' '} {name.upper()}={show(value)}")
-    for looped in ([False, True] if cfg.num_loops else [False]):
-        run.write(f"layer plan, loop {'on' if looped else 'off'} (block<skip@window, / single lane, = two lanes)")
-        run.write("  " + plan_text(layer_plan(cfg, looped)))
-    run.write("routes: parameter, shape, update, learning rate, decay, stored as")
-    for name, p in model.named_parameters():
-        r = route(name)
-        run.write(f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}")
-    tflop = [3e-12 * cfg.train_batch_tokens * estimate_flops(cfg, layer_plan(cfg, looped), cfg.train_seq_len / 2)
-             for looped in (False, True)]  # with rows of one document; more and shorter ones need less
-    run.log("model", parameters=sum(p.numel() for p in model.parameters()), tflop_step=tflop[0],
-            tflop_step_looped=tflop[1],
-            predicted_weight_bytes=sum(predicted_bytes(cfg, code_bytes).values()))
+def backward(loss: Tensor) -> Tensor:
+    """Adds the loss's gradients to the parameters'; returns its value."""
+    loss.backward()
+    return loss.detach()
 
-
-def installed() -> dict[str, str]:
-    """Version of each package that can change a result or its bytes; those that are not there are left out."""
-    found = {}
-    for name in ("numpy", "sentencepiece", "brotli", "constriction", "triton", "flash-attn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def plan_text(plan: Sequence[Visit]) -> str:
-    """One line for a layer plan: block, a mark for its lanes, `<visit` for a skip, `@tokens` for a window."""
-    mark = {"none": "", "single": "/", "two": "="}
-    return " ".join(f"{v.block}{mark[v.lanes]}" + ("" if v.skip_from is None else f"<{v.skip_from}") +
-                    (f"@{v.window}" if v.window else "") for v in plan)
-
-
-def estimate_flops(cfg: ModelKnobs, plan: Sequence[Visit], context: float) -> float:
-    """FLOPs of one token's forward, two a multiply-add; the backward takes twice as many, recomputation aside.
-
-    `context`: mean number of keys that a query sees; T/2 where a row is one document. Counted are the products with
-    q, k, v, o, MLP, head and the bigram's projection, and attention's two; not norms, gates (0.1 %) and optimizer.
-
-    >>> cfg = ModelKnobs()
-    >>> round(estimate_flops(cfg, layer_plan(cfg, looped=True), 670) / 1e6, 1)
-    129.8
-    """
-    dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-    keys = sum(min(context, visit.window or context) for visit in plan)
-    mlp = cfg.mlp_rank * (dim + cfg.mlp_dim) if cfg.mlp_rank else dim * cfg.mlp_dim
-    products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * mlp
-    bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
-    return len(plan) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
-
-
-MEMORY_KNOBS = {"train": "micro_batch_tokens", "fit": "micro_batch_tokens", "ladder": "val_batch_tokens",
-                "score": "val_batch_tokens", "adapt": "ttt_batch_size", "shared_sgd": "micro_batch_tokens"}
-"""What to lower where memory does not last."""
-
-
-def predicted_memory(cfg: Config, run: Run, targets: int) -> dict[str, int]:
-    """Peak bytes of one process on its device by stretch of the run, with `targets` validation targets.
-
-    Exact are weights, optimizer and adapters; activations are elements kept of a token and visit, as counted on a CPU
-    (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept), measured against in bench/LOG.md.
-    """
-    named = dict(shapes_of(cfg).named_parameters())
-    weights = 4 * sum(p.numel() for p in named.values())
-    banks = 4 * sum(p.numel() for name, p in named.items() if route(name).rule == "muon")
-    matrices = [p.shape for p in named.values() if p.dim() == 3]
-    sums = 4 * sum(count * (rows ** 2 + columns ** 2) for count, rows, columns in matrices)
-    dim, kv_dim, vocab, width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.vocab_size, run.dtype.itemsize
-    visits = len(layer_plan(cfg, looped=True))
-    kept = visits * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width / (2 if run.compiles else 1)
-    scores = 0 if run.is_cuda else visits * cfg.num_heads * width  # a CPU keeps attention's probabilities, T a token
-    tokens = min(cfg.micro_batch_tokens, -(-cfg.train_batch_tokens // run.world))
-    quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
-    step = tokens * (kept + scores * cfg.train_seq_len + (2 * width * vocab if run.is_cuda else 0))
-    eval_tokens = cfg.eval_rows * cfg.eval_seq_len
-    base = (600 << 20) + (0 if run.is_cuda else 25 * targets) + 60 * targets * cfg.ngram_tilt_enabled
-    logits = 12 * min(1 << 26, eval_tokens * vocab)
-    windows = 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits
-    found = {"train": 4 * weights + banks // run.world + 2 * (weights - banks) + step,
-             "fit": 3 * weights + 3 * sums + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
-             "score" if cfg.ttt != "lora" else "ladder": windows}
-    if cfg.ttt == "lora":
-        chunk = max(chunk_sizes(cfg.ttt_chunk_size))
-        run_tokens = chunk if cfg.ttt_context == "cache" else cfg.eval_seq_len
-        sites = [p for p in cfg.ttt_lora_on.split(",") if p]
-        outs = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=vocab)
-        lora = 16 * cfg.ttt_lora_rank * sum((dim + outs[p]) * (1 if p == "head" else visits) for p in sites)
-        cache = visits * 2 * kv_dim * width * cfg.eval_seq_len * (cfg.ttt_context == "cache")
-        row = lora + cache + run_tokens * (kept + scores * cfg.eval_seq_len) + chunk * vocab * 12
-        found["adapt"] = 3 * weights + cfg.ttt_batch_size * row
-    if cfg.ttt == "sgd" or cfg.ttt == "lora" and cfg.phased_ttt_num_phases:
-        found["shared_sgd"] = 6 * weights + step
-    return {name: int(base + size) for name, size in found.items()}
-
-
-def checkpoint_bytes(cfg: Config, targets: int) -> int:
-    """Size of the larger kind of checkpoint: weights, average, momentum of all; or ledger, weights and momentum."""
-    sizes = {name: 4 * p.numel() for name, p in shapes_of(cfg).named_parameters()}
-    training = sum(size * (3 if route(name).rule == "muon" else 4) for name, size in sizes.items())
-    events = 96 // min(chunk_sizes(cfg.ttt_chunk_size))
-    return max(training, 2 * sum(sizes.values()) + targets * (4 + events)) + (1 << 16)
-
-
-def memory_left(run: Run) -> int:
-    """Bytes that this process may still use of its device: of a GPU, or its share of this machine or its limits."""
-    if run.is_cuda:
-        return torch.cuda.mem_get_info()[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        free = 1024 * int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0])
-    with contextlib.suppress(OSError, ValueError):  # of a container
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(free // run.local_world, limit if limit != resource.RLIM_INFINITY else sys.maxsize)
-
-
-def lower(cfg: Config, run: Run, name: str, targets: int = 0) -> str:
-    """What to set so that memory lasts in the stretch `name`: half of it now, or less where the prediction says so."""
-    knob, left, now = MEMORY_KNOBS[name], memory_left(run), cfg
-    least = {"micro_batch_tokens": cfg.train_seq_len, "val_batch_tokens": 8 * cfg.eval_seq_len}.get(knob, 1)
-    while (value := max(least, getattr(now, knob) // 2 // least * least)) < getattr(now, knob):
-        now = dataclasses.replace(now, **{knob: value})
-        if predicted_memory(now, run, targets)[name] <= 0.9 * left:
-            break
-    return f"lower {knob.upper()}={getattr(cfg, knob)}, such as {knob.upper()}={getattr(now, knob)}" \
-        if now is not cfg else f"{knob.upper()}={getattr(cfg, knob)} is the least: lower MODEL_DIM={cfg.model_dim} " \
-        f"or NUM_LAYERS={cfg.num_layers}"
-
-
-def resources(cfg: Config, run: Run, targets: int) -> str:
-    """Log what memory and disk the run will need, and have; warn of memory, return what the disk surely lacks."""
-    predicted, left, kept = predicted_memory(cfg, run, targets), memory_left(run), checkpoint_bytes(cfg, targets)
-    artifact = min(cfg.artifact_bytes_cap, sum(predicted_bytes(cfg, 0).values()))
-    files = {"artifact": 0 if cfg.eval_only else artifact, "log": 1 << 20,
-             "checkpoints": 3 * kept * any(cfg.checkpoint_period)}  # one is written beside the two that are kept
-    folder = next(path for path in run.artifact_path.absolute().parents if path.exists())
-    free = os.statvfs(folder)
-    free, need = free.f_bavail * free.f_frsize, sum(files.values())
-    run.log("resources", memory_left_mib=left >> 20, **{f"{name}_mib": size >> 20 for name, size in predicted.items()},
-            disk_left_mib=free >> 20, disk_mib=need >> 20, checkpoint_mib=kept >> 20)
-    name = max(predicted, key=predicted.get)
-    if predicted[name] > left:
-        run.log("warning", text=f"{name} may need {predicted[name] >> 20:,} MiB a process, {left >> 20:,} are left: "
-                                f"{lower(cfg, run, name, targets)}")
-    if need <= free < need + 3 * kept and not any(cfg.checkpoint_period):
-        run.log("warning", text=f"{folder}: {free:,} bytes free: a checkpoint of a stopped run may need {kept:,}")
-    return "" if free >= need else (
-        f"{folder}: {free:,} bytes free, the run needs {need:,} ({', '.join(f'{k} {v:,}' for k, v in files.items())}); "
-        f"make room or set ARTIFACT_DIR" + (" or CHECKPOINT_EVERY=0" if any(cfg.checkpoint_period) else ""))
-
-
-def preflight(cfg: Config, run: Run, code_bytes: int) -> None:
-    """Find before training what would stop a later stage: packages, tokenizer, validation shards, folder, disk."""
-    problem = ""
-    try:
-        import brotli  # noqa: F401
-        import safetensors  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ImportError as error:
-        problem = f"package {error.name} is missing; pip install -r requirements.txt"
-    run.agree(problem or run.start_mirror())
-    pick_codec(cfg.codec)
-    if not cfg.caseops_enabled:
-        TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
-    val = TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
-    if cfg.caseops_enabled:
-        TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-    require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
-            f"{code_bytes} bytes")
-    if run.is_main:
-        problem = resources(cfg, run, len(val) - 1)
-    run.agree(problem)
-
-
-def stage_loss(model: GPT, at: Stage, cfg: Config, run: Run) -> Callable[[Batch], Tensor]:
-    """The loss that a stage differentiates, compiled where the run compiles."""
-    plan = layer_plan(cfg, at.looped)
-    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if at.rounded else Weights
-    return run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype, weights))
-
-
-def prime(losses: Mapping[Stage, Callable[[Batch], Tensor]], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
-          run: Run) -> None:
-    """Run every graph on random tokens and the optimizer at learning rate 0, then forget its momentum.
+def warmup(losses: Mapping[Stage, Callable], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
+           run: Run) -> None:
+    """Runs every graph on random tokens and the optimizer at learning rate 0, then forgets its momentum.
 
     Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
     """
-    batch = random_batch(data.micro_rows, cfg).to(run.device)
-    for at, loss in losses.items():
+    for loss in losses.values():
         for _ in range(cfg.warmup_steps):
-            (loss(batch.in_rows(at.seq_len)) / cfg.train_batch_tokens).backward()
+            backward(loss(random_batch(data.micro_rows, cfg)))
             optimizer.step(0.0, 0.0)
     optimizer.reset()
 
+class Checkpoints:
+    """Saves training when CHECKPOINT_EVERY says so or a signal asks to stop, and goes on from what was saved."""
 
-class TrainCheckpoints(Checkpoints):
-    """From which training goes on: `<run_id>.ckpt`."""
-
-    KINDS = {"position": dict, "stage": list, "changed": int, "last": float, "elapsed": float, "each": float}
-
-    def __init__(self, model: GPT, optimizer: ShardedOptimizer, ema: Ema, data: TrainData, cfg: Config, run: Run
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, average: Ema, data: TrainData, cfg: Config, run: Run
                  ) -> None:
-        super().__init__(run.checkpoint_path, self.KINDS, run)
-        self.model, self.optimizer, self.ema, self.data, self.cfg = model, optimizer, ema, data, cfg
-        self.saved = 0
-        """Step of the last checkpoint."""
-        self.skipped = torch.zeros((), dtype=torch.int32, pin_memory=run.is_cuda)
-        if run.is_cuda and any(cfg.checkpoint_period):  # allocated before the clock starts
-            self.pinned = {name: torch.empty_like(t, device="cpu", pin_memory=True)
-                           for name, t in self.tensors().items() if run.is_main}
+        self.model, self.optimizer, self.average, self.data = model, optimizer, average, data
+        self.cfg, self.run, self.path, self.written = cfg, run, run.path(".ckpt"), time.perf_counter()
+        number, by_step = float(cfg.checkpoint_every.removesuffix("steps")), cfg.checkpoint_every.endswith("steps")
+        self.seconds, self.steps = number * (not by_step), int(number * by_step)
 
     def knobs(self) -> dict[str, Any]:
-        """Those that decide how training goes on, beside the data's (`TrainData.position`)."""
-        names = [f.name for group in (ModelKnobs, OptimizerKnobs, ScheduleKnobs) for f in dataclasses.fields(group)]
-        names += ("matrix_bits", "attn_clip_sigmas", "mlp_clip_sigmas") if self.cfg.qat_start < 1 else ()
-        return {name: getattr(self.cfg, name) for name in ("train_batch_tokens", *names)
-                if name not in ("warmup_steps", "train_log_every", "val_loss_every", "max_skipped_steps")}
+        """What must be the same in the run that goes on: the corpus, and every knob that decides how training does."""
+        later = NO_RESULT | {*kinds(EvalKnobs), *kinds(RunKnobs), *kinds(QuantKnobs), "micro_batch_tokens",
+                             "warmup_steps", "train_log_every", "val_loss_every"}
+        names = set(kinds(Config)) - later | {"seed"}
+        return {"corpus": self.data.corpus, **{name: getattr(self.cfg, name) for name in sorted(names)}}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name (a collective)."""
-        named = [(name, p.detach()) for name, p in self.model.named_parameters()]
-        return {**{f"weights.{name}": p for name, p in named}, **self.optimizer.tensors(),
-                **{f"average.{name}": a for (name, _), a in zip(named, self.ema.average)}}
+        """Everything that training changes, by name (a collective); weights and averages are the live ones."""
+        return {**{f"weights.{name}": p.detach() for name, p in self.model.named_parameters()},
+                **{f"average.{i}": values for i, values in enumerate(self.average.average)}, **self.optimizer.tensors()}
 
-    def poll(self, step: int) -> list[int]:
-        """Whether too many steps were skipped, someone wants to stop, a checkpoint is due: all ranks get one answer.
+    def save(self, step: int, clock: TrainClock) -> None:
+        """Writes the state before `step`; a disk that is full ends no run."""
+        tensors, self.written = self.tensors(), time.perf_counter()
+        if self.run.is_main:
+            try:
+                save_checkpoint(self.path, tensors, {"step": step, "elapsed": clock.seconds(), "knobs": self.knobs()})
+                self.run.log("checkpoint", step=step, path=str(self.path), bytes=self.path.stat().st_size)
+            except OSError as error:
+                self.run.log("warning", text=f"{self.path}: checkpoint not written: {error}")
 
-        No wait for the GPU: its count of skipped steps may be that of a while ago.
-        """
-        self.skipped.copy_(self.optimizer.skipped, non_blocking=True)
-        every = self.cfg.checkpoint_period[1]
-        due = self.due() or every > 0 and step // every > self.saved // every
-        notes = [int(self.skipped) > self.cfg.max_skipped_steps, bool(self.run.stop), due]
-        return self.run.total(torch.tensor(notes, dtype=torch.int32)).tolist()
+    def after(self, step: int, clock: TrainClock) -> bool:
+        """Saves if that is due or asked for, once `step` steps are done; returns whether the run is to stop."""
+        if step % (self.steps or clock.every):
+            return False
+        due = self.steps > 0 or 0 < self.seconds <= time.perf_counter() - self.written
+        due, self.run.stop = self.run.broadcast(torch.tensor([due, self.run.stop])).tolist()
+        if due or self.run.stop:
+            self.save(step, clock)
+        return self.run.stop > 0
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begin to write the state before `step`, with JSON values. A collective."""
-        self.saved = step
-        self.write(self.tensors(), {**state, "position": self.data.position(step)}, step=step)
-
-    def load(self) -> tuple[int, dict[str, Any]]:
-        """The step to go on with, and the state given to `save`; see `read`."""
-        here = self.tensors()
-
-        def expected(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-            row = state["position"].get("row")
-            if type(row) is not int or row < 0 or len(state["stage"]) != len(Stage._fields):
-                raise ValueError("its head is not a checkpoint's")
-            return here
-
-        state, found = self.read(expected)
-        step = self.saved = self.data.seek(state["position"])
+    def restore(self) -> tuple[int, float]:
+        """(step, seconds of the budget used) with which training begins, or goes on after RESUME."""
+        if not self.run.resumes:
+            return 0, 0.0
+        own, state, saved = self.tensors(), {}, {}
+        if self.run.is_main:
+            state, saved = load_checkpoint(self.path, own)
+        state = self.run.broadcast_object(state)
+        for name, value in self.knobs().items():
+            require(state["knobs"].get(name) == value, f"{name.upper()}={show(value)}, but {self.path} was made with "
+                    f"{state['knobs'].get(name)}; set that back, or start anew with another RUN_ID")
         with torch.no_grad():
-            for name, value in here.items():  # what is no view of the live state is loaded below
-                here[name] = self.run.broadcast(value.copy_(found[name]) if found else value)
-        self.optimizer.load(here)
-        return step, state
+            for name, value in own.items():
+                self.run.broadcast(value.copy_(saved.get(name, value)))
+        self.optimizer.load(own)
+        self.run.started -= state["elapsed"]  # this run began that much earlier
+        self.run.charged["train"] += state["elapsed"]
+        self.run.log("resume", step=state["step"], path=str(self.path))
+        return state["step"], state["elapsed"]
 
+MAX_SKIPPED_STEPS = 3  # a gradient that is not finite counts as zero; after more such steps in all the run has diverged
+
+class Report:
+    """The log lines of training: the first steps, then every TRAIN_LOG_EVERY; and validation of the live weights."""
+
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, cfg: Config, run: Run, clock: TrainClock, step: int
+                 ) -> None:
+        self.model, self.optimizer, self.cfg, self.run, self.clock = model, optimizer, cfg, run, clock
+        self.logged, self.stage, self.val = (step, clock.seconds()), None, None
+
+    def begin(self, step: int, progress: float, stage: Stage) -> None:
+        """Notes where training is, and what it runs from here on if that is new."""
+        self.run.status = f"train step {step + 1}"
+        if stage != self.stage:
+            self.stage = stage
+            self.run.log("stage", step=step, progress=progress, rounded=stage.rounded,
+                         layers=len(unroll_layers(self.cfg, stage.looped)))
+
+    def end(self, step: int, progress: float, loss: Tensor, norm: Tensor) -> None:
+        """Logs `step` steps done, if it is time to; `loss` is this rank's share. Raises `DivergedError`."""
+        cfg, run = self.cfg, self.run
+        if step <= 5 or step % cfg.train_log_every == 0:
+            total, seconds, skipped = float(run.all_reduce(loss.clone())), self.clock.seconds(), self.optimizer.skipped
+            each = (seconds - self.logged[1]) / (step - self.logged[0])
+            run.log("train", step=step, progress=progress, loss_nats=total, grad_norm=norm.item(), skipped=int(skipped),
+                    lr_scale=lr_scale(cfg, progress), ms_per_step=1000 * each, train_seconds=seconds,
+                    tok_per_s=int(cfg.train_batch_tokens / max(1e-9, each)))
+            self.logged = (step, seconds)
+            if skipped > MAX_SKIPPED_STEPS:
+                raise DivergedError(f"loss or gradient is not finite at step {step}, in {int(skipped)} steps so far; "
+                                    f"lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            as_stored = snapped(self.model, cfg) if self.stage.rounded else contextlib.nullcontext()
+            with self.clock.pause(), run.phase("val_probe"), as_stored:
+                self.val = self.val or ValData.load(cfg, run)
+                score = score_fixed(self.model, self.val, cfg.eval_seq_len, cfg, run, "probe")
+            run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
+            self.logged = (step, self.clock.seconds())
 
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
-    """Train within the budget and leave the averaged weights in the model; returns steps, seconds, last loss."""
-    for length, _ in seq_schedule(cfg):
-        require(data.micro_rows * cfg.train_seq_len % length == 0, f"TRAIN_SEQ_SCHEDULE={cfg.train_seq_schedule}: a "
-                f"forward has {data.micro_rows * cfg.train_seq_len} tokens here, which rows of {length} do not divide; "
-                f"change MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} or the schedule")
-    losses = {at: stage_loss(model, at, cfg, run) for at in stages(cfg)}
-    optimizer = ShardedOptimizer(model, cfg, run)
-    with run.phase("prime"):
-        prime(losses, optimizer, data, cfg, run)
-    primed = run.graphs()["graphs"]
-    ema, val = Ema(model, cfg.ema_decay), None
-    checkpoints = TrainCheckpoints(model, optimizer, ema, data, cfg, run)
-    first, state = checkpoints.load() if run.resumes else (0, {})
-    if first:
-        run.went_before("train_before", "train", state["elapsed"])
-
-    def keep() -> None:
-        checkpoints.save(step, {"changed": changed, "last": last, "stage": list(now), **clock.state(step)})
-
+    """Trains within the budget and leaves the averaged weights in the model; returns figures for the verdict."""
+    losses = {stage: stage_loss(model, stage, cfg, run) for stage in stages(cfg)}
+    with run.phase("warmup"):
+        optimizer, average = ShardedOptimizer(model, cfg, run), Ema(model, cfg.ema_decay)
+        warmup(losses, optimizer, data, cfg, run)
+        checkpoints = Checkpoints(model, optimizer, average, data, cfg, run)
+        start, elapsed = checkpoints.restore()
+    step, loss = start, torch.full((), math.nan, device=run.device)
     with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
-        clock = TrainClock(cfg, run, first, state.get("elapsed", 0.0), state.get("each", 0.0))
-        step, changed, last = first, state.get("changed", -cfg.seq_change_warmup_steps), state.get("last", math.nan)
-        now, loss = Stage(*state.get("stage", stage(cfg, 0.0))), None
-        marked = (step, clock.seconds())  # step and seconds at the last log line
-        batches, run.graceful = data.steps(step), True
-        while (frac := clock.frac(step)) < 1:
-            bar.update(100 * frac - bar.n)
-            run.place = f"train step {step + 1}"
-            if (new := stage(cfg, frac)) != now:
-                changed = step if new.seq_len != now.seq_len else changed
-                now = new
-                run.log("stage", step=step, frac=frac, visits=len(layer_plan(cfg, now.looped)), seq_len=now.seq_len,
-                        rounded=now.rounded)
-            loss = torch.zeros((), device=run.device)
-            for batch in next(batches):
-                part = losses[now](batch.to(run.device).in_rows(now.seq_len)) / cfg.train_batch_tokens
-                part.backward()
-                loss += part.detach()
-            scale = lr_scale(cfg, frac) * ramp(step + 1, changed, changed + cfg.seq_change_warmup_steps)
-            norm = optimizer.step(scale, muon_momentum(cfg, step))
-            ema.update()
-            step += 1
-            if step <= 5 or step % cfg.train_log_every == 0:
-                total, seconds = float(run.total(loss.clone())), clock.seconds()
-                each = (seconds - marked[1]) / (step - marked[0])
-                rate = cfg.train_batch_tokens / max(each, 1e-9)
-                run.log("train", step=step, frac=frac, loss_nats=total, grad_norm=norm.item(),
-                        lr_scale=scale, ms_per_step=1000 * each,
-                        tok_per_s=int(rate), train_seconds=seconds,
-                        **({"skipped": int(optimizer.skipped)} if optimizer.skipped else {}))
-                last, marked = total if math.isfinite(total) else last, (step, seconds)
-                bar.set_postfix_str(f"step {step}, {total:.3f} nats, {rate:,.0f} tok/s", refresh=False)
-            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                before = run.graphs()["graphs"]
-                seen = settled(model, cfg) if now.rounded else contextlib.nullcontext()
-                with clock.pause(), run.phase("val_probe"), seen:
-                    val = val or ValData.load(cfg, run)
-                    score = evaluate(model, val, cfg.eval_seq_len, cfg, run, "probe")
-                primed += run.graphs()["graphs"] - before
-                run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
-                marked = (step, clock.seconds())
-            if step % clock.every == 0:
-                diverged, stop, due = checkpoints.poll(step)
-                if diverged:
-                    known = f"{last:.4f} nats" if math.isfinite(last) else "none"
-                    raise DivergedError(
-                        f"loss or gradient is not finite at step {step} (frac {frac:.3f}), in {int(optimizer.skipped)} "
-                        f"steps so far, MAX_SKIPPED_STEPS={cfg.max_skipped_steps}; last good: {known}; lower "
-                        f"MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
-                if stop or due:
-                    keep()
-                if stop:
-                    checkpoints.end_run(f"step {step}")
-        batches.close()
-        total, seconds = math.nan if loss is None else float(run.total(loss.clone())), clock.seconds()
-        last = total if math.isfinite(total) else last
-        stop = any(run.gather(run.stop))
-        if stop or any(cfg.checkpoint_period):
-            keep()
-        if stop:
-            checkpoints.end_run(f"step {step}")
-        # Where no checkpoint has what was trained, `produce` makes the artifact first.
-        run.graceful = not any(cfg.checkpoint_period) or bool(run.share(checkpoints.wait()))
+        clock = TrainClock(cfg, run, start, elapsed)
+        report = Report(model, optimizer, cfg, run, clock, start)
+        run.can_wait = True  # a signal is looked at after the step
+        for step, batches in data.steps(start):
+            progress = clock.progress(step)  # used share of the budget, the same on every rank
+            if progress >= 1:
+                break
+            bar.update(100 * progress - bar.n)
+            stage = stage_at(cfg, progress)  # loop on or off, rounded or not: one compiled graph each
+            report.begin(step, progress, stage)
+            loss = sum(backward(losses[stage](batch)) for batch in batches)
+            norm = optimizer.step(lr_scale(cfg, progress), muon_momentum(cfg, step))
+            average.update()
+            report.end(step + 1, progress, loss, norm)
+            if checkpoints.after(step + 1, clock):  # saves when due or asked to stop; true: stop
+                run.end_by_signal()
+        run.can_wait = False
+        if checkpoints.seconds or checkpoints.steps:
+            checkpoints.save(step, clock)  # the artifact is not made yet
+    figures = {"steps": step, "train_loss": float(run.all_reduce(loss.clone()))}
+    run.log("train_end", **figures, train_seconds=clock.seconds(), tokens=step * cfg.train_batch_tokens,
+            peak_mib=torch.cuda.max_memory_allocated() >> 20)
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
-    if not all(torch.isfinite(average).all() for average in ema.average):
+    average.load_into_model()
+    if not all(torch.isfinite(values).all() for values in average.average):
         raise DivergedError(f"the averaged weights are not finite at step {step}, the last one")
-    compiled = run.graphs()
-    run.log("train_end", steps=step, loss_nats=last, train_seconds=seconds, graph_breaks=compiled["graph_breaks"],
-            recompiles=compiled["graphs"] - primed,
-            tokens=step * cfg.train_batch_tokens, reason="iterations" if step >= cfg.iterations else "budget",
-            **({"peak_mib": torch.cuda.max_memory_allocated() >> 20} if run.is_cuda else {}))
-    ema.load_into_model()
-    if now.rounded:
-        settle(model, cfg)
-    return {"steps": step, "train_loss": last, **({"resumed_at": first} if first else {})}
+    if stages(cfg)[-1].rounded:
+        snap_banks(model, cfg)
+    return figures
 
-
-def produce(cfg: Config, run: Run, model: GPT, code_bytes: int) -> tuple[bytes, dict[str, Any]]:
-    """Train, quantize, pack and write: (the artifact as read back from disk, figures for the verdict)."""
+def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple[bytes, dict[str, Any]]:
+    """Trains, quantizes, packs and writes: (the artifact as read back from disk, figures for the verdict)."""
     with run.phase("load_train"):
         data, said = TrainData(cfg, run), cfg.dataset_dir / "manifest.json"
+        check_stamp(cfg, run)
         run.log("train_data", shards=len(data.stream.paths), tokens=len(data.stream), rows_a_step=cfg.train_rows,
-                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, **check_data(data.stream, cfg, run),
-                corpus=data.position(0)["corpus"], manifest_sha256=file_sha256(said) if said.is_file() else None)
+                rows_a_forward=data.micro_rows, forwards_a_step=data.num_micro, corpus=data.corpus,
+                manifest_sha256=file_sha256(said) if said.is_file() else None)
     figures = train(model, data, cfg, run)
-    if cfg.prequant_ttt:
-        with run.phase("prequant_ttt", "train"):
-            run.log("warning", text=f"this run is illegal: {illegal(cfg)}")
-            prequant_ttt(model, cfg, run)
     with run.phase("calibrate", "train"):
         sums = calibrate(model, data, figures["steps"] * cfg.train_rows, cfg, run)
-    blob = fit_to_cap(model, sums, code_bytes, cfg, run)
-    with run.phase("write"):
-        kept = ScoreCheckpoints(blob, model, figures, cfg, run)
-        kept.keep()  # before the artifact, which would else look like a finished run's
-        kept.wait()
-        blob = write_artifact(blob, run.artifact_path, run)
-    if any(run.gather(run.stop)):
-        kept.end_run("the artifact was written")
-    run.graceful = False
-    return blob, figures
+    blob, path = fit_to_cap(model, sums, code_bytes, cfg, run), run.path(".bin")
+    if run.is_main:
+        try:
+            write_whole(path, lambda temporary: temporary.write_bytes(blob))
+        except OSError as error:
+            raise UserError(f"{path}: cannot write: {error}; make room{run.how_to_resume()}") from None
+        blob = path.read_bytes()  # what is scored is what lies on the disk
+        run.path(".ckpt").unlink(missing_ok=True)  # nothing goes on from it any more
+    return run.broadcast_object(blob), figures
 
-
-def judge(blob: bytes, ema: GPT | None, cfg: Config, run: Run, code_bytes: int, figures: dict[str, Any]) -> None:
-    """Score the artifact's bytes and log the verdict; `ema` are the weights before quantization, for comparison."""
+def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run: Run, figures: dict[str, Any]) -> None:
+    """Scores the artifact's bytes and logs the verdict; `average`: the weights before quantization, for comparison."""
+    path = cfg.eval_only or str(run.path(".bin"))
     with run.phase("load_artifact", "eval"):
-        artifact = unpack(blob, cfg.eval_only or str(run.artifact_path))
+        artifact = unpack(blob, path)
         model = GPT(artifact.model).to(run.device)
         model.kernels = pick_kernels(cfg, run)
         load_tensors(model, artifact.tensors)
-    run.log("artifact", path=str(cfg.eval_only or run.artifact_path), sha256=hashlib.sha256(blob).hexdigest(),
-            weight_bytes=len(blob), code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes,
-            **{f"bytes_{name.replace(':', '_')}": stream.packed for name, stream in artifact.streams.items()})
-    for line in size_table(artifact, len(blob), code_bytes):
-        run.write(line)
+    run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
+            code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes, streams=artifact.streams)
     with run.phase("load_val", "eval"):
         val = ValData.load(cfg, run)
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
-    kept = ScoreCheckpoints(blob, model, figures, cfg, run)
-    if kept.resumed:
-        kept.load()
-    ladder = kept.state["ladder"]
-    strides = {"ema": cfg.eval_seq_len, "quantized": cfg.eval_seq_len, "sliding": cfg.stride}
-
-    def rung(name: str, score: Score) -> None:
-        run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
-        ladder[name] = score.val_bpb
-
-    for name in cfg.eval_ladder.split(","):
-        if name == "ema" and ema is None and name not in ladder and not cfg.eval_only:
-            run.log("warning", text="EVAL_LADDER: no score of ema, whose weights ended with the run before")
-        elif name and name not in ladder and (name != "ema" or ema is not None):
+    diagnostics = {}
+    candidates = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
+                  "sliding": (model, cfg.stride)}
+    for name in cfg.diagnostic_evals.split(","):
+        weights, stride = candidates.get(name, (None, 0))
+        if weights is not None:
             with run.phase(f"score_{name}"):
-                score = evaluate(ema if name == "ema" else model, val, strides[name], cfg, run, name)
-            rung(name, score)
-            kept.keep()
+                score = score_fixed(weights, val, stride, cfg, run, name)
+            run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
+            diagnostics[name] = score.val_bpb
     hints = None
-    if cfg.ngram_tilt_enabled:
+    if cfg.ngram_base_beta:
         with run.phase("ngram", "eval"):
-            hints = ngram_hints(torch.from_numpy(val.ids.astype(np.int64)).to(run.device), cfg)
-            run.log("ngram", hinted=int((hints.betas > 0).sum()), targets=val.num_targets,
-                    right=int((hints.ids.cpu() == torch.from_numpy(val.ids[1:].astype(np.int64)))[
-                        (hints.betas > 0).cpu()].sum()))
+            ids = torch.from_numpy(val.ids.astype(np.int64)).to(run.device)
+            hints = ngram_hints(ids, cfg)
+            right = (hints[0] == ids[1:]) & (hints[1] > 0)
+            run.log("ngram", hinted=int((hints[1] > 0).sum()), targets=val.num_targets, right=int(right.sum()))
     with run.phase("score", "eval"):
-        scorer = Scorer(val, cfg, run, hints, kept)
-        kept.restore(scorer)
-        score, digest = adapted_score(model, val, cfg, run, scorer)
-        run.graceful = False
-    with run.phase("places"):
-        if run.is_main:
-            run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val.starts))
-    rung({"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) +
-         ("+ngram" if cfg.ngram_tilt_enabled else ""), score)
-    spent = run.seconds()
-    run.log("verdict", val_bpb=score.val_bpb, val_loss=score.val_loss, tokens=score.tokens, bytes=score.bytes,
-            ladder=ladder, artifact_bytes=len(blob) + code_bytes, weight_bytes=len(blob), code_bytes=code_bytes,
-            cap_bytes=cfg.artifact_bytes_cap, train_seconds=round(spent["train"], 3),
-            eval_seconds=round(spent["eval"], 3), other_seconds=round(spent["none"], 3),
-            total_seconds=round(sum(spent.values()), 3), parameters=sum(p.numel() for p in model.parameters()),
-            seed=cfg.seed, run_id=run.run_id, ledger_sha256=digest, order="stream", illegal=artifact.illegal,
-            **kept.state["figures"], **({"scored_before": int(scorer.ledger.done.sum())} if kept.resumed else {}))
-    run.agree("" if run.logged() else f"{run.log_path}: the disk is full, its verdict is on the screen alone; make room"
-              f"{run.goes_on()}")
-    kept.remove()
+        scorer = Scorer(val, cfg, run, hints)
+        score, digest = adapted_score(model, scorer)
+    if run.is_main:
+        run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val))
+    name = {"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) + "+ngram" * (hints is not None)
+    run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
+    run.log("verdict", **{of: getattr(score, of) for of in ("val_bpb", "val_loss", "tokens", "bytes")},
+            diagnostic_evals={**diagnostics, name: score.val_bpb}, artifact_bytes=len(blob) + code_bytes,
+            weight_bytes=len(blob), code_bytes=code_bytes, cap_bytes=cfg.artifact_bytes_cap,
+            train_seconds=round(run.spent("train"), 3), eval_seconds=round(run.spent("eval"), 3),
+            other_seconds=round(run.spent("none"), 3), total_seconds=round(time.perf_counter() - run.started, 3),
+            parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed, run_id=run.run_id,
+            ledger_sha256=digest, order="stream", **figures)
 
+def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run) -> None:
+    """Opens the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
+    versions = {}
+    for name in ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    decisive = {name: value for name, value in vars(cfg).items() if name not in NO_RESULT}
+    device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
+    run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
+            world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+            compile=run.compiles, attention=model.kernels.attention.name, kernels=model.kernels.fused,
+            code_sha256=file_sha256(Path(__file__)), code_bytes=code_bytes, **versions,
+            config_sha256=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest())
+    run.record("config", vars(cfg))
+    run.log("knobs", **{name.upper(): show(value) for name, value in vars(cfg).items()
+                        if value != getattr(Config, name)})  # those that differ from the preset record
+    run.log("model", parameters=sum(p.numel() for p in model.parameters()),
+            layers=[layer.block for layer in unroll_layers(cfg, looped=False)],
+            layers_looped=[layer.block for layer in unroll_layers(cfg, looped=True)])
+    missing = {"brotli", "safetensors", "sentencepiece"} - set(versions)
+    require(not missing, f"package {' '.join(missing)} is missing; pip install -r requirements.txt")
+    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
+    if cfg.caseops_enabled:
+        TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
+    else:
+        TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
+    require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
+            f"{code_bytes} bytes")
+
+@contextlib.contextmanager
+def out_of_memory(cfg: Config, run: Run) -> Iterator[None]:
+    """What says inside that there is no memory becomes one line: phase, and the knob to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no name
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        knob = "micro_batch_tokens"
+        if run.status.startswith(("score", "val_probe")):
+            knob = "ttt_batch_size" if run.status == "score" and cfg.ttt == "lora" else "val_batch_tokens"
+        raise LocalError(f"out of memory in phase {run.status}: lower {knob.upper()}={getattr(cfg, knob)} "
+                         f"({one_line(error)}){run.how_to_resume()}") from error
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     """The whole program; returns the exit status (0 done, 2 user error, 3 diverged, 128 + the signal that ended it)."""
-    is_main = env.get("RANK", "0") == "0"
-    if "--help" in arguments or "-h" in arguments:
+    if set(arguments) & {"--help", "-h"}:
         print(help_text())
         return 0
     run: Run | None = None
     try:
-        require(set(arguments) <= {"--check"}, f"{' '.join(arguments)}: knobs are environment variables, such as "
-                f"SEED=42 python train_gpt.py; the only arguments are --help and --check")
+        require(not arguments, f"{' '.join(arguments)}: knobs are environment variables, such as SEED=42 python "
+                f"train_gpt.py; the only argument is --help")
         blob, stored = b"", {}
-        asked = translate(env, {f.name for f in dataclasses.fields(Config)})[0].get("eval_only")
-        if asked:
-            path = Path(asked)
+        if env.get("EVAL_ONLY"):
+            path = Path(env["EVAL_ONLY"])
             require(path.is_file(), f"EVAL_ONLY={path}: no such file")
             blob = path.read_bytes()
-            held = unpack(blob, str(path))
-            stored = {**dataclasses.asdict(held.model), "preset": held.preset}
-        cfg, warnings = Config.from_env(env, stored)
-        checking = "--check" in arguments
-        with Run(cfg, env, log=not checking) as run:
-            if checking:
-                return check(cfg, run, warnings, len(shipped_source(Path(__file__))))
-            with memory_watched(cfg, run), run.phase("setup"):
+            artifact = unpack(blob, str(path))
+            stored = {**vars(artifact.model), "preset": artifact.preset}
+        cfg = Config.from_env(env, stored)
+        with Run(cfg, env) as run, out_of_memory(cfg, run):
+            with run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))
                 model = build_model(cfg, run)
-                describe(cfg, model, run, warnings, code_bytes)
-                preflight(cfg, run, code_bytes)
-            with memory_watched(cfg, run):
-                if not blob and run.resumes == "score":
-                    blob = run.share(run.artifact_path.read_bytes() if run.is_main else b"")
-                if blob:
-                    judge(blob, None, cfg, run, code_bytes, {})
-                else:
-                    blob, figures = produce(cfg, run, model, code_bytes)
-                    judge(blob, model, cfg, run, code_bytes, figures)
-            return 0
+                preflight(model, code_bytes, cfg, run)
+            average, figures = None, {}
+            if not blob:
+                (blob, figures), average = train_and_pack(model, code_bytes, cfg, run), model
+            evaluate(blob, average, code_bytes, cfg, run, figures)
+        return 0
     except UserError as error:
-        if is_main or run is not None or isinstance(error, LocalError):
-            print(f"train_gpt.py: {'' if is_main else 'rank ' + env['RANK'] + ': '}{error}", file=sys.stderr)
+        if env.get("RANK", "0") == "0" or isinstance(error, LocalError):
+            print(f"train_gpt.py: {error}", file=sys.stderr)
         return error.exit_code
-
-
-@contextlib.contextmanager
-def memory_watched(cfg: Config, run: Run) -> Iterator[None]:
-    """What says inside that there is no memory becomes `MemoryGoneError`: phase, and the knob to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no name
-        text = (str(error) or "-").splitlines()[0]
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in text:
-            raise
-        run.until_saved()
-        phase = run.place.split()[0]
-        names = {"prime": "train", "val_probe": "ladder", "shared_sgd": "shared_sgd",
-                 "score": "adapt" if cfg.ttt == "lora" else "score"}
-        name = names.get(phase, "train" if phase == "train" else "ladder" if phase.startswith("score_") else "fit")
-        name = name if name in predicted_memory(cfg, run, 0) else "score"
-        remedy = "set NGRAM_TILT_ENABLED=0" if phase == "ngram" else lower(cfg, run, name)
-        raise MemoryGoneError(f"out of {'GPU ' * run.is_cuda}memory in phase {run.place}: {remedy} ({text})"
-                              f"{run.goes_on()}") from error
-
-
-def check(cfg: Config, run: Run, warnings: Sequence[str], code_bytes: int) -> int:
-    """`--check`: config, layer plan, routes, predicted size and the state of the data; trains nothing."""
-    describe(cfg, shapes_of(cfg), run, warnings, code_bytes)
-    sizes = predicted_bytes(cfg, code_bytes)
-    run.log("predicted", total_bytes=sum(sizes.values()) + code_bytes, code_bytes=code_bytes,
-            cap_bytes=cfg.artifact_bytes_cap, **{f"bytes_{k.replace(':', '_')}": v for k, v in sizes.items()})
-    try:
-        tokens = {split: len(TokenStream(cfg.dataset_dir, f"fineweb_{split}")) for split in ("train", "val")}
-        run.log("data", path=str(cfg.dataset_dir), **tokens)
-    except UserError as error:
-        run.log("warning", text=f"data is not ready: {error}")
-        tokens = {"val": 1}
-    problem = resources(cfg, run, tokens["val"] - 1)
-    if problem:
-        run.log("warning", text=problem)
-    return 0
-
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # nothing to wait for: NCCL would, for what the others never join
 
 if __name__ == "__main__":
     faulthandler.enable()  # a mapped shard that shrinks is a bus error: say where
