@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ToolError, program
-from tools.evidence import readable
-from tools.logs import event_of, find_log, log_folder
+from tools.logs import event_of, find_log, log_folder, readable
 
 POLL_SECONDS = 1.0
 """How often a growing log is looked at."""

@@ -21,8 +21,7 @@ from typing import Any
 
 from tools import foreign, knobs, launch
 from tools.common import ToolError, program
-from tools.evidence import readable
-from tools.logs import WRITTEN, events, file_name, find_log, last, log_folder, pairs
+from tools.logs import WRITTEN, events, file_name, find_log, last, log_folder, pairs, readable
 
 BEFORE = {"start": ("code_sha256", "python", "torch", "device", "world", "dtype", "threads", "compile", "attention",
                     "kernels", "numpy", "sentencepiece", "brotli", "constriction", "triton"),
