@@ -186,22 +186,13 @@ def setting(env: Mapping[str, str], documents: int = 8192) -> Iterator[tuple[tg.
     """
     wanted = env.get("DEVICE", "auto")
     preset = "record" if wanted != "cpu" and torch.cuda.is_available() else "demo"
-    cfg, _ = tg.Config.from_env({"PRESET": preset, **env})
+    cfg = tg.Config.from_env({"PRESET": preset, **env})
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.data_path:
             ids = made_up_ids(web_lengths(documents), cfg.vocab_size)
             write_shard(Path(folder) / "fineweb_train_000000.bin", ids)
         tokens = cfg.micro_batch_tokens // cfg.train_seq_len * cfg.train_seq_len * int(env.get("WORLD_SIZE", 1))
-        cfg = dataclasses.replace(cfg, data_path=cfg.data_path or folder, artifact_dir=folder,
+        cfg = dataclasses.replace(cfg, data_path=cfg.data_path or folder, log_dir=folder,
                                   train_batch_tokens=tokens)
         with tg.Run(cfg, env, log=False) as run:
             yield cfg, run
-
-
-def program(body: Callable[[], int]) -> None:
-    """Run a bench's `main`; what the user can repair is one line and exit status 2."""
-    try:
-        sys.exit(body())
-    except tg.UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
