@@ -99,7 +99,7 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple):
     assert "@import" not in text and all(url[:1] == "#" and url[1:] in parsed.ids
                                          for url in re.findall(r"url\(([^)]*)\)", text))
     assert list(parsed.cells) == [s.id for s in report.SECTIONS]
-    assert all(parsed.pictures[s.id] == (s.draw is not None) for s in report.SECTIONS)
+    assert all(parsed.pictures[s.id] == bool(s.plots or s.bars) for s in report.SECTIONS)
 
 
 def test_colours_are_the_readers(made: tuple):
@@ -156,18 +156,20 @@ def test_figures_are_the_logs(section: str, expected: list[str], made: tuple):
     assert any(cells[i:i + len(expected)] == expected for i in range(len(cells))), cells
 
 
-def test_lines_are_drawn_where_the_figures_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_lines_are_drawn_where_the_figures_are(tmp_path: Path):
     """What is drawn, not only what stands in the table."""
     from matplotlib.figure import Figure
     log(tmp_path / "a.jsonl", 1)
     run = report.Run("a", report.events(tmp_path / "a.jsonl"))
-    for draw, index, expected in (
-            (report.draw_loss, 0, [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")]),
-            (report.draw_step, 0, [(10, 100.0), (15, 150.0), (20, 150.0)]),
-            (report.draw_scores, 0, [(1.2, 0), (1.051, 1)])):
-        figure = Figure()
-        draw([run], figure)
-        assert np.allclose(figure.axes[index].lines[0].get_xydata(), expected)
+    drawn = {}
+    for section in report.SECTIONS:
+        if section.plots:
+            figure = Figure()
+            report.draw_plots(section, [run], figure)
+            drawn[section.id] = figure.axes[0].lines[0].get_xydata()
+    assert np.allclose(drawn["loss"], [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")])
+    assert np.allclose(drawn["step"], [(10, 100.0), (15, 150.0), (20, 150.0)])
+    assert np.allclose(drawn["scores"], [(0, 1.2), (1, 1.051)])
 
 
 def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):

@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 from tools.common import ToolError, program
 from tools.evidence import ROOT, Findings, audit_log, failed, load_module, spelled, static_main, table
-from tools.logs import find_log, log_folder, pairs, readable, text_of
+from tools.knobs import typed_text
+from tools.logs import find_log, log_folder, pairs, readable
 
 if __name__ == "__main__" and sys.argv[1:2] == ["--static"]:  # torch takes longer to import than sources to read
     sys.exit(program(lambda arguments: static_main(arguments[1:]), "audit.py"))
@@ -616,7 +617,7 @@ def rehearsal_knobs(cfg: Any, folder: Path, tokenizer: Path | None) -> dict[str,
         eval_stride=min(cfg.eval_stride, 16), diagnostic_evals="", val_loss_every=min(cfg.val_loss_every, 1),
         phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 1), ttt_lora_rank=min(cfg.ttt_lora_rank, 4),
         ttt_chunk_size=16, dtype="float32", device="cpu", compile="off")
-    return {name.upper(): text_of(value) for name, value in {**dataclasses.asdict(cfg), **small}.items()}
+    return {name.upper(): typed_text(value) for name, value in {**dataclasses.asdict(cfg), **small}.items()}
 
 
 def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | None) -> Findings:

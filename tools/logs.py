@@ -75,11 +75,6 @@ def split_options(arguments: Sequence[str], names: Collection[str]) -> tuple[lis
     return [a for a in arguments if a not in options], pairs(options)
 
 
-def text_of(value: Any) -> str:
-    """Return a knob's value in a log as the environment has it."""
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
 def file_name(text: str) -> str:
     """Return a text as (part of) a file's name: without folders, spaces, and what shells and globs read."""
     return re.sub(r"[^\w.+=-]", "_", text)[:120]

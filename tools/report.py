@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tools.common import ToolError, program
 from tools.logs import events, last, log_folder, log_paths, readable, split_options
-from tools.show import streams
+from tools.show import Stream, streams
 
 INK, LINE = "#0a0b0c", "#0d0e0f"
 SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]
@@ -75,6 +75,16 @@ class Run(NamedTuple):
 Rows = list[list[Any]]
 
 
+class Plot(NamedTuple):
+    """One pair of axes with a line for each run."""
+    x: str
+    y: str
+    points: Callable[[Run], Iterable[Sequence[float]]]
+    """(x, y) of one run."""
+    tune: Callable[[Any, list[Run]], None] = lambda ax, runs: None
+    """What else is done to the axes."""
+
+
 class Section(NamedTuple):
     """One picture with its table."""
     id: str
@@ -84,10 +94,10 @@ class Section(NamedTuple):
     """Of the table, after the column `run`."""
     rows: Callable[[Run], Rows]
     """Of the table, of one run; none at all: the logs hold nothing of this, and the section says so."""
-    draw: Callable[[list[Run], Any], None] | None = None
-    """Draws on a matplotlib figure; None: a table alone."""
-    height: float = 2.9
-    """Of the picture, in inches; it is 5.2 wide."""
+    plots: tuple[Plot, ...] = ()
+    """Pairs of axes, one below the other."""
+    bars: Callable[[list[Run], Any], None] | None = None
+    """Draws stacked bars on a matplotlib figure instead."""
 
 
 # -- what the logs say -----------------------------------------------------------------------------------
@@ -149,27 +159,14 @@ def rows_runs(run: Run) -> Rows:
 
 def rows_model(run: Run) -> Rows:
     model = run.last("model")
-    plans = [("at first", model.get("layers")), ("with recurrence", model.get("layers_looped"))]
-    return [[model["parameters"], when, " ".join(map(str, plan))] for when, plan in plans if plan]
-
-
-def rows_loss(run: Run) -> Rows:
-    return [[e["step"], e["train_seconds"], trained_tokens(run, e["step"]), e["loss_nats"]] for e in run.all("train")]
-
-
-def rows_bpb(run: Run) -> Rows:
-    return [[e.get("name", f"step {e.get('step')}, live weights"), e["seconds"], e["val_loss"], e["val_bpb"]]
-            for e in run.all("val_probe", "score")]
+    plans = {"at first": model.get("layers"), "with recurrence": model.get("layers_looped")}
+    return [[model["parameters"], when, " ".join(map(str, plan))] for when, plan in plans.items() if plan]
 
 
 def rows_scores(run: Run) -> Rows:
-    names, scores = list(run.scores), list(run.scores.values())
+    scores = list(run.scores.values())
     steps = [None, *(f"{b - a:+.4f}" for a, b in zip(scores, scores[1:]))]
-    return [list(row) for row in zip(names, scores, steps)]
-
-
-def rows_place(run: Run) -> Rows:
-    return [[what, *row] for what in ("position", "length") for row in bpb_by_place(run, what)]
+    return [[name, score, step] for (name, score), step in zip(run.scores.items(), steps)]
 
 
 def rows_clock(run: Run) -> Rows:
@@ -186,10 +183,9 @@ def rows_bytes(run: Run) -> Rows:
     artifact = run.last("artifact")
     if not artifact:
         return []
-    parts = [(part.name, part.size, part.values or None, part.bits) for part in streams(artifact)]
-    parts.append(("code", artifact["code_bytes"], None, None))
-    total = artifact["weight_bytes"] + artifact["code_bytes"]
-    return [[name, size, f"{100 * size / total:.1f} %", values, bits] for name, size, values, bits in parts]
+    parts = [*streams(artifact), Stream("code", artifact["code_bytes"], 0)]
+    total = sum(part.size for part in parts)
+    return [[part.name, part.size, f"{100 * part.size / total:.1f} %", part.values or None, part.bits] for part in parts]
 
 
 def rows_step(run: Run) -> Rows:
@@ -197,78 +193,37 @@ def rows_step(run: Run) -> Rows:
     return [[stage, steps, ms, round(1000 * tokens / ms)] for stage, (steps, ms) in step_times(run).items()]
 
 
-def rows_lr(run: Run) -> Rows:
-    return [[e["step"], e["frac"], e["lr_scale"]] for e in run.all("train")]
-
-
 # -- pictures --------------------------------------------------------------------------------------------
 
 
-def lines(ax: Any, runs: list[Run], points: Callable[[Run], Iterable[Sequence[float]]], **style: Any) -> None:
-    """Draw one line a run, in the run's colour."""
-    for i, run in enumerate(runs):
-        pairs = list(points(run))
-        if pairs:
-            ax.plot(*zip(*pairs), **{"color": SERIES[i % 7], "label": run.name, "lw": 1.1, **style})
+def draw_plots(section: Section, runs: list[Run], figure: Any) -> None:
+    """Draw a section's plots, one line a run in the run's colour."""
+    for plot, ax in zip(section.plots, figure.subplots(len(section.plots), 1, squeeze=False)[:, 0]):
+        for i, run in enumerate(runs):
+            points = list(plot.points(run))
+            if points:
+                ax.plot(*zip(*points), color=SERIES[i % 7], label=run.name, lw=1.1, marker="o", ms=2.5)
+        ax.set(xlabel=plot.x, ylabel=plot.y)
+        plot.tune(ax, runs)
 
 
-def draw_loss(runs: list[Run], figure: Any) -> None:
-    top, bottom = figure.subplots(2, 1, sharey=True)
-    lines(top, runs, lambda r: ((e["train_seconds"], e["loss_nats"]) for e in r.all("train")))
-    lines(bottom, runs, lambda r: ((trained_tokens(r, e["step"]), e["loss_nats"]) for e in r.all("train")))
+def leave_out_the_first_steps(ax: Any, runs: list[Run]) -> None:
     late = [e["loss_nats"] for r in runs for e in r.all("train") if e["frac"] > 0.02 and e["loss_nats"]]
     if late:
-        top.set_ylim(min(late) - 0.1, max(late) + 0.1)
-    top.set(xlabel="seconds of training", ylabel="nats a token")
-    bottom.set(xlabel="million tokens", ylabel="nats a token")
+        ax.set_ylim(min(late) - 0.1, max(late) + 0.1)
 
 
-def draw_bpb(runs: list[Run], figure: Any) -> None:
-    def by_tokens(run: Run) -> Iterable[Sequence[float]]:
-        steps = run.last("train_end").get("steps", 0)
-        return ((trained_tokens(run, e.get("step") or steps), e["val_bpb"]) for e in run.all("val_probe", "score"))
-
-    top, bottom = figure.subplots(2, 1, sharey=True)
-    lines(top, runs, lambda r: ((e["seconds"], e["val_bpb"]) for e in r.all("val_probe", "score")), marker="o", ms=3)
-    lines(bottom, runs, by_tokens, marker="o", ms=3)
-    bottom.set_xlim(left=0)
-    top.set(xlabel="seconds since the start", ylabel="bits a byte")
-    bottom.set(xlabel="million tokens", ylabel="bits a byte")
-
-
-def draw_lr(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    lines(ax, runs, lambda r: ((e["frac"], e["lr_scale"]) for e in r.all("train")), marker="o", ms=3)
-    ax.set(xlabel="used fraction of the budget", ylabel="factor of the rates", xlim=(-0.02, 1.02))
-
-
-def draw_step(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    lines(ax, runs, lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5), marker="o",
-          ms=2.5)
+def mark_stages(ax: Any, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         for first, _ in stages(run)[1:]:
             ax.axvline(first, color=SERIES[i % 7], lw=0.8, ls=(0, (2, 3)))
-    ax.set(xlabel="step", ylabel="ms a step")
     ax.set_ylim(bottom=0)
 
 
-def draw_place(runs: list[Run], figure: Any) -> None:
-    labels = {"position": "target of its document, and up to twice that",
-              "length": "targets of the document, and up to twice as many"}
-    for ax, (what, label) in zip(figure.subplots(2, 1), labels.items()):
-        lines(ax, runs, lambda r, what=what: [row[:2] for row in bpb_by_place(r, what)], marker="o", ms=3)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel=label, ylabel="bits a byte")
-
-
-def draw_scores(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    names = list(dict.fromkeys(name for run in runs for name in run.scores))
-    lines(ax, runs, lambda r: ((bpb, names.index(name)) for name, bpb in r.scores.items()), marker="o", ms=5)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set(xlabel="bits a byte")
+def score_tokens(run: Run) -> Iterable[Sequence[float]]:
+    """Return (millions of trained tokens, bits a byte) of every validation."""
+    steps = run.last("train_end").get("steps", 0)
+    return [(trained_tokens(run, e.get("step") or steps), e["val_bpb"]) for e in run.all("val_probe", "score")]
 
 
 def draw_bars(figure: Any, bars: Mapping[str, Mapping[str, float]]) -> Any:
@@ -312,23 +267,45 @@ def draw_clock(runs: list[Run], figure: Any) -> None:
 SECTIONS = (
     Section("runs", "Runs", "", "val_bpb|val_loss|bytes|steps|train s|eval s|other s|seed|machine|code", rows_runs),
     Section("model", "Model", "The block that each layer runs, in order.", "parameters|when|blocks", rows_model),
-    Section("loss", "Training loss", "Of single batches, so it is noisy; the axis leaves out the first steps.",
-            "step|seconds|million tokens|loss, nats", rows_loss, draw_loss, 4.4),
+    Section("loss", "Training loss", "Of single batches, so it is noisy; the axes leave out the first steps.",
+            "step|seconds|million tokens|loss, nats",
+            lambda r: [[e["step"], e["train_seconds"], trained_tokens(r, e["step"]), e["loss_nats"]]
+                       for e in r.all("train")],
+            (Plot("seconds of training", "nats a token",
+                  lambda r: ((e["train_seconds"], e["loss_nats"]) for e in r.all("train")), leave_out_the_first_steps),
+             Plot("million tokens", "nats a token",
+                  lambda r: ((trained_tokens(r, e["step"]), e["loss_nats"]) for e in r.all("train")),
+                  leave_out_the_first_steps))),
     Section("bpb", "Bits a byte", "Validation while training (VAL_LOSS_EVERY), then every score of the artifact; the "
-            "last one counts.", "what|seconds|val_loss|val_bpb", rows_bpb, draw_bpb, 4.4),
+            "last one counts.", "what|seconds|val_loss|val_bpb",
+            lambda r: [[e.get("name", f"step {e.get('step')}, live weights"), e["seconds"], e["val_loss"], e["val_bpb"]]
+                       for e in r.all("val_probe", "score")],
+            (Plot("seconds since the start", "bits a byte",
+                  lambda r: ((e["seconds"], e["val_bpb"]) for e in r.all("val_probe", "score"))),
+             Plot("million tokens", "bits a byte", score_tokens))),
     Section("scores", "Diagnostic scores", "The averaged weights, what rounding costs them, and what windows and "
-            "adaptation give back.", "score|val_bpb|to the one before", rows_scores, draw_scores),
+            "adaptation give back.", "score|val_bpb|to the one before", rows_scores,
+            (Plot("score", "bits a byte", lambda r: r.scores.items()),)),
     Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long the "
-            "document is.", "by|from|val_bpb|targets", rows_place, draw_place, 4.4),
+            "document is.", "by|from|val_bpb|targets",
+            lambda r: [[what, *row] for what in ("position", "length") for row in bpb_by_place(r, what)],
+            (Plot("target of its document, and up to twice that", "bits a byte",
+                  lambda r: [row[:2] for row in bpb_by_place(r, "position")], lambda ax, _: ax.set_xscale("log", base=2)),
+             Plot("targets of the document, and up to twice as many", "bits a byte",
+                  lambda r: [row[:2] for row in bpb_by_place(r, "length")], lambda ax, _: ax.set_xscale("log", base=2)))),
     Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
             "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
-            "budget|phase|seconds", rows_clock, draw_clock, 3.4),
+            "budget|phase|seconds", rows_clock, bars=draw_clock),
     Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.",
-            "tensors|bytes|share|values|bits a value", rows_bytes, draw_bytes),
+            "tensors|bytes|share|values|bits a value", rows_bytes, bars=draw_bytes),
     Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
-            "stage|steps|ms a step|tokens a second", rows_step, draw_step),
+            "stage|steps|ms a step|tokens a second", rows_step,
+            (Plot("step", "ms a step", lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5),
+                  mark_stages),)),
     Section("lr", "Learning rate", "Dots that end early are a run that ended before its schedule.",
-            "step|used fraction|factor", rows_lr, draw_lr),
+            "step|used fraction|factor", lambda r: [[e["step"], e["frac"], e["lr_scale"]] for e in r.all("train")],
+            (Plot("used fraction of the budget", "factor of the rates",
+                  lambda r: ((e["frac"], e["lr_scale"]) for e in r.all("train"))),)),
 )
 
 
@@ -339,17 +316,19 @@ def picture(section: Section, runs: list[Run]) -> str:
     """Return the section's picture as an SVG element in the page's colours."""
     import matplotlib
     from matplotlib.figure import Figure
-    height = section.height + {"clock": 0.8, "bytes": 0.3}.get(section.id, 0.0) * max(0, len(runs) - 2)
+    height = 1.5 + 0.5 * len(runs) if section.bars else 0.7 + 2.0 * len(section.plots)
     small = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "grid.color": LINE, "grid.linewidth": 0.5, "axes.edgecolor": LINE, "axes.axisbelow": True,
              "svg.fonttype": "none", "svg.hashsalt": section.id, "legend.frameon": False, "legend.fontsize": 7,
              **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)}
     with matplotlib.rc_context(small):
         figure = Figure(figsize=(5.2, height), layout="constrained")
-        assert section.draw is not None
-        section.draw(runs, figure)
-        if len(runs) > 1 and section.id not in ("clock", "bytes"):
-            figure.axes[0].legend(*figure.axes[0].get_legend_handles_labels())
+        if section.bars:
+            section.bars(runs, figure)
+        else:
+            draw_plots(section, runs, figure)
+            if len(runs) > 1:
+                figure.axes[0].legend(*figure.axes[0].get_legend_handles_labels())
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -383,7 +362,7 @@ def section_html(section: Section, runs: list[Run]) -> str:
     body = table(["run", *section.head.split("|")], rows)
     if not rows:
         body = "<p>The logs hold nothing of this.</p>"
-    elif section.draw:
+    elif section.plots or section.bars:
         body = f"{picture(section, runs)}<details><summary>Figures</summary>{body}</details>"
     text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
     return f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>"

@@ -47,7 +47,8 @@ from tools.evidence import (
     table,
     unwrapped,
 )
-from tools.logs import NO_RESULT, events, log_folder, log_paths, readable, split_options, text_of
+from tools.knobs import typed_text
+from tools.logs import NO_RESULT, events, log_folder, log_paths, readable, split_options
 
 
 class Track(NamedTuple):
@@ -111,33 +112,24 @@ def measured(logs: Sequence[Log], audit: str) -> dict[str, Any]:
             "val_bytes": verdict["bytes"], "artifact_sha256": log["artifact"]["sha256"],
             "pre_quant_val_bpb": verdict["diagnostic_evals"].get("ema"),
             "quantized_val_bpb": verdict["diagnostic_evals"].get("quantized")}
-
-    def column(name: str) -> list[float]:
-        return [result[name] for result in results.values()]
-
-    def mean(name: str, digits: int | None = None) -> float:
-        return round(statistics.fmean(column(name)), digits)
-
-    def std(name: str) -> float | None:
-        return statistics.stdev(column(name)) if len(results) > 1 else None
-
+    columns = {name: [result[name] for result in results.values()] for name in next(iter(results.values()))}
+    most = {f"{name}_max": max(columns[name]) for name in ("artifact_bytes", "train_wallclock_ms", "eval_time_s")}
+    means = {f"{name}_mean": round(statistics.fmean(columns[name]), 3)
+             for name in ("artifact_bytes", "steps", "step_avg_ms", "train_wallclock_ms", "eval_time_s")}
+    for name in ("val_loss", "val_bpb"):
+        means[name] = statistics.fmean(columns[name])
+        means[f"{name}_std"] = statistics.stdev(columns[name]) if len(results) > 1 else None
+    means["train_steps_mean"] = means.pop("steps_mean")
     start = logs[0]["start"]
     return {
-        "val_loss": statistics.fmean(column("val_loss")), "val_bpb": statistics.fmean(column("val_bpb")),
-        "val_loss_std": std("val_loss"), "val_bpb_std": std("val_bpb"),
-        "seeds": [int(seed) for seed in results], "seed_results": results,
-        "artifact_bytes_mean": mean("artifact_bytes"), "artifact_bytes_max": max(column("artifact_bytes")),
-        "bytes_total": max(column("artifact_bytes")), "bytes_code": logs[0]["verdict"]["code_bytes"],
-        "train_steps_mean": mean("steps", 2), "step_avg_ms_mean": mean("step_avg_ms", 3),
-        "train_wallclock_ms_mean": mean("train_wallclock_ms"),
-        "train_wallclock_ms_max": max(column("train_wallclock_ms")),
-        "eval_time_s_mean": mean("eval_time_s", 3), "eval_time_s_max": max(column("eval_time_s")),
+        **means, **most, "seeds": [int(seed) for seed in results], "seed_results": results,
+        "bytes_total": most["artifact_bytes_max"], "bytes_code": logs[0]["verdict"]["code_bytes"],
         "hardware": f"{start['world']}x {start['device']}", "pytorch_version": start["torch"],
         "compliance": {
-            "artifact_under_16mb": max(column("artifact_bytes")) < CAP,
-            "train_under_600s": max(column("train_wallclock_ms")) <= 600_000,
-            "eval_under_600s": max(column("eval_time_s")) <= 600, "three_seeds": len(results) >= 3,
-            "full_validation_targets": column("val_tokens") == column("target_tokens"), "audit": audit},
+            "artifact_under_16mb": most["artifact_bytes_max"] < CAP,
+            "train_under_600s": most["train_wallclock_ms_max"] <= 600_000,
+            "eval_under_600s": most["eval_time_s_max"] <= 600, "three_seeds": len(results) >= 3,
+            "full_validation_targets": columns["val_tokens"] == columns["target_tokens"], "audit": audit},
         "logs": {f"seed{seed}": f"train_seed{seed}.log" for seed in results}}
 
 
@@ -154,7 +146,7 @@ def score_rows(told: Mapping[str, Any]) -> list[str]:
                      f"{digits(r['quantized_val_bpb'])} | **{r['val_bpb']:.5f}** | {r['val_loss']:.5f} | "
                      f"{r['artifact_bytes']:,} | {r['train_wallclock_ms'] / 1000:.1f} | {r['eval_time_s']:.1f} |")
     lines.append(f"| mean | {told['train_steps_mean']:,.0f} | {told['step_avg_ms_mean']:.1f} | | | "
-                 f"**{told['val_bpb']:.5f}** | {told['val_loss']:.5f} | {told['artifact_bytes_mean']:,} | "
+                 f"**{told['val_bpb']:.5f}** | {told['val_loss']:.5f} | {told['artifact_bytes_mean']:,.0f} | "
                  f"{told['train_wallclock_ms_mean'] / 1000:.1f} | {told['eval_time_s_mean']:.1f} |")
     lines.append(f"| sample std | | | | | {digits(told['val_bpb_std'])} | {digits(told['val_loss_std'])} | | | |")
     return lines
@@ -472,7 +464,7 @@ def check_texts(folder: Path, logs: Mapping[str, Log], told: Mapping[str, Any], 
 def agrees(line: str, config: Mapping[str, Any]) -> bool:
     """Return whether a line KNOB=value of config.env is what the config of a log says."""
     name, _, text = line.partition("=")
-    value = text_of(config.get(name.lower()))
+    value = typed_text(config.get(name.lower()))
     with contextlib.suppress(ValueError):
         return float(text) == float(value)
     return text == value
@@ -513,7 +505,7 @@ def config_lines(module: Any, config: Mapping[str, Any]) -> list[str]:
     for knob in module.knobs():
         name = knob.name.lower()
         if name not in PLACES and name != "preset" and config[name] != base.get(name, knob.default):
-            lines.append(f"{knob.name}={text_of(config[name])}")
+            lines.append(f"{knob.name}={typed_text(config[name])}")
     return lines
 
 
@@ -522,7 +514,7 @@ def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: 
     """
     from tools import audit
     machine = ("device", "dtype", "compile", "attention", "kernels", "run_id", "eval_only", "seconds", "event")
-    knobs = [f"{name.upper()}={text_of(value)}" for name, value in config.items() if name not in machine]
+    knobs = [f"{name.upper()}={typed_text(value)}" for name, value in config.items() if name not in machine]
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(io.StringIO()):
         status = audit.main([str(artifact), f"LOG={log}", f"SCRIPT={script}", *knobs])
