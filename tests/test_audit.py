@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny, write_shard
-from test_artifact import UNIT, quantized
-from test_model import noisy
+from conftest import ROOT, TINY, tiny, write_shard
 
 import train_gpt as tg
 from records.pr1485_illegal import train_on_validation
@@ -49,13 +47,19 @@ def stream(documents: int = 18, seed: int = 0) -> np.ndarray:
     return np.array([i for text in texts for i in (tg.BOS_ID, *text)])
 
 
+def noisy(cfg: tg.Config) -> dict[str, tg.torch.Tensor]:
+    """Weights with noise on every one, so that no zero hides a path."""
+    tg.torch.manual_seed(0)
+    return {name: values + 0.2 * tg.torch.randn_like(values) for name, values in tg.GPT(cfg).state_dict().items()}
+
+
 def subject(module: object, **knobs: object) -> audit.Subject:
     """A noisy tiny model under that module's evaluation."""
     cfg = tiny(**{**SMALL, **knobs})
     if module is not tg:
         cfg = module.Config(**dataclasses.asdict(cfg))
         module.violations = lambda *_: []  # the auditor has to find it without the program's own check
-    values = noisy(cfg).state_dict()
+    values = noisy(cfg)
 
     def make_model() -> object:
         model = module.GPT(cfg)
@@ -118,45 +122,54 @@ class Plant(NamedTuple):
 
 
 MASK = "return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]"
+SCORED = "            scores[:, begin:end] = nats.view(-1, size)\n"
 UPDATED = "                optimizer.step()\n"
 SLOT = """
         with torch.enable_grad():
             delta = torch.zeros(logits.size(-1), requires_grad=True)
             loss = model.kernels.cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
             logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
+AGAIN = """
+            if learns:
+                (losses.view(-1, size) * torch.from_numpy(goes_on / size).to(losses)[:, None]).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    w = AdaptedWeights(base, model, adapters)
+                    hidden = model(inputs, layers, w, cache)[:, -size:]
+                    second = scorer.nats(model, hidden, rows.targets[:, begin:end], rows.numbers[:, begin:end], w)[0]
+"""
+"""A second look at a chunk, after a step on it."""
 LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
             "phases = cfg.phased_ttt_num_phases\n"
-            "    documents = np.argsort(val.starts - np.append(val.starts[1:], val.num_targets), kind='stable')"),
-           ("chunks = range(0, stop, cfg.ttt_chunk_tokens)", "chunks = documents[:end].tolist()"),
-           ("sgd.learn(first, min(first + cfg.ttt_chunk_tokens, stop),",
-            "sgd.learn(int(val.starts[first]), int(np.append(val.starts[1:], val.num_targets)[first]),")]
+            "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
+           ("chunks = range(0, stop, cfg.ttt_chunk_tokens)",
+            "chunks = documents[:np.searchsorted(val.starts, stop)].tolist()"),
+           ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),", "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
 CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
-        ("steps = cfg.ttt_grad_steps if", "steps = 2 if"),
-        ("            if number == 0:\n", "            if number == steps - 1 or not steps and number == 0:\n")],
-        ("D2", "C3"), dict(phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + "                nats, learns = second, False\n" + SCORED)], ("D2", "C3"),
+        dict(phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
-        ("            score_windows(model, mine, scorer,", "            sgd.learn(first, stop, cfg.ttt_lr)\n"
-         "            score_windows(model, mine, scorer,")], ("D2", "C3")),
+        ("            score_windows(model, mine, scorer, f\"chunk", "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)"
+         "\n            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
-        ("steps = cfg.ttt_grad_steps if", "steps = 2 if"),
-        ("            if number == 0:\n", "            if number:\n                scores[:, begin:end] = "
-         "torch.minimum(scores[:, begin:end], scored.view(rows, size))\n            if number == 0:\n")],
+        (SCORED, AGAIN + "                nats, learns = torch.minimum(nats, second), False\n" + SCORED)],
         ("D5", "C4"), dict(phased_ttt_num_phases=0)),
     "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
     "mass added to the hint alone": Plant("E", "tilt", [
-        ("(nats + torch.log1p(p * torch.expm1(b)) - b", "(nats - b")], ("D3", "C2")),
+        ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], ("D3", "C2")),
     "the lookup context holds the target": Plant("E", "tilt", [
         ("return Hints(hints[:-1], betas[:-1])", "return Hints(hints[1:], betas[1:])")], ("D2", "C2")),
     "hints counted from the whole stream": Plant("E", "tilt", [
-        ("cummax(0).values[(index - 1).clamp_min_(0)]", "cummax(0).values[(index + 1).clamp_max_(len(order) - 1)]")],
+        ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
         ("D9", "C1")),
     "tilt only where the hint comes true": Plant("F", "tilt", [
-        ("b = betas * (1 - p) ** gamma", "b = betas * (1 - p) ** gamma * (hints == targets)")], ("D3", "C2")),
+        ("betas = betas.double()", "betas = betas.double() * (hints == targets)")], ("D3", "C2")),
     "smearing across documents": Plant("L", "none", [
         ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], ("D6", "C1")),
     "attention across documents": Plant("L", "none", [
@@ -164,32 +177,34 @@ PLANTS = {
     "attention to later ids": Plant("C1", "none", [
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], ("D1", "C1")),
     "keys and values of the documents before": Plant("L", "cache", [
-        ("past = KeyValueCache(cfg.eval_seq_len) if",
-         'past = globals().setdefault(f"past{rows}", KeyValueCache(cfg.eval_seq_len)) if')], ("D6", "C1")),
+        ("cache = KeyValueCache(cfg.eval_seq_len) if",
+         'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')], ("D6", "C1")),
     "adapters averaged over the batch": Plant("P", "lora", [
         (UPDATED, UPDATED + "                for peer in adapters.parameters():\n"
          "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
     "the last chunk is not scored": Plant("C4", "lora", [
-        ("    for begin, end in zip(job.edges, job.edges[1:]):\n",
-         "    for begin, end in zip(job.edges, job.edges[1:-1]):\n")], ("D5", "C4")),
+        ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
+         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4")),
     "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
     "shared weights learn from all parts": Plant("A", "lora", [
-        ("stop = int(val.starts[end]) if end < len(documents) else val.num_targets", "stop = val.num_targets")],
+        ("chunks = range(0, stop, cfg.ttt_chunk_tokens)", "chunks = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
+        ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
+         "sgd.learn(at, min(at + cfg.ttt_chunk_tokens, val.num_targets),")],
         ("D1", "C3")),
     "the ledger tells less than was learned": Plant("A", "sgd", [
-        ("sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))",
-         "sgd.learn(first, min(2 * stop, val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
+        ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
+         "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
     "updates are not in the ledger": Plant("A", "sgd", [
-        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)", "pass")], ("D4", "C3")),
+        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, part.begin, part.end)", "pass")], ("D4", "C3")),
     "the ledger counts a target twice": Plant("C4", "none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
     "the length of a document sets its chunks": Plant("C1", "lora", [
-        ("most = cfg.ttt_batch_size if world == 1 else", "most = 1 if world == 1 else"),
+        ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
         ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
-         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], '2' if size[rows[0]] <= 8 else '4')),")],
-        ("D1", "C1")),
+         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], '2' if size[rows[0]] <= 8 else "
+         "'4')),")], ("D1", "C1")),
 }
 
 
@@ -226,8 +241,8 @@ def test_a_planted_violation_is_named(name: str, plant):
 
 REHEARSED = {
     "as it is": ([], set()),
-    "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream(cfg.dataset_dir, "
-                                        '"fineweb_val")')], {("A2", "C3")}),
+    "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
+                                        'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}),
     "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {("A2", "accounting")}),
     "training data while scoring": ([("    val = ValData.load(cfg, run)\n        run.log(\"val_data\"",
                                       "    val = ValData.load(cfg, run)\n        TokenStream(cfg.dataset_dir, "
@@ -260,27 +275,28 @@ def test_a_rehearsal_that_fails_is_one_line(dataset: dict[str, str], plant):
 
 # -- bytes ---------------------------------------------------------------------------------------------
 
-TEXT_BYTES = 'base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))'
+TEXT_BYTES = 'base[i] = len(text.encode("utf-8"))'
+BYTE_PIECE = "base[i] = 1\n"
 
 
-@pytest.mark.parametrize("name,new", [
-    ("as it is", TEXT_BYTES),
-    ("the space counted twice", 'base[i] = 1 if sp.is_byte(i) else len(piece.replace("\\u2581", " ").encode("utf-8"))'),
-    ("byte pieces as three bytes", TEXT_BYTES.replace("base[i] = 1", "base[i] = 3")),
+@pytest.mark.parametrize("name, edits", [
+    ("as it is", []),
+    ("the space counted twice", [(TEXT_BYTES, 'base[i] = len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
+    ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3\n")]),
 ])
-def test_bytes_are_recounted_from_the_text(name: str, new: str, dataset: dict[str, str], plant):
+def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict[str, str], plant):
     import sentencepiece
     sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
     texts = ["two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x"]
     ids = np.array([i for text in texts for i in (tg.BOS_ID, *sp.encode(text))])
-    (finding,) = audit.probe_bytes(plant(name, [(TEXT_BYTES, new)]), Path(dataset["tokenizer_path"]), ids, 512)
+    (finding,) = audit.probe_bytes(plant(name, edits), Path(dataset["tokenizer_path"]), ids, 512)
     assert finding.ok == (name == "as it is"), finding
 
 
 def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch, plant):
     path = Path(dataset["tokenizer_path"])
     assert evidence.static_tokenizer(path).ok
-    wrong = plant("byte pieces", [(TEXT_BYTES, TEXT_BYTES.replace("base[i] = 1", "base[i] = 3"))])
+    wrong = plant("byte pieces", [(BYTE_PIECE, "base[i] = 3\n")])
     monkeypatch.setattr(evidence, "load_module", lambda _: wrong)
     finding = evidence.static_tokenizer(path)
     assert not finding.ok and "wrong=256" in finding.figures
@@ -390,8 +406,9 @@ def test_everything_that_is_imported_counts(tmp_path: Path):
     assert not finding.ok and not finding.suspect and "16,0" in finding.figures
 
 
-@pytest.mark.parametrize("changes, ok, words", [({}, True, "no document"), (dict(shared_documents=1), False, "ruling N"),
-                                                (dict(shards_sha256="0"), False, "other shards")])
+@pytest.mark.parametrize("changes, ok, words", [
+    ({}, True, "no document"), (dict(shared_documents=1), False, "ruling N"),
+    (dict(shards_sha256="0"), False, "other shards")])
 def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words: str, tmp_path: Path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 5, 6, 7, 1, 8, 9]))
     with pytest.raises(ToolError, match="data verify"):
@@ -410,8 +427,11 @@ def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words
 def test_the_command_audits_an_artifact(mode: str, dataset: dict[str, str], tmp_path: Path,
                                         capsys: pytest.CaptureFixture):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
-    cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4)
-    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), UNIT, 4, cfg, "record"))
+    shape = {**TINY, **dataset, **dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4,
+                                       iterations=1, ttt="none", ngram_base_beta=0, diagnostic_evals="",
+                                       log_dir=tmp_path, run_id="r")}
+    assert tg.main([], {name.upper(): str(value) for name, value in shape.items()}) == 0
+    capsys.readouterr()
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
     knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "TRAIN_BATCH_TOKENS=64",
               "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]

@@ -24,9 +24,9 @@ def log(path: Path, seed: int) -> dict[str, float]:
     bpb, loss = 1.05 + seed / 1000, 2.3 + seed / 100
     events = [dict(event="start", world=1, device="cpu", code_sha256="a" * 64), dict(event="config", **config),
               dict(event="model", parameters=9, layers=[0, 1, 2], layers_looped=[0, 1, 1, 2])]
-    events += [dict(event="train", step=s, frac=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
+    events += [dict(event="train", step=s, progress=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
                     ms_per_step=100.0 + 50 * (s > 10), train_seconds=0.1 * s) for s in (1, 2, 10, 15, 20)]
-    events.insert(6, dict(event="stage", step=10, frac=0.5, layers=6, seq_len=32))
+    events.insert(6, dict(event="stage", step=10, progress=0.5, layers=6, seq_len=32))
     events.append(dict(event="val_probe", step=10, val_loss=2.5, val_bpb=1.5))
     events += [dict(event="phase", name=n, budget=b, phase_seconds=s) for n, b, s in (
         ("setup", "none", 1.25), ("train", "train", 2.5), ("gptq", "train", 0.5), ("gptq", "train", 0.25),

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 import train_gpt as tg
 from tools import audit, common, submission
 from tools.common import ToolError
-from tools.evidence import Finding, Findings
+from tools.evidence import Finding
 
 SEEDS = (42, 0, 1234)
 WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}
@@ -231,8 +231,8 @@ def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: li
     if "refutes" not in words:
         monkeypatch.setattr(submission, "dynamic_audit", lambda *_: report)
     refuted = Finding("D1", "C1", False, "", "a later id changes a score")  # what finds it has its own tests
-    monkeypatch.setattr(audit, "audit", lambda *_: Findings([refuted]))
-    monkeypatch.setattr(audit, "rehearse", lambda *_: Findings())
+    monkeypatch.setattr(audit, "audit", lambda *_: [refuted])
+    monkeypatch.setattr(audit, "rehearse", lambda *_: [])
     with pytest.raises(ToolError, match=words):
         submission.submit("x", altered(runs, tmp_path, plant), {**WHO, "ROOT": str(tmp_path / "records")})
     assert not list((tmp_path / "records").rglob("*/*"))

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from tools.common import ToolError, program
-from tools.evidence import ROOT, Findings, audit_log, failed, load_module, spelled, static_main, table
+from tools.evidence import ROOT, Finding, audit_log, failed, finding, load_module, spelled, static_main, table
 from tools.knobs import typed_text
 from tools.logs import find_log, log_folder, pairs, readable
 
@@ -185,7 +185,7 @@ class Subject:
         scorer, refusal = self.watch(val, cfg, run, hints, probes), ""
         with counting_steps(scorer.timeline), run.phase("score", "eval"):
             try:
-                m.adapted_score(model, val, cfg, run, scorer)
+                m.adapted_score(model, scorer)
             except AssertionError as error:  # the program's own ledger objects: a finding, and the probes go on
                 refusal = str(error)
         scorer.attribute()
@@ -294,7 +294,7 @@ def undeclared(subject: Subject, base: Outcome, changed: int, targets: np.ndarra
     return [target for target in targets[targets > changed].tolist() if not declared(target)]
 
 
-def probe_targets(subject: Subject, base: Outcome, positions: Sequence[int], rng: np.random.Generator) -> Findings:
+def probe_targets(subject: Subject, base: Outcome, positions: Sequence[int], rng: np.random.Generator) -> list[Finding]:
     """D2, D3, and D5 as far as it can be refuted from outside: replace single targets, look at everything else."""
     bos, ids = subject.module.BOS_ID, subject.ids
     earlier = full = spot = 0.0
@@ -324,25 +324,25 @@ def probe_targets(subject: Subject, base: Outcome, positions: Sequence[int], rng
                 moved = learned(base, other)
                 states += int((moved <= t).sum())
                 hidden.update(undeclared(subject, base, t, moved))
-    worst, findings, flipped_text = max(sums, key=lambda s: abs(s - 1)), Findings(), f"flips={flips}"
-    findings.test("D2", "C1", earlier <= EXACT, f"{flipped_text} max_change={earlier:.2g}",
-                  "a target's id changes the score of earlier ones: rulings A, D" + first_bad,
-                  "earlier scores do not depend on a target's id")
-    findings.test("D2", "C3", not states, f"{flipped_text} states_changed={states}",
-                  "weights or adapters had learned from a target when it was scored: rulings A, B, P",
-                  "the state that scores a target does not know it")
-    findings.test("D2", "C2", max(full, spot) <= EXACT, f"{flipped_text} max_change={full:.2g} max_gap={spot:.2g}",
-                  "the distribution depends on which id comes true: rulings E, F",
-                  "the whole distribution stays when the target's id changes, and gives the reported scores")
-    findings.test("D3", "C2", abs(worst - 1) <= 1e-4, f"targets={len(sums)} worst_sum={worst:.6f}",
-                  "the probabilities of all ids do not sum to 1: rulings E, F, G", "probabilities of all ids sum to 1")
-    findings.test("D5", "C3", not hidden, f"{flipped_text} undeclared={len(hidden)}",
-                  f"the ledger hides an update: target {min(hidden, default=0)} was scored by a state that knew a "
-                  f"later-declared one", "states learn from what the ledger says, and from nothing else")
-    return findings
+    worst, flipped_text = max(sums, key=lambda s: abs(s - 1)), f"flips={flips}"
+    return [finding("D2", "C1", earlier <= EXACT, f"{flipped_text} max_change={earlier:.2g}",
+                    "a target's id changes the score of earlier ones: rulings A, D" + first_bad,
+                    "earlier scores do not depend on a target's id"),
+            finding("D2", "C3", not states, f"{flipped_text} states_changed={states}",
+                    "weights or adapters had learned from a target when it was scored: rulings A, B, P",
+                    "the state that scores a target does not know it"),
+            finding("D2", "C2", max(full, spot) <= EXACT, f"{flipped_text} max_change={full:.2g} max_gap={spot:.2g}",
+                    "the distribution depends on which id comes true: rulings E, F",
+                    "the whole distribution stays when the target's id changes, and gives the reported scores"),
+            finding("D3", "C2", abs(worst - 1) <= 1e-4, f"targets={len(sums)} worst_sum={worst:.6f}",
+                    "the probabilities of all ids do not sum to 1: rulings E, F, G",
+                    "probabilities of all ids sum to 1"),
+            finding("D5", "C3", not hidden, f"{flipped_text} undeclared={len(hidden)}",
+                    f"the ledger hides an update: target {min(hidden, default=0)} was scored by a state that knew a "
+                    f"later-declared one", "states learn from what the ledger says, and from nothing else")]
 
 
-def probe_future(subject: Subject, base: Outcome, positions: Sequence[int], rng: np.random.Generator) -> Findings:
+def probe_future(subject: Subject, base: Outcome, positions: Sequence[int], rng: np.random.Generator) -> list[Finding]:
     """D1: replace everything after a target; for the last one also with other ends of documents.
 
     There are as many documents as before, so that only the lengths of those that end after the target change.
@@ -363,18 +363,18 @@ def probe_future(subject: Subject, base: Outcome, positions: Sequence[int], rng:
         text[first:first + begins] = bos
         other = subject.score(np.concatenate([after[:t + 2], text]))
         ends = max(ends, largest(base.nats[:t + 1], other.nats[:t + 1]))
-    findings, flips = Findings(), f"flips={len(positions) + 2}"
-    findings.test("D1", "C1", same <= EXACT, f"{flips} max_change={same:.2g}",
-                  "a score depends on later ids: rulings A, D, P", "scores do not depend on later ids")
-    findings.test("D1", "C1", ends <= LAYOUT, f"{flips} max_change={ends:.2g}",
-                  "a score depends on where its document ends", "scores do not depend on where documents end later on")
-    findings.test("D1", "C3", not moved, f"{flips} states_changed={moved}",
-                  "weights or adapters had learned from later targets: rulings A, B, P",
-                  "the state that scores a target does not know later ones")
-    return findings
+    flips = f"flips={len(positions) + 2}"
+    return [finding("D1", "C1", same <= EXACT, f"{flips} max_change={same:.2g}",
+                    "a score depends on later ids: rulings A, D, P", "scores do not depend on later ids"),
+            finding("D1", "C1", ends <= LAYOUT, f"{flips} max_change={ends:.2g}",
+                    "a score depends on where its document ends",
+                    "scores do not depend on where documents end later on"),
+            finding("D1", "C3", not moved, f"{flips} states_changed={moved}",
+                    "weights or adapters had learned from later targets: rulings A, B, P",
+                    "the state that scores a target does not know later ones")]
 
 
-def probe_documents(subject: Subject, base: Outcome, rng: np.random.Generator) -> Findings:
+def probe_documents(subject: Subject, base: Outcome, rng: np.random.Generator) -> list[Finding]:
     """D6: rewrite every second document. With all that learns across documents off, the others may not change; with
     it on, nothing may change before the first document that was rewritten."""
     alone = dict(ngram_base_beta=0.0, phased_ttt_num_phases=0,
@@ -389,16 +389,15 @@ def probe_documents(subject: Subject, base: Outcome, rng: np.random.Generator) -
     half = len(subject.starts) // 2
     later = subject.score(np.where(number >= half, rewritten, subject.ids))
     before = largest(base.nats[:subject.starts[half]], later.nats[:subject.starts[half]])
-    findings = Findings()
-    findings.test("D6", "C1", apart <= EXACT, f"documents={len(subject.starts)} max_change={apart:.2g}",
-                  "a document's score depends on another one though nothing learns across them: rulings L, P",
-                  "documents are scored apart where nothing learns across them")
-    findings.test("D6", "C1", before <= EXACT, f"documents={half} max_change={before:.2g}",
-                  "a document's score depends on a later document: rulings A, P", "no document depends on a later one")
-    return findings
+    return [finding("D6", "C1", apart <= EXACT, f"documents={len(subject.starts)} max_change={apart:.2g}",
+                    "a document's score depends on another one though nothing learns across them: rulings L, P",
+                    "documents are scored apart where nothing learns across them"),
+            finding("D6", "C1", before <= EXACT, f"documents={half} max_change={before:.2g}",
+                    "a document's score depends on a later document: rulings A, P",
+                    "no document depends on a later one")]
 
 
-def probe_states(subject: Subject, base: Outcome) -> Findings:
+def probe_states(subject: Subject, base: Outcome) -> list[Finding]:
     """D4: between two scores a state changes only where the ledger has an update of it; no step goes unrecorded."""
     ledger = subject.module.Ledger
     seen: dict[int, int] = {}
@@ -421,10 +420,9 @@ def probe_states(subject: Subject, base: Outcome) -> Findings:
                     faults["states changed without an entry"] += 1
                 seen[state] = now
             updated -= set(states)
-    text, findings = "; ".join(f"{name}: {n}" for name, n in faults.items() if n), Findings()
-    findings.test("D4", "C3", not text, f"steps={steps} states={len(seen)}", f"{text}: ruling A",
-                  "scoring leaves every state as it was; every step is in the ledger")
-    return findings
+    text = "; ".join(f"{name}: {n}" for name, n in faults.items() if n)
+    return [finding("D4", "C3", not text, f"steps={steps} states={len(seen)}", f"{text}: ruling A",
+                    "scoring leaves every state as it was; every step is in the ledger")]
 
 
 def recheck(events: np.ndarray, starts: Sequence[int], num_targets: int, module: ModuleType) -> list[str]:
@@ -459,7 +457,7 @@ def recheck(events: np.ndarray, starts: Sequence[int], num_targets: int, module:
     return sorted(faults)
 
 
-def probe_ledger(subject: Subject, base: Outcome) -> Findings:
+def probe_ledger(subject: Subject, base: Outcome) -> list[Finding]:
     """D5: the ledger's own verdict, ours, and whether its scores are those that the scorer first gave."""
     ledger, targets = subject.module.Ledger, len(base.nats)
     faults = list(subject.module.violations(base.events, subject.starts, targets))
@@ -467,36 +465,33 @@ def probe_ledger(subject: Subject, base: Outcome) -> Findings:
         faults.append(base.refusal)
     faults = [fault if fault.startswith(("C1", "C3", "C4")) else f"C4: {fault}" for fault in faults]
     faults += recheck(base.events, subject.starts.tolist(), targets, subject.module)
-    findings, figures = Findings(), f"events={len(base.events)} targets={targets}"
-    for condition, right in (("C1", "one order for all states"), ("C3", "updates come from scored targets"),
-                             ("C4", "each target is entered once")):
-        own = [fault for fault in faults if fault.startswith(condition)]
-        findings.test("D5", condition, not own, figures, "; ".join(own), right)
     unseen = int(np.isnan(base.first).sum())
     rescored = int((np.abs(base.nats - base.first) > 1e-6).sum())
     times = Counter(t for kind, *what in base.timeline if kind == "note" and what[0] == ledger.SCORE
                     for b, e in zip(what[2].tolist(), what[3].tolist()) for t in range(b, e))
     once = len(times) == targets and set(times.values()) == {1}
-    findings.test("D5", "C4", once and not unseen and not rescored, f"never_scored={unseen} rescored={rescored}",
-                  "targets are left out, or scored again and the better score taken: ruling B",
-                  "the ledger holds the first score of every target")
-    return findings
+    own = {condition: [fault for fault in faults if fault.startswith(condition)] for condition in ("C1", "C3", "C4")}
+    figures = f"events={len(base.events)} targets={targets}"
+    return [finding("D5", "C1", not own["C1"], figures, "; ".join(own["C1"]), "one order for all states"),
+            finding("D5", "C3", not own["C3"], figures, "; ".join(own["C3"]), "updates come from scored targets"),
+            finding("D5", "C4", not own["C4"], figures, "; ".join(own["C4"]), "each target is entered once"),
+            finding("D5", "C4", once and not unseen and not rescored, f"never_scored={unseen} rescored={rescored}",
+                    "targets are left out, or scored again and the better score taken: ruling B",
+                    "the ledger holds the first score of every target")]
 
 
-def probe_replay(subject: Subject, before: Outcome, base: Outcome) -> Findings:
+def probe_replay(subject: Subject, before: Outcome, base: Outcome) -> list[Finding]:
     """D7: two runs, and a third with one row in each batch."""
     again = largest(base.nats, before.nats)
     layout = largest(base.nats, subject.score(ttt_batch_size=1, val_batch_tokens=8 * subject.cfg.eval_seq_len).nats)
-    findings = Findings()
-    findings.test("D7", "C4", again <= EXACT, f"max_change={again:.2g}", "a second run gives other scores",
-                  "a second run gives the same scores")
-    findings.test("D7", "C4", layout <= LAYOUT, f"max_change={layout:.2g}",
-                  "scores depend on which documents share a batch: ruling P", "scores do not depend on the batch")
-    return findings
+    return [finding("D7", "C4", again <= EXACT, f"max_change={again:.2g}", "a second run gives other scores",
+                    "a second run gives the same scores"),
+            finding("D7", "C4", layout <= LAYOUT, f"max_change={layout:.2g}",
+                    "scores depend on which documents share a batch: ruling P", "scores do not depend on the batch")]
 
 
 @torch.no_grad()
-def probe_reference(subject: Subject) -> Findings:
+def probe_reference(subject: Subject) -> list[Finding]:
     """D8: nats of fixed weights against one document at a time in float32, from the logits up."""
     m, cfg = subject.module, subject.cfg
     nats = subject.score(ttt="none", ngram_base_beta=0.0).nats
@@ -513,14 +508,13 @@ def probe_reference(subject: Subject) -> Findings:
         targets = torch.from_numpy(subject.ids[begin + 1:end + 1]).to(logits.device)
         expected = -torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
         worst, count = max(worst, largest(nats[begin:end], expected.cpu().numpy())), count + end - begin
-    findings, most = Findings(), 1e-4 if subject.run.dtype == torch.float32 else 0.2
-    findings.test("D8", "C2", worst <= most, f"targets={count} max_gap={worst:.2g}",
-                  "nats differ from those of each document by itself: rulings E, L",
-                  "nats equal those of each document by itself")
-    return findings
+    most = 1e-4 if subject.run.dtype == torch.float32 else 0.2
+    return [finding("D8", "C2", worst <= most, f"targets={count} max_gap={worst:.2g}",
+                    "nats differ from those of each document by itself: rulings E, L",
+                    "nats equal those of each document by itself")]
 
 
-def probe_bytes(module: ModuleType, tokenizer: Path, ids: np.ndarray, vocab: int) -> Findings:
+def probe_bytes(module: ModuleType, tokenizer: Path, ids: np.ndarray, vocab: int) -> list[Finding]:
     """D8: bytes of every document's targets against its decoded text."""
     from sentencepiece import SentencePieceProcessor
     sp = SentencePieceProcessor(model_file=str(tokenizer))
@@ -536,11 +530,9 @@ def probe_bytes(module: ModuleType, tokenizer: Path, ids: np.ndarray, vocab: int
         size = int(sizes[begin:end].sum())  # the last one is the next BOS, or nothing
         bad += size != len(text)
         total, expected = total + size, expected + len(text)
-    findings = Findings()
-    findings.test("D8", "accounting", not bad, f"bytes={total} expected={expected}",
-                  "bytes of the targets are not those of the text: ruling O",
-                  "bytes of the targets are those of the text")
-    return findings
+    return [finding("D8", "accounting", not bad, f"bytes={total} expected={expected}",
+                    "bytes of the targets are not those of the text: ruling O",
+                    "bytes of the targets are those of the text")]
 
 
 def naive_hints(ids: Sequence[int], cfg: Any, module: ModuleType) -> tuple[list[int], list[float]]:
@@ -571,20 +563,18 @@ def naive_hints(ids: Sequence[int], cfg: Any, module: ModuleType) -> tuple[list[
     return hints, betas
 
 
-def probe_hints(subject: Subject, base: Outcome) -> Findings:
+def probe_hints(subject: Subject, base: Outcome) -> list[Finding]:
     """D9 for exact counts: there are no tables to shrink, so the hints are compared with plain dictionaries."""
     hints, betas = naive_hints(subject.ids.tolist(), subject.cfg, subject.module)
     own_hints, own_betas = base.hints.ids.cpu().numpy(), base.hints.betas.cpu().numpy()
     live = (np.array(betas) > 0) | (own_betas > 0)
     bad = int(((np.abs(own_betas - betas) > 1e-5) | ((own_hints != hints) & live)).sum())
-    findings = Findings()
-    findings.test("D9", "C1", not bad, f"hints={int(live.sum())} wrong={bad}",
-                  "a hint is not what the ids before its target say: rulings E, F",
-                  "hints are those of plain dictionaries over the ids before the target")
-    return findings
+    return [finding("D9", "C1", not bad, f"hints={int(live.sum())} wrong={bad}",
+                    "a hint is not what the ids before its target say: rulings E, F",
+                    "hints are those of plain dictionaries over the ids before the target")]
 
 
-def audit(subject: Subject, seed: int = 0) -> Findings:
+def audit(subject: Subject, seed: int = 0) -> list[Finding]:
     """Run every dynamic probe of one subject; `seed` chooses positions and ids. Raises `ToolError` without a target."""
     rng = np.random.default_rng(seed)
     before = subject.score()
@@ -594,14 +584,15 @@ def audit(subject: Subject, seed: int = 0) -> Findings:
     base = subject.score(probes=positions)
     shared = np.flatnonzero(has_learned(base)[:-2])
     turns = {positions[0], *shared[:1].tolist()} - {positions[-1]}
-    parts = [probe_future(subject, base, [*sorted(turns), positions[-1]], rng),
-             probe_targets(subject, base, positions, rng), probe_states(subject, base), probe_ledger(subject, base),
-             probe_documents(subject, base, rng), probe_replay(subject, before, base), probe_reference(subject)]
+    findings = probe_future(subject, base, [*sorted(turns), positions[-1]], rng)
+    findings += probe_targets(subject, base, positions, rng)
+    findings += probe_states(subject, base) + probe_ledger(subject, base) + probe_documents(subject, base, rng)
+    findings += probe_replay(subject, before, base) + probe_reference(subject)
     if subject.cfg.ngram_base_beta:
-        parts.append(probe_hints(subject, base))
+        findings += probe_hints(subject, base)
     if subject.tokenizer is not None:
-        parts.append(probe_bytes(subject.module, subject.tokenizer, subject.ids, subject.cfg.vocab_size))
-    return Findings(finding for part in parts for finding in part)
+        findings += probe_bytes(subject.module, subject.tokenizer, subject.ids, subject.cfg.vocab_size)
+    return findings
 
 
 # -- rehearsal: who reads which data when ---------------------------------------------------------------
@@ -620,7 +611,7 @@ def rehearsal_knobs(cfg: Any, folder: Path, tokenizer: Path | None) -> dict[str,
     return {name.upper(): typed_text(value) for name, value in {**dataclasses.asdict(cfg), **small}.items()}
 
 
-def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | None) -> Findings:
+def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | None) -> list[Finding]:
     """A2: train, pack and score in miniature, and see which tokens are read in which phase.
 
     ids [N] are written as training and as validation shards. The validation's tokens may be read only after
@@ -639,7 +630,8 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
         def see(self) -> None:
             name, budget = open_phases[-1]
             if self.prefix.startswith("fineweb_val") and not frozen:
-                faults["C3"].append(f"validation tokens read in {name}, before the artifact was written: rulings A, C, H")
+                faults["C3"].append(f"validation tokens read in {name}, before the artifact was written: rulings A, C, "
+                                    f"H")
             if self.prefix == "fineweb_train" and (frozen or (trained and budget != "train")):
                 faults["accounting"].append(f"training tokens read in {name}, off the training clock: ruling H")
 
@@ -687,13 +679,10 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
             vars(module).update(originals)
     if status:
         raise ToolError(f"the rehearsal ended with status {status}: {screen.getvalue().strip().rpartition(chr(10))[2]}")
-    findings = Findings()
-    for condition, right in (("C3", "validation tokens are read after the artifact is written"),
-                             ("accounting", "training tokens are read on the training clock alone")):
-        own = faults[condition]
-        findings.test("A2", condition, not own, f"reads_out_of_turn={len(own)}", "; ".join([*dict.fromkeys(own)][:2]),
-                      right)
-    return findings
+    right = {"C3": "validation tokens are read after the artifact is written",
+             "accounting": "training tokens are read on the training clock alone"}
+    return [finding("A2", condition, not own, f"reads_out_of_turn={len(own)}", "; ".join([*dict.fromkeys(own)][:2]),
+                    right[condition]) for condition, own in faults.items()]
 
 
 def artifact_subject(path: Path, env: Mapping[str, str]) -> Subject:

@@ -50,13 +50,18 @@ class Finding(NamedTuple):
         return not self.ok and not self.suspect
 
 
+def finding(code: str, condition: str, ok: object, figures: str, wrong: str, right: str = "", suspect: bool = False
+            ) -> Finding:
+    """Return what was measured, with the text that fits the outcome."""
+    return Finding(code, condition, bool(ok), figures, right if ok else wrong, suspect and not ok)
+
+
 class Findings(list[Finding]):
     """A list that is filled by tests."""
 
-    def test(self, code: str, condition: str, ok: object, figures: str, wrong: str, right: str = "",
-             suspect: bool = False) -> None:
-        """Append what was measured, with the text that fits the outcome."""
-        self.append(Finding(code, condition, bool(ok), figures, right if ok else wrong, suspect and not ok))
+    def test(self, *what: Any, **more: Any) -> None:
+        """Append a finding."""
+        self.append(finding(*what, **more))
 
 
 def load_module(path: Path) -> ModuleType:
@@ -89,7 +94,7 @@ def table(findings: Sequence[Finding], conditions: Sequence[str] = CONDITIONS) -
     """
     lines = [f"{'probe':5s} {'condition':10s} {'verdict':8s} figures"]
     for f in findings:
-        verdict = "FAIL" if f.failed else "suspect" if not f.ok else "pass"
+        verdict = "pass" if f.ok else "suspect" if f.suspect else "FAIL"
         text = f"{f.code:5s} {f.condition:10s} {verdict:8s} {f.figures}  {f.text}"
         lines.append("".join(c if c.isprintable() else " " for c in text))  # it may quote foreign files
     verdicts = []
@@ -216,8 +221,10 @@ def called(node: ast.Call) -> str:
 def literal(node: ast.AST) -> bytes | None:
     """Return the bytes of a constant, also through b85decode, b64decode and .encode(); None for anything else."""
     if isinstance(node, ast.Constant):
-        text = node.value
-        return text.encode("latin-1", "replace") if isinstance(text, str) else text if isinstance(text, bytes) else None
+        value = node.value
+        if isinstance(value, str):
+            value = value.encode("latin-1", "replace")
+        return value if isinstance(value, bytes) else None
     if isinstance(node, ast.Call):
         name = called(node).rsplit(".", 1)[-1]
         if name == "encode" and isinstance(node.func, ast.Attribute):
@@ -248,7 +255,7 @@ def unwrapped(source: bytes) -> bytes:
 
 
 def newer_fstrings(source: str) -> list[int]:
-    """Return lines of f-strings that need Python 3.12: the outer quote inside again (3.12's tokenizer alone sees it)."""
+    """Return lines of f-strings that need Python 3.12: the outer quote inside again (only 3.12's tokenizer sees it)."""
     start, end, lines, quotes = getattr(token, "FSTRING_START", -1), getattr(token, "FSTRING_END", -1), [], []
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
         if t.type in (start, token.STRING) and quotes and t.string.lstrip("rRbBfFuU")[0] == quotes[-1]:
@@ -301,10 +308,17 @@ def scan(tree: ast.AST) -> list[Hit]:
     return sorted(set(hits))
 
 
+def imported(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """Return the packages that an import names."""
+    modules = [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        modules = [node.module] if node.module and not node.level else []
+    return {module.split(".")[0] for module in modules}
+
+
 def scan_import(node: ast.Import | ast.ImportFrom) -> list[Hit]:
     """Return the hits of an import."""
-    modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] * (not node.level)
-    roots = {module.split(".")[0] for module in modules}
+    roots = imported(node)
     hits = [Hit(node.lineno, "accounting", "1.1", f"imports {name}: no network in a run") for name in roots & NETWORK]
     return hits + [Hit(node.lineno, "accounting", "1.1", f"imports {name}: outside code must be counted", False)
                    for name in roots & OUTSIDE]
@@ -328,7 +342,7 @@ def scan_call(node: ast.Call) -> list[Hit]:
 def scan_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[Hit]:
     """Return the hits that need the order of calls: learning from validation data ahead of freezing the weights."""
     calls = [(call, called(call).rsplit(".", 1)[-1]) for call in ast.walk(node) if isinstance(call, ast.Call)]
-    frozen = max((call.lineno for call, name in calls if FREEZING.search(name) and not PREQUANT.search(name)), default=0)
+    frozen = max((c.lineno for c, name in calls if FREEZING.search(name) and not PREQUANT.search(name)), default=0)
     return [Hit(call.lineno, "C3", "C", f"{name} gets validation data before line {frozen} freezes the weights",
                 ADAPTING.search(name) is not None) for call, name in calls
             if call.lineno < frozen and LEARNING.search(name) and not name.startswith("eval") and
@@ -345,9 +359,9 @@ def local_sources(script: Path) -> list[Path]:
         sources.append(path)
         with contextlib.suppress(*UNREADABLE):
             for node in ast.walk(ast.parse(unwrapped(path.read_bytes()))):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                    [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-                queue += [p for name in names if (p := script.parent / (name.split(".")[0] + ".py")).is_file()]
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    beside = [script.parent / f"{root}.py" for root in imported(node)]
+                    queue += [p for p in beside if p.is_file()]
     return sources
 
 
@@ -392,8 +406,8 @@ def static_bytes(folder: Path, script: Path) -> Finding:
         text = f"within {NEAR_CAP:,} bytes of the cap: another seed may exceed it"
     if unknown:
         text += "; of the weights nothing is known: submission.json needs bytes_total and bytes_code"
-    return Finding("S3", "accounting", total < CAP and not near and not unknown,
-                   f"bytes={total:,} code={code_bytes:,} files={len(code)}", text, suspect=total < CAP)
+    return finding("S3", "accounting", total < CAP and not near and not unknown,
+                   f"bytes={total:,} code={code_bytes:,} files={len(code)}", text, text, suspect=total < CAP)
 
 
 def spelled(sp: Any, ids: Sequence[int]) -> bytes | None:
@@ -418,9 +432,9 @@ def static_tokenizer(path: Path) -> Finding:
     sizes = load_module(ROOT / "train_gpt.py").TokenBytes.build(sp).base
     wrong = sum(int(sizes[i]) != len(spelled(sp, [i]) or b"") for i in range(sp.vocab_size()))
     alone = sp.piece_to_id("\u2581") != sp.unk_id()
-    ok = not wrong and alone
-    return Finding("S4", "accounting", ok, f"pieces={sp.vocab_size()} wrong={wrong} lone_space={int(alone)}",
-                   "pieces stand for what they spell" if ok else "no stand-alone space piece, or wrong bytes: ruling O")
+    return finding("S4", "accounting", not wrong and alone,
+                   f"pieces={sp.vocab_size()} wrong={wrong} lone_space={int(alone)}",
+                   "no stand-alone space piece, or wrong bytes: ruling O", "pieces stand for what they spell")
 
 
 def static_overlap(folder: Path) -> Finding:
@@ -431,12 +445,11 @@ def static_overlap(folder: Path) -> Finding:
     stamp = readable(path, json.loads, path.read_bytes())
     fits = stamp["shards_sha256"] == load_module(ROOT / "train_gpt.py").shards_sha256(folder)
     shared = stamp["shared_documents"]
-    text = "no document of the validation set is trained on"
+    wrong = "documents of the validation set are trained on: ruling N"
     if not fits:
-        text = "the stamp is of other shards: verify the dataset again"
-    elif shared:
-        text = "documents of the validation set are trained on: ruling N"
-    return Finding("S5", "accounting", fits and not shared, f"val={stamp['val_documents']} common={shared}", text)
+        wrong = "the stamp is of other shards: verify the dataset again"
+    return finding("S5", "accounting", fits and not shared, f"val={stamp['val_documents']} common={shared}", wrong,
+                   "no document of the validation set is trained on")
 
 
 def static_audit(path: Path, options: Mapping[str, str]) -> list[Finding]:

@@ -145,8 +145,8 @@ def trained_tokens(run: Run, step: int) -> float:
 def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
     """Return (first position or length of the octave, bits a byte, targets) of the score that counts."""
     sums = run.last("places").get(what, {})
-    octaves = enumerate(zip(*(sums.get(name, []) for name in ("nats", "bytes", "targets"))))
-    return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in octaves if size]
+    each = enumerate(zip(*(sums.get(name, []) for name in ("nats", "bytes", "targets"))))
+    return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in each if size]
 
 
 def rows_runs(run: Run) -> Rows:
@@ -185,7 +185,8 @@ def rows_bytes(run: Run) -> Rows:
         return []
     parts = [*streams(artifact), Stream("code", artifact["code_bytes"], 0)]
     total = sum(part.size for part in parts)
-    return [[part.name, part.size, f"{100 * part.size / total:.1f} %", part.values or None, part.bits] for part in parts]
+    return [[part.name, part.size, f"{100 * part.size / total:.1f} %", part.values or None, part.bits]
+            for part in parts]
 
 
 def rows_step(run: Run) -> Rows:
@@ -208,9 +209,13 @@ def draw_plots(section: Section, runs: list[Run], figure: Any) -> None:
 
 
 def leave_out_the_first_steps(ax: Any, runs: list[Run]) -> None:
-    late = [e["loss_nats"] for r in runs for e in r.all("train") if e["frac"] > 0.02 and e["loss_nats"]]
+    late = [e["loss_nats"] for r in runs for e in r.all("train") if e["progress"] > 0.02 and e["loss_nats"]]
     if late:
         ax.set_ylim(min(late) - 0.1, max(late) + 0.1)
+
+
+def octaves(ax: Any, runs: list[Run]) -> None:
+    ax.set_xscale("log", base=2)
 
 
 def mark_stages(ax: Any, runs: list[Run]) -> None:
@@ -290,9 +295,9 @@ SECTIONS = (
             "document is.", "by|from|val_bpb|targets",
             lambda r: [[what, *row] for what in ("position", "length") for row in bpb_by_place(r, what)],
             (Plot("target of its document, and up to twice that", "bits a byte",
-                  lambda r: [row[:2] for row in bpb_by_place(r, "position")], lambda ax, _: ax.set_xscale("log", base=2)),
+                  lambda r: [row[:2] for row in bpb_by_place(r, "position")], octaves),
              Plot("targets of the document, and up to twice as many", "bits a byte",
-                  lambda r: [row[:2] for row in bpb_by_place(r, "length")], lambda ax, _: ax.set_xscale("log", base=2)))),
+                  lambda r: [row[:2] for row in bpb_by_place(r, "length")], octaves))),
     Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
             "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
             "budget|phase|seconds", rows_clock, bars=draw_clock),
@@ -300,12 +305,12 @@ SECTIONS = (
             "tensors|bytes|share|values|bits a value", rows_bytes, bars=draw_bytes),
     Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
             "stage|steps|ms a step|tokens a second", rows_step,
-            (Plot("step", "ms a step", lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5),
-                  mark_stages),)),
+            (Plot("step", "ms a step",
+                  lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5), mark_stages),)),
     Section("lr", "Learning rate", "Dots that end early are a run that ended before its schedule.",
-            "step|used fraction|factor", lambda r: [[e["step"], e["frac"], e["lr_scale"]] for e in r.all("train")],
+            "step|used fraction|factor", lambda r: [[e["step"], e["progress"], e["lr_scale"]] for e in r.all("train")],
             (Plot("used fraction of the budget", "factor of the rates",
-                  lambda r: ((e["frac"], e["lr_scale"]) for e in r.all("train"))),)),
+                  lambda r: ((e["progress"], e["lr_scale"]) for e in r.all("train"))),)),
 )
 
 

@@ -60,7 +60,8 @@ def table(path: Path) -> str:
         margin = compressors[best]["bits_per_byte"] - bpb
         rows.append(("  margin", f"{margin:+.4f}   over {best} (positive: the model needs fewer bits)"))
     if {"ema", "quantized"} <= set(scores):
-        rows.append(("  quantization", f"{scores['quantized'] - scores['ema']:+.4f}   what the artifact's rounding costs"))
+        cost = scores["quantized"] - scores["ema"]
+        rows.append(("  quantization", f"{cost:+.4f}   what the artifact's rounding costs"))
     rows.append(("artifact", f"{verdict['artifact_bytes']:,} bytes of {verdict['cap_bytes']:,} "
                              f"({verdict['weight_bytes']:,} weights + {verdict['code_bytes']:,} code)"))
     for stream in streams(artifact) if artifact else ():

@@ -42,6 +42,7 @@ from tools.evidence import (
     Findings,
     audit_log,
     failed,
+    imported,
     load_module,
     static_audit,
     table,
@@ -292,7 +293,8 @@ def check_arithmetic(told: Mapping[str, Any], track: Track) -> Findings:
         test("P6", max(sizes) < CAP, f"bytes={max(sizes):,} cap={CAP:,}", "over the cap: ruling Q")
         test("P3", told.get("bytes_total", max(sizes)) == max(sizes), f"bytes_total={told.get('bytes_total')} "
              f"largest={max(sizes)}", "a seed is larger than bytes_total", suspect=max(sizes) < CAP)
-    for name, unit in {"train_wallclock_ms": 1000, "train_time_ms": 1000, "eval_time_s": 1, "ttt_time_ms": 1000}.items():
+    for name in ("train_wallclock_ms", "train_time_ms", "eval_time_s", "ttt_time_ms"):
+        unit = 1000 if name.endswith("_ms") else 1
         slowest = max((r[name] / unit for r in results.values() if r.get(name)), default=0.0)
         if slowest:
             test("P6", slowest <= track.seconds, f"{name}={slowest:.1f}s of {track.seconds:g}s",
@@ -577,13 +579,9 @@ def against(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
 
 def requirements(source: bytes, pinned: str) -> str:
     """Return those of the pinned requirements that the script imports."""
-    imported = set()
-    for node in ast.walk(ast.parse(unwrapped(source))):
-        if isinstance(node, ast.Import):
-            imported.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-    return "\n".join(line for line in pinned.splitlines() if re.split(r"[=<>; ]", line)[0] in imported) + "\n"
+    nodes = [n for n in ast.walk(ast.parse(unwrapped(source))) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    packages = {name for node in nodes for name in imported(node)}
+    return "\n".join(line for line in pinned.splitlines() if re.split(r"[=<>; ]", line)[0] in packages) + "\n"
 
 
 def refuse(findings: Sequence[Finding]) -> None:

@@ -26,7 +26,7 @@ def prequant_ttt(trainer, model, val, cfg, run):
             own, targets = part[run.rank::run.world], sum(len(row) - 1 for row in part)
             for i in range(0, len(own), micro):
                 batch = trainer.make_batch(own[i:i + micro], micro, cfg.train_seq_len)
-                (loss_of(batch.to(run.device)) / targets).backward()
+                (loss_of(batch) * (cfg.train_batch_tokens / targets)).backward()  # the mean of these targets
             for name, p in model.named_parameters():
                 p.grad = run.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
                 if not name.startswith(("tok_emb", "skip_", "smear_", "bigram.")):  # a row or two for each block
