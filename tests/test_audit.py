@@ -134,12 +134,13 @@ AGAIN = """
                 (losses.view(-1, size) * torch.from_numpy(goes_on / size).to(losses)[:, None]).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                with torch.no_grad():
+                with torch.enable_grad():
                     w = AdaptedWeights(base, model, adapters)
                     hidden = model(inputs, layers, w, cache)[:, -size:]
-                    second = scorer.nats(model, hidden, rows.targets[:, begin:end], rows.numbers[:, begin:end], w)[0]
+                    first, (nats, losses) = nats, scorer.nats(model, hidden, rows.targets[:, begin:end],
+                                                              rows.numbers[:, begin:end], w)
 """
-"""A second look at a chunk, after a step on it."""
+"""A second look at a chunk, after a step on it, whose scores take the place of the first ones."""
 LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
             "phases = cfg.phased_ttt_num_phases\n"
             "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
@@ -150,14 +151,13 @@ CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
-        (SCORED, AGAIN + "                nats, learns = second, False\n" + SCORED)], ("D2", "C3"),
-        dict(phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + SCORED)], ("D2", "C3"), dict(phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
         ("            score_windows(model, mine, scorer, f\"chunk", "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)"
          "\n            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
-        (SCORED, AGAIN + "                nats, learns = torch.minimum(nats, second), False\n" + SCORED)],
-        ("D5", "C4"), dict(phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"),
+        dict(phased_ttt_num_phases=0)),
     "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
