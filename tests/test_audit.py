@@ -113,7 +113,7 @@ def test_the_tilted_distribution_is_the_black_box_one():
 
 
 class Plant(NamedTuple):
-    """A change of the program's text that breaks one ruling, and who must notice."""
+    """A change of the program's text that breaks one ruling, and the probe and condition that must notice."""
     ruling: str
     mode: str
     edits: list[tuple[str, str]]
@@ -146,15 +146,17 @@ LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_
             "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
            ("chunks = range(0, stop, cfg.ttt_chunk_tokens)",
             "chunks = documents[:np.searchsorted(val.starts, stop)].tolist()"),
-           ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),", "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
+           ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
+            "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
 CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
         (SCORED, AGAIN + SCORED)], ("D2", "C3"), dict(phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
-        ("            score_windows(model, mine, scorer, f\"chunk", "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)"
-         "\n            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
+        ("            score_windows(model, mine, scorer, f\"chunk",
+         "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
+         "            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
         (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"),
         dict(phased_ttt_num_phases=0)),
@@ -178,7 +180,8 @@ PLANTS = {
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], ("D1", "C1")),
     "keys and values of the documents before": Plant("L", "cache", [
         ("cache = KeyValueCache(cfg.eval_seq_len) if",
-         'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')], ("D6", "C1")),
+         'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
+        ("D6", "C1")),
     "adapters averaged over the batch": Plant("P", "lora", [
         (UPDATED, UPDATED + "                for peer in adapters.parameters():\n"
          "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
@@ -203,8 +206,8 @@ PLANTS = {
         ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
         ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
-         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], '2' if size[rows[0]] <= 8 else "
-         "'4')),")], ("D1", "C1")),
+         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], "
+         "'2' if size[rows[0]] <= 8 else '4')),")], ("D1", "C1")),
 }
 
 

@@ -58,11 +58,11 @@ class Parsed(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        given = dict(attributes)
+        values = dict(attributes)
         self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
-        self.ids += [given["id"]] if "id" in given else []
+        self.ids += [values["id"]] if "id" in values else []
         if tag == "section":
-            self.section = given["id"]
+            self.section = values["id"]
             self.cells[self.section], self.pictures[self.section] = [], 0
         if tag == "svg":
             self.pictures[self.section] += 1

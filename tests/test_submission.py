@@ -264,15 +264,15 @@ def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             submission.main(["submit", "x", run, *who])
 
 
-@pytest.mark.parametrize("number, given, words", [
+@pytest.mark.parametrize("number, options, words", [
     (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
     (3, {"AUTHOR": ""}, "AUTHOR= is missing"),
     (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
-def test_submit_says_what_it_lacks(number: int, given: dict[str, str], words: str, runs: list[str], tmp_path: Path,
+def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: str, runs: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
     with pytest.raises(ToolError, match=re.escape(words)):
-        submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **given})
+        submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **options})
     assert not list(tmp_path.iterdir())
 
 

@@ -129,7 +129,10 @@ def validated_early(log: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def audit_log(path: Path, blob_bytes: int | None) -> list[Finding]:
-    """Ask A1..A4 of a run's JSON lines; `blob_bytes`: size of the audited artifact. Raises `ToolError` if unfinished."""
+    """Ask A1..A4 of a run's JSON lines; `blob_bytes`: size of the audited artifact.
+
+    Raises `ToolError` where the run is not finished.
+    """
     log = events(path) if path.is_file() else []
     verdict, config = last(log, "verdict"), last(log, "config") or {}
     if verdict is None:
