@@ -269,11 +269,17 @@ def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]
     assert module.TokenStream.__module__ == module.__name__  # nothing of the rehearsal stays behind
 
 
-def test_a_rehearsal_that_fails_is_one_line(dataset: dict[str, str], plant):
-    module = plant("no data", [])
-    cfg = module.Config(**dataclasses.asdict(tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})))
-    with pytest.raises(ToolError, match="the rehearsal ended with status 2: train_gpt.py: "):
-        audit.rehearse(module, cfg, np.full(300, 5000), None)  # no ids of this vocabulary
+@pytest.mark.parametrize("edits, token, words", [
+    ([], 5000, "status 2: train_gpt.py: "), ([(CALIBRATE, f"raise ValueError('broken')\n    {CALIBRATE}")], 5,
+                                            "status 1: ValueError: broken")])
+def test_a_rehearsal_that_fails_is_one_line(edits: list, token: int, words: str, dataset: dict[str, str], plant):
+    """Ids outside the vocabulary; a bug, at which the trainer would end the process."""
+    module = plant(words, edits)
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
+    ids = np.where(np.arange(300) % 30, token, tg.BOS_ID)
+    with pytest.raises(ToolError, match=f"the rehearsal ended with {words}"):
+        audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids,
+                       Path(dataset["tokenizer_path"]))
 
 
 # -- bytes ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 from tools.common import ToolError, program
 from tools.evidence import ROOT, Finding, audit_log, failed, finding, load_module, spelled, static_main, table
@@ -661,24 +662,23 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
         frozen = True
         return blob
 
-    fit_to_cap = module.fit_to_cap
-    replaced = {"TokenStream": Stream, "Run": Rehearsal, "fit_to_cap": freeze}
-    originals = {name: getattr(module, name) for name in replaced}
-    screen = io.StringIO()
+    def fail(status: int) -> None:
+        last_line = screen.getvalue().strip().rpartition("\n")[2]
+        raise ToolError(f"the rehearsal ended with status {status}: {last_line}")
+
+    fit_to_cap, screen = module.fit_to_cap, io.StringIO()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, -(-256 // len(ids))))
         write_shard(folder / "fineweb_val_000000.bin", ids)
         if cfg.caseops_enabled:
             write_shard(folder / "fineweb_val_bytes_000000.bin", np.ones(len(ids)))
-        vars(module).update(replaced)
-        try:
-            with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
-                status = module.main([], rehearsal_knobs(cfg, folder, tokenizer))
-        finally:
-            vars(module).update(originals)
-    if status:
-        raise ToolError(f"the rehearsal ended with status {status}: {screen.getvalue().strip().rpartition(chr(10))[2]}")
+        with mock.patch.multiple(module, TokenStream=Stream, Run=Rehearsal, fit_to_cap=freeze), \
+                mock.patch("os._exit", fail), \
+                contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):  # a bug would end this process
+            status = module.main([], rehearsal_knobs(cfg, folder, tokenizer))
+        if status:
+            fail(status)
     right = {"C3": "validation tokens are read after the artifact is written",
              "accounting": "training tokens are read on the training clock alone"}
     return [finding("A2", condition, not own, f"reads_out_of_turn={len(own)}", "; ".join([*dict.fromkeys(own)][:2]),
