@@ -66,7 +66,8 @@ def test_memory_grows_with_what_each_knob_holds(run):
 
 @pytest.mark.parametrize("knobs, status, said", [
     ([], 0, "warning: the data are not ready"), (["NUM_HEADS=3"], 2, "MODEL_DIM=32"),
-    (["SEEDS=1"], 2, "did you mean SEED?"), (["EVAL_ONLY=x.bin"], 2, "EVAL_ONLY"), (["BETA1=0.5"], 0, "BETA1: no effect")])
+    (["SEEDS=1"], 2, "did you mean SEED?"), (["EVAL_ONLY=x.bin"], 2, "EVAL_ONLY"),
+    (["BETA1=0.5"], 0, "BETA1: no effect")])
 def test_on_the_command_line(knobs, status, said, tmp_path):
     tiny_knobs = [f"{name.upper()}={value}" for name, value in TINY.items() if name.upper() not in str(knobs)]
     done = subprocess.run([sys.executable, "-m", "tools.predict", *tiny_knobs, "DATA_DIR=/nowhere", *knobs], text=True,
