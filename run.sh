@@ -5,22 +5,22 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'TXT'
-./run.sh [KNOB=value ...]                  the demo: set up, make its data, train, score, show what came out
-./run.sh train [FOLDER] [KNOB=value ...]   train and score on all GPUs of this machine, or on the CPU
-./run.sh check [FOLDER] [KNOB=value ...]   are the knobs valid, what will run, how large will it be; no training
-./run.sh doctor [KNOB=value ...]           is this machine ready, how many steps will a run have
-./run.sh data VERB ...                     download | demo | text FILES... --name NAME | verify FOLDER
-./run.sh knobs                             every knob: name, type, default, meaning
-./run.sh show [RUN]                        a finished run as a table (default: the newest in logs/)
-./run.sh compare A B                       two groups of runs: difference, t-test, verdict
-./run.sh report RUN ...                    one HTML page with pictures
-./run.sh sweep KNOB=a,b ... [-- KNOB=v]    train every combination; the same command resumes
-./run.sh tune KNOB=a..b ... [-- KNOB=v]    search with Optuna
-./run.sh audit ARTIFACT [KNOB=value ...]   try to refute an artifact's score
-./run.sh replay RUN [KNOB=value ...]       run again what a log tells of, compare what comes out
-./run.sh submit NAME RUN ...               the folder of a submission; ./run.sh check FOLDER checks one
-./run.sh test [PYTEST ARGS]                run the tests
-./run.sh help all                          the rest: bench, mirror, setup, lock, variables
+./run.sh [KNOB=value ...]             the demo: make its data, train, score, show what came out
+./run.sh train [FOLDER] [KNOB=v ...]  train and score on all GPUs of this machine, or on the CPU
+./run.sh check [FOLDER] [KNOB=v ...]  are the knobs valid, what will run, how large will it be
+./run.sh doctor [KNOB=v ...]          is this machine ready, how many steps will a run have
+./run.sh data VERB ...                download | demo | text FILES... --name N | verify FOLDER
+./run.sh knobs                        every knob: name, type, default, meaning
+./run.sh show [RUN]                   a finished run as a table (default: the newest in logs/)
+./run.sh compare A B                  two groups of runs: difference, t-test, verdict
+./run.sh report RUN ...               one HTML page with pictures
+./run.sh sweep KNOB=a,b ... [-- KNOB=v ...]    train every combination; the same command resumes
+./run.sh tune KNOB=a..b ... [-- KNOB=v ...]    search with Optuna
+./run.sh audit ARTIFACT [KNOB=v ...]  try to refute an artifact's score
+./run.sh replay RUN [KNOB=v ...]      run again what a log tells of, compare what comes out
+./run.sh submit NAME RUN ...          the folder of a submission; ./run.sh check FOLDER checks one
+./run.sh test [PYTEST ARGS]           run the tests
+./run.sh help all                     the rest: bench, mirror, setup, lock, variables
 
 FOLDER has a config.env, such as records/pr1855. A RUN is a run id in logs/, or the path of a log.
 TXT

@@ -223,8 +223,8 @@ def overlap_line(tg: Any, cfg: Any) -> Line:
         if stamp["shards_sha256"] != tg.shards_sha256(cfg.dataset_dir):
             return Line("failure", "overlap", "verified.json is of other shards", remedy)
         level = "failure" if stamp["shared_share"] > 0.01 else "ok"  # training refuses this, too
-        return Line(level, "overlap", f"{stamp['shared_documents']:,} of {stamp['val_documents']:,} validation documents "
-                    f"are trained on, {stamp['shared_share']:.2%} of the tokens", "other validation data")
+        return Line(level, "overlap", f"{stamp['shared_documents']:,} of {stamp['val_documents']:,} validation "
+                    f"documents are trained on, {stamp['shared_share']:.2%} of the tokens", "other validation data")
     except FileNotFoundError:
         return Line("warning", "overlap", "not looked for whether validation documents are trained on", remedy)
     except (ValueError, LookupError, TypeError) as error:
@@ -293,7 +293,8 @@ def speed_line(tg: Any, cfg: Any, env: Mapping[str, str], processes: int) -> Lin
         loop = ", loop on" if looped == "1" else ", loop off" if cfg.num_loops else ""
         stages.append(f"{1e3 * seconds:.1f} ms with rows of {length}{loop}{', weights rounded' * (rounded == '1')}")
     return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
-                f"{', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, {600 / budget * steps:,.0f} in 600 s")
+                f"{', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, "
+                f"{600 / budget * steps:,.0f} in 600 s")
 
 
 def probe() -> int:

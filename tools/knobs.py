@@ -16,6 +16,11 @@ from tools.common import ToolError, program
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "train_gpt.py"
+HEAD = """# Knobs
+
+Every knob is an environment variable, or an argument of `./run.sh train`. The value is the default, which is the
+preset `record`; where `PRESET=demo` has another, it stands in brackets. Made from `train_gpt.py` by
+`.venv/bin/python -m tools.knobs --markdown > docs/knobs.md`; a test compares the two."""
 
 
 class Knob(NamedTuple):
@@ -73,11 +78,7 @@ def preset(name: str, source: str | None = None) -> dict[str, Any]:
 
 def markdown() -> str:
     """The table of all knobs, by group."""
-    lines = ["# Knobs", "",
-             "Every knob is an environment variable, or an argument of `./run.sh train`. The value is the default, which "
-             "is the", "preset `record`; where `PRESET=demo` has another, it stands in brackets. Made from "
-             "`train_gpt.py` by", "`.venv/bin/python -m tools.knobs --markdown > docs/knobs.md`; a test compares the two."]
-    demo, group = preset("demo"), ""
+    lines, demo, group = [HEAD], preset("demo"), ""
     for knob in read():
         if knob.group != group:
             group = knob.group

@@ -147,7 +147,7 @@ def mirrored(env: Mapping[str, str], names: Sequence[str]) -> Iterator[None]:
         try:
             mirror.wait(MIRROR_SECONDS)
         except subprocess.TimeoutExpired:
-            print(f"launch: {' and '.join(names)} still copy after {MIRROR_SECONDS} s; left to themselves", file=sys.stderr)
+            print(f"launch: the mirror goes on by itself after {MIRROR_SECONDS} s", file=sys.stderr)
 
 
 def train(env: dict[str, str], comes_back: bool = False) -> int:

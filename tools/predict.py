@@ -158,7 +158,8 @@ def resource_warnings(tg: Any, cfg: Any, run: Any, targets: int, processes: int 
         knob = MEMORY_KNOBS[stretch]
         yield (f"{stretch} may need {needs[stretch] // MIB:,} MiB a process, {left // MIB:,} are left: lower "
                f"{knob.upper()}={getattr(cfg, knob)}")
-    folder = next(path for path in (Path(cfg.log_dir).absolute(), *Path(cfg.log_dir).absolute().parents) if path.exists())
+    logs = Path(cfg.log_dir).absolute()
+    folder = next(path for path in (logs, *logs.parents) if path.exists())
     free, checkpoint = shutil.disk_usage(folder).free, checkpoint_bytes(tg, cfg)
     need = cfg.artifact_bytes_cap + 2 * checkpoint  # a checkpoint is written beside the one that it replaces
     if free < need:

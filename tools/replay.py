@@ -4,7 +4,8 @@
 
 What is run comes from the log: every knob that decides the result, and the number of processes (all on this machine).
 Knobs given here replace the log's, such as DATA_PATH where the data lie elsewhere. What the log does not decide: the
-new log `<run_id>-replay-<time>.jsonl` and its artifact go to LOG_DIR (logs). Exit status: 0 the same, 1 something differs, 2 it cannot be run.
+new log `<run_id>-replay-<time>.jsonl` and its artifact go to LOG_DIR (logs). Exit status: 0 the same, 1 something
+differs, 2 it cannot be run.
 
 A CPU repeats a budget in steps (MAX_WALLCLOCK_SECONDS=0) bit for bit, on the same packages and kind of processor; a GPU
 with DETERMINISTIC=1. A budget in seconds ends after another number of steps each time.
