@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 import train_gpt as tg
-from bench.common import Row, machine, made_up_val, program, setting, show, web_lengths
+from bench.common import Row, machine, made_up_val, setting, show, web_lengths
 from bench.evaluation import way_rows
 from bench.kernels import kernel_rows
+from bench.step import TrainStep, loader_rows, step_rows
 from bench.studies.profiling import profile_rows
 from bench.studies.shrink import shrink_rows
-from bench.step import TrainStep, loader_rows, step_rows
+from tools.common import program
 
 SECTIONS = ("step", "profile", "kernels", "loader", "artifact")
 """In order of worth, should time run out."""
@@ -122,4 +123,4 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:], os.environ))
+    sys.exit(program(lambda arguments: main(arguments, os.environ), "bench"))

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as tg
-from bench.common import Row, program, show
+from bench.common import Row, show
+from tools.common import program
 
 Matrices = Sequence[np.ndarray]
 
@@ -107,15 +108,15 @@ def coder_rows(families: dict[str, list[np.ndarray]], states: int) -> list[Row]:
     return rows
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Exit status 0."""
-    tg.require(len(sys.argv) == 2 and Path(sys.argv[1]).is_file(), "expected the path of one artifact, such as "
+    tg.require(len(arguments) == 1 and Path(arguments[0]).is_file(), "expected the path of one artifact, such as "
                "logs/RUN_ID.bin")
-    families, states = codes_of(Path(sys.argv[1]).read_bytes())
-    show(f"{sys.argv[1]}: {sum(m.size for f in families.values() for m in f):,} codes, trellis of {states} states",
+    families, states = codes_of(Path(arguments[0]).read_bytes())
+    show(f"{arguments[0]}: {sum(m.size for f in families.values() for m in f):,} codes, trellis of {states} states",
          coder_rows(families, states))
     return 0
 
 
 if __name__ == "__main__":
-    program(main)
+    sys.exit(program(main, "bench"))

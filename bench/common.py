@@ -184,24 +184,14 @@ def setting(env: Mapping[str, str], documents: int = 8192) -> Iterator[tuple[tg.
 
     A step is one micro-batch a rank. Shards are made up (8,192 documents: 8 M tokens) unless DATA_PATH is set.
     """
-    wanted = env.get("DEVICE", "auto")
-    preset = "record" if wanted != "cpu" and torch.cuda.is_available() else "demo"
-    cfg, _ = tg.Config.from_env({"PRESET": preset, **env})
+    preset = "record" if env.get("DEVICE") != "cpu" and torch.cuda.is_available() else "demo"
+    cfg = tg.Config.from_env({"PRESET": preset, **env})
     with tempfile.TemporaryDirectory() as folder:
-        if not cfg.data_path:
+        if not env.get("DATA_PATH"):  # the demo preset names a folder of its own
             ids = made_up_ids(web_lengths(documents), cfg.vocab_size)
             write_shard(Path(folder) / "fineweb_train_000000.bin", ids)
         tokens = cfg.micro_batch_tokens // cfg.train_seq_len * cfg.train_seq_len * int(env.get("WORLD_SIZE", 1))
-        cfg = dataclasses.replace(cfg, data_path=cfg.data_path or folder, artifact_dir=folder,
+        cfg = dataclasses.replace(cfg, data_path=env.get("DATA_PATH") or folder, log_dir=folder,
                                   train_batch_tokens=tokens)
         with tg.Run(cfg, env, log=False) as run:
             yield cfg, run
-
-
-def program(body: Callable[[], int]) -> None:
-    """Run a bench's `main`; what the user can repair is one line and exit status 2."""
-    try:
-        sys.exit(body())
-    except tg.UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
-from bench.common import Machine, Row, machine, program, row, show, summary, timed, web_lengths
+from bench.common import Machine, Row, machine, row, show, summary, timed, web_lengths
+from tools import predict
+from tools.common import program
 
 
 class WholeWindow(tg.Scorer):
@@ -67,7 +69,7 @@ def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config,
     tg.load_tensors(model, artifact.tensors)
     tokens, plain = [], model.hidden
 
-    def counted(batch: tg.Batch, plan: object, w: tg.Weights, past: tg.NoPast = tg.NO_PAST) -> Tensor:
+    def counted(batch: tg.Batch, plan: object, w: tg.Weights, past: tg.NoCache = tg.NO_CACHE) -> Tensor:
         """The forward, counting."""
         out = plain(batch, plan, w, past)
         tokens.append(out.size(0) * out.size(1))
@@ -84,7 +86,7 @@ def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: t
     times: dict[str, list[float]] = {}
     found = {way: timed(times, way, run, score_once, way, artifact, val, cfg, run) for _ in range(repeats)
              for way in ways}
-    each = tg.estimate_flops(artifact.model, tg.layer_plan(artifact.model, True), cfg.eval_seq_len / 2)
+    each = predict.forward_flops(artifact.model, tg.unroll_layers(artifact.model, True), cfg.eval_seq_len / 2)
     rows = []
     for way, (steps, tokens, score) in found.items():
         # With fixed weights a backward has the gradients of activations alone: as much again as the forward.
@@ -95,15 +97,15 @@ def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: t
     return rows
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Four ways in turns, then the schedule."""
-    tg.require(len(sys.argv) > 1 and Path(sys.argv[1]).is_file(), f"evaluation {' '.join(sys.argv[1:2])}: expected the "
+    tg.require(bool(arguments) and Path(arguments[0]).is_file(), f"evaluation {' '.join(arguments[:1])}: expected the "
                f"path of an artifact, such as logs/demo.bin")
-    count = sys.argv[2] if len(sys.argv) > 2 else "20000"
+    count = arguments[1] if len(arguments) > 1 else "20000"
     tg.require(count.isdecimal() and int(count) > 0, f"{count}: expected a number of targets, 1 or more")
-    artifact = tg.unpack(Path(sys.argv[1]).read_bytes(), sys.argv[1])
+    artifact = tg.unpack(Path(arguments[0]).read_bytes(), arguments[0])
     stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
-    cfg = tg.Config.from_env(os.environ, stored)[0]
+    cfg = tg.Config.from_env(os.environ, stored)
     with tg.Run(cfg, {}, log=False) as run:
         val = first_targets(tg.ValData.load(cfg, run), int(count))
         rows = way_rows(WAYS, artifact, val, cfg, run, machine(run))
@@ -122,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program(main)
+    sys.exit(program(main, "bench"))

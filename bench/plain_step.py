@@ -20,15 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt as tg
-from bench.common import program
+from tools.common import program
 
 TURN = 5
 """Steps of one turn."""
@@ -52,7 +50,7 @@ class Plain(nn.Module):
         """One matrix [O, I] of one block."""
         return self.matrices[f"blocks_{block}_{name}"]
 
-    def loss(self, batch: tg.Batch, plan: Sequence[tg.Visit], dtype: torch.dtype) -> Tensor:
+    def loss(self, batch: tg.Batch, plan: Sequence[tg.Layer], dtype: torch.dtype) -> Tensor:
         """Sum of nats over the batch's targets."""
         cfg, p = self.cfg, {name: value.to(dtype) for name, value in self.rest.items()}
         inside = (batch.positions > 0).unsqueeze(-1)
@@ -195,7 +193,7 @@ def text_batches(cfg: tg.Config) -> Iterator[tg.Batch]:
 def contest(cfg: tg.Config, run: tg.Run, steps: int) -> dict[str, list[float]]:
     """Both train `steps` steps in turns: losses of ours and of the plain one, and CPU-seconds of their turns."""
     model = tg.build_model(cfg, run)
-    plan, plain = tg.layer_plan(cfg, cfg.num_loops > 0), Plain(model).to(run.device)
+    plan, plain = tg.unroll_layers(cfg, cfg.num_loops > 0), Plain(model).to(run.device)
     ours, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
     theirs = PlainOptimizer(plain, cfg, run.dtype)
     source, found = text_batches(cfg), {"ours": [], "plain": [], "ours_seconds": [], "plain_seconds": []}
@@ -226,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench plain_step", description=__doc__.split("\n\n")[0])
     parser.add_argument("steps", nargs="?", type=int, default=50, help="default 50")
     steps = parser.parse_args(arguments).steps
-    cfg, _ = tg.Config.from_env({"PRESET": "demo", **os.environ})
+    cfg = tg.Config.from_env({"PRESET": "demo", **os.environ})
     tg.require(cfg.attn_gate in ("sparse", "none") and not cfg.normuon_beta2 and not cfg.cautious_wd
                and cfg.attn_windows == "0" and cfg.device != "cuda" and steps >= 1,
                "bench/plain_step.py: the plain model has no ATTN_GATE but sparse and none, no NORMUON_BETA2, "
@@ -246,4 +244,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

@@ -1,7 +1,7 @@
 """The training step part by part against its floor, and the data loader by itself (sections of bench/all.py).
 
 One micro-batch a rank. Parts are timed with the device waited for, `step` runs as training does. Floors: products and
-attention by `estimate_flops`; bytes as if every group of neighbouring passes over activations were one kernel.
+attention by `predict.forward_flops`; bytes as if every group of neighbouring passes over activations were one kernel.
 """
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from torch.profiler import record_function
 
 import train_gpt as tg
 from bench.common import Machine, Row, in_turns, peak_mib, row, summary
+from tools import predict
 
 UPDATE = "update"
 """Annotation, for a profiler, around the optimizer and the average of the weights."""
 
 
-def activation_bytes(cfg: tg.Config, plan: tuple[tg.Visit, ...], tokens: int, size: int) -> float:
+def activation_bytes(cfg: tg.Config, plan: tuple[tg.Layer, ...], tokens: int, size: int) -> float:
     """Bytes a forward moves, activations of `size` bytes each; the backward moves twice as many.
 
     A visit, in passes over [M, D], [M, kv] and [M, F]: mix and norm 4 D; qkv 2 D + 2 kv; q and k normed and turned
@@ -45,7 +46,7 @@ class TrainStep:
     """A training step whose parts can be called one after the other."""
 
     def __init__(self, cfg: tg.Config, run: tg.Run, looped: bool) -> None:
-        self.cfg, self.run, self.looped, self.plan = cfg, run, looped, tg.layer_plan(cfg, looped)
+        self.cfg, self.run, self.looped, self.plan = cfg, run, looped, tg.unroll_layers(cfg, looped)
         self.data, self.model = tg.TrainData(cfg, run), tg.build_model(cfg, run)
         model, plan = self.model, self.plan
         self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
@@ -126,7 +127,7 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
     times = in_turns(parts, run, repeats)
     batches.close()
     tokens, size = step.batch.ids.numel(), run.dtype.itemsize
-    flops = tokens * tg.estimate_flops(cfg, step.plan, float((step.batch.positions + 1.0).mean()))
+    flops = tokens * predict.forward_flops(cfg, step.plan, float((step.batch.positions + 1.0).mean()))
     moved = activation_bytes(cfg, step.plan, tokens, size)
     banks, steps = sum(own.numel() for own in step.own), len(tg.coefficients(cfg))
     orthogonal = newton_schulz_flops(step.own, steps)

@@ -2,8 +2,8 @@
 import base64
 import copy
 import dataclasses
+import importlib.util
 import json
-import linecache
 import lzma
 import sys
 from pathlib import Path
@@ -12,44 +12,45 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny, write_shard
-from test_artifact import UNIT, quantized
-from test_model import noisy
+from conftest import ROOT, TINY, tiny, write_shard
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-
-from tools import audit  # noqa: E402
-from tools import evidence  # noqa: E402
+from records.pr1485_illegal import train_on_validation
+from tools import audit, common, evidence
+from tools.common import ToolError
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 VOCAB = 40
 
 SMALL = dict(vocab_size=VOCAB, num_layers=2, num_loops=0, parallel_start_layer=1, eval_seq_len=16, eval_stride=8,
-             train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, ngram_tilt_enabled=0,
+             train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, ngram_base_beta=0,
              ngram_rules="1:0.3:1,2:0.5:1", ttt_chunk_size="4", ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.05,
-             ttt_lora_on="q,o,head", ttt_optimizer="sgd", phased_ttt_num_phases=2, phased_ttt_prefix_docs=16,
-             global_ttt_lr=0.05, global_ttt_chunk_tokens=30, global_ttt_batch_seqs=4, ttt_chunk_tokens=50,
-             ttt_lr=0.05, ttt_batch_seqs=4, ttt_epochs=1)
+             ttt_lora_on="q,o,head", phased_ttt_num_phases=2, phased_ttt_prefix_docs=16, global_ttt_lr=0.05,
+             ttt_chunk_tokens=40, ttt_lr=0.05, ttt_epochs=1)
 """Two blocks, and learning rates so large that every leak shows."""
 
 MODES = {"none": dict(ttt="none"),
-         "tilt": dict(ttt="none", ngram_tilt_enabled=1),
+         "tilt": dict(ttt="none", ngram_base_beta=2),
          "lora": dict(ttt="lora", ttt_context="recompute"),
          "cache": dict(ttt="lora", ttt_context="cache"),
-         "lora and tilt": dict(ttt="lora", ngram_tilt_enabled=1),
+         "lora and tilt": dict(ttt="lora", ngram_base_beta=2),
          "sgd": dict(ttt="sgd")}
 
 
 def stream(documents: int = 18, seed: int = 0) -> np.ndarray:
     """A stream of short documents: eight in each phase, so that batches have several rows. Every third one is nearly
     the one before it, so that hints come true."""
-    rng, found = np.random.default_rng(seed), []
+    rng, texts = np.random.default_rng(seed), []
     for number in range(documents):
         text = rng.integers(2, VOCAB, rng.integers(4, 8)).tolist()
-        found.append([tg.BOS_ID, *(found[-1][1:-1] + text[:1] if number % 3 == 2 else text)])
-    return np.array([i for document in found for i in document])
+        texts.append(texts[-1][:-1] + text[:1] if number % 3 == 2 else text)
+    return np.array([i for text in texts for i in (tg.BOS_ID, *text)])
+
+
+def noisy(cfg: tg.Config) -> dict[str, tg.torch.Tensor]:
+    """Weights with noise on every one, so that no zero hides a path."""
+    tg.torch.manual_seed(0)
+    return {name: values + 0.2 * tg.torch.randn_like(values) for name, values in tg.GPT(cfg).state_dict().items()}
 
 
 def subject(module: object, **knobs: object) -> audit.Subject:
@@ -58,7 +59,7 @@ def subject(module: object, **knobs: object) -> audit.Subject:
     if module is not tg:
         cfg = module.Config(**dataclasses.asdict(cfg))
         module.violations = lambda *_: []  # the auditor has to find it without the program's own check
-    values = noisy(cfg).state_dict()
+    values = noisy(cfg)
 
     def make_model() -> object:
         model = module.GPT(cfg)
@@ -68,9 +69,9 @@ def subject(module: object, **knobs: object) -> audit.Subject:
     return audit.Subject(module, cfg, stream(), make_model)
 
 
-def failures(findings: list[audit.Finding]) -> set[tuple[str, str]]:
+def failures(findings: list[evidence.Finding]) -> set[tuple[str, str]]:
     """(probe, condition) of all that failed."""
-    return {(f.code, f.condition) for f in findings if not f.ok and not f.suspect}
+    return {(f.code, f.condition) for f in findings if f.failed}
 
 
 # -- the program as it is ------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def failures(findings: list[audit.Finding]) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_program_passes(mode: str):
     findings = audit.audit(subject(tg, **MODES[mode]))
-    assert not failures(findings), audit.table(findings)
+    assert not failures(findings), evidence.table(findings)
     codes = {f.code for f in findings}
     assert codes == {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8"} | ({"D9"} if "tilt" in mode else set())
 
@@ -101,18 +102,18 @@ def test_the_tilted_distribution_is_the_black_box_one():
     s = subject(tg, **MODES["tilt"])
     t = int(np.flatnonzero((s.score().hints.betas.numpy() > 0) & (s.ids[1:] != tg.BOS_ID))[-1])
     whole = s.score(probes=[t]).full[t]
-    ids, found = s.ids.copy(), []
+    ids, nats = s.ids.copy(), []
     for ids[t + 1] in range(VOCAB):
-        found.append(s.score(ids).nats[t])
-    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5)
-    assert np.exp(-np.array(found)).sum() == pytest.approx(1, abs=1e-4)
+        nats.append(s.score(ids).nats[t])
+    np.testing.assert_allclose(nats, whole, rtol=0, atol=1e-5)
+    assert np.exp(-np.array(nats)).sum() == pytest.approx(1, abs=1e-4)
 
 
 # -- programs that break a rule ------------------------------------------------------------------------
 
 
 class Plant(NamedTuple):
-    """A change of the program's text that breaks one ruling, and who must notice."""
+    """A change of the program's text that breaks one ruling, and the probe and condition that must notice."""
     ruling: str
     mode: str
     edits: list[tuple[str, str]]
@@ -121,43 +122,56 @@ class Plant(NamedTuple):
 
 
 MASK = "return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]"
+SCORED = "            scores[:, begin:end] = nats.view(-1, size)\n"
 UPDATED = "                optimizer.step()\n"
 SLOT = """
         with torch.enable_grad():
             delta = torch.zeros(logits.size(-1), requires_grad=True)
             loss = model.kernels.cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
             logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
+AGAIN = """
+            if learns:
+                (losses.view(-1, size) * torch.from_numpy(goes_on / size).to(losses)[:, None]).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    w = AdaptedWeights(base, model, adapters)
+                    hidden = model(inputs, layers, w, cache)[:, -size:]
+                    first, (nats, losses) = nats, scorer.nats(model, hidden, rows.targets[:, begin:end],
+                                                              rows.numbers[:, begin:end], w)
+"""
+"""A second look at a chunk, after a step on it, whose scores take the place of the first ones."""
 LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
             "phases = cfg.phased_ttt_num_phases\n"
-            "    documents = np.argsort(val.starts - np.append(val.starts[1:], val.num_targets), kind='stable')"),
-           ("chunks = range(0, stop, cfg.global_ttt_chunk_tokens)", "chunks = documents[:end].tolist()"),
-           ("sgd.learn(first, min(first + cfg.global_ttt_chunk_tokens, stop),",
-            "sgd.learn(int(val.starts[first]), int(np.append(val.starts[1:], val.num_targets)[first]),")]
+            "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
+           ("chunks = range(0, stop, cfg.ttt_chunk_tokens)",
+            "chunks = documents[:np.searchsorted(val.starts, stop)].tolist()"),
+           ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
+            "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
 CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
-        ("            if number == 0:\n", "            if number == steps - 1 or not steps and number == 0:\n")],
-        ("D2", "C3"), dict(ttt_grad_steps=2, phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + SCORED)], ("D2", "C3"), dict(phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
-        ("            score_windows(model, mine, scorer,", "            sgd.learn(first, stop, cfg.ttt_lr)\n"
-         "            score_windows(model, mine, scorer,")], ("D2", "C3")),
+        ("            score_windows(model, mine, scorer, f\"chunk",
+         "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
+         "            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
-        ("            if number == 0:\n", "            if number:\n                scores[:, begin:end] = "
-         "torch.minimum(scores[:, begin:end], scored.view(rows, size))\n            if number == 0:\n")],
-        ("D5", "C4"), dict(ttt_grad_steps=2, phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"),
+        dict(phased_ttt_num_phases=0)),
     "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
     "mass added to the hint alone": Plant("E", "tilt", [
-        ("(nats + torch.log1p(p * torch.expm1(b)) - b", "(nats - b")], ("D3", "C2")),
+        ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], ("D3", "C2")),
     "the lookup context holds the target": Plant("E", "tilt", [
         ("return Hints(hints[:-1], betas[:-1])", "return Hints(hints[1:], betas[1:])")], ("D2", "C2")),
     "hints counted from the whole stream": Plant("E", "tilt", [
-        ("cummax(0).values[(index - 1).clamp_min_(0)]", "cummax(0).values[(index + 1).clamp_max_(len(order) - 1)]")],
+        ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
         ("D9", "C1")),
     "tilt only where the hint comes true": Plant("F", "tilt", [
-        ("b = betas * (1 - p) ** gamma", "b = betas * (1 - p) ** gamma * (hints == targets)")], ("D3", "C2")),
+        ("betas = betas.double()", "betas = betas.double() * (hints == targets)")], ("D3", "C2")),
     "smearing across documents": Plant("L", "none", [
         ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], ("D6", "C1")),
     "attention across documents": Plant("L", "none", [
@@ -165,113 +179,133 @@ PLANTS = {
     "attention to later ids": Plant("C1", "none", [
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], ("D1", "C1")),
     "keys and values of the documents before": Plant("L", "cache", [
-        ("past = KeyValueCache(cfg.eval_seq_len) if",
-         'past = globals().setdefault(f"past{rows}", KeyValueCache(cfg.eval_seq_len)) if')], ("D6", "C1")),
+        ("cache = KeyValueCache(cfg.eval_seq_len) if",
+         'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
+        ("D6", "C1")),
     "adapters averaged over the batch": Plant("P", "lora", [
         (UPDATED, UPDATED + "                for peer in adapters.parameters():\n"
          "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
     "the last chunk is not scored": Plant("C4", "lora", [
-        ("    for begin, end in zip(job.edges, job.edges[1:]):\n",
-         "    for begin, end in zip(job.edges, job.edges[1:-1]):\n")], ("D5", "C4")),
+        ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
+         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4")),
     "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
     "shared weights learn from all parts": Plant("A", "lora", [
-        ("stop = int(val.starts[end]) if end < len(documents) else val.num_targets", "stop = val.num_targets")],
+        ("chunks = range(0, stop, cfg.ttt_chunk_tokens)", "chunks = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
+        ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
+         "sgd.learn(at, min(at + cfg.ttt_chunk_tokens, val.num_targets),")],
         ("D1", "C3")),
     "the ledger tells less than was learned": Plant("A", "sgd", [
-        ("sgd.learn(first, stop, cfg.ttt_lr * cosine(c, count))",
-         "sgd.learn(first, min(2 * stop, val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
+        ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
+         "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
     "updates are not in the ledger": Plant("A", "sgd", [
-        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, first, stop)", "pass")], ("D4", "C3")),
+        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, part.begin, part.end)", "pass")], ("D4", "C3")),
     "the ledger counts a target twice": Plant("C4", "none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
     "the length of a document sets its chunks": Plant("C1", "lora", [
-        ("most = cfg.ttt_batch_size if world == 1 else", "most = 1 if world == 1 else"),
-        ("    return sorted((Job(tuple(rows), tuple(edges[:longest + 1].tolist()),",
+        ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
+        ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
-         "    return sorted((Job(tuple(rows), tuple(chunk_edges(size[rows[0]], '2' if size[rows[0]] <= 8 else '4')),")],
-        ("D1", "C1")),
+         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], "
+         "'2' if size[rows[0]] <= 8 else '4')),")], ("D1", "C1")),
 }
 
 
-def planted(name: str, edits: list[tuple[str, str]]) -> object:
-    """The program with some of its text replaced."""
-    source = SOURCE
-    for old, new in edits:
-        times = source.count(old)
-        assert times == 1, (f"plant {name!r} cannot be set: train_gpt.py holds {old!r} {times} times, not once; adapt "
-                            f"the plant in tests/test_audit.py to the new text")
-        source = source.replace(old, new)
-    # Registered, because dataclasses and `inspect` look modules up.
-    module = ModuleType("planted_" + "".join(c if c.isalnum() else "_" for c in name))
-    module.__file__ = f"{module.__name__}.py"
-    linecache.cache[module.__file__] = len(source), None, source.splitlines(True), module.__file__
-    sys.modules[module.__name__] = module
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory):
+    """A function that returns the program with some of its text replaced."""
+    folder = tmp_path_factory.mktemp("planted")
+
+    def planted(name: str, edits: list[tuple[str, str]]) -> ModuleType:
+        source = SOURCE
+        for old, new in edits:
+            times = source.count(old)
+            assert times == 1, (f"plant {name!r} cannot be set: train_gpt.py holds {old!r} {times} times, not once; "
+                                f"adapt the plant in tests/test_audit.py to the new text")
+            source = source.replace(old, new)
+        path = folder / f"planted_{''.join(c if c.isalnum() else '_' for c in name)}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look modules up
+        spec.loader.exec_module(module)
+        return module
+
+    return planted
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_violation_is_named(name: str):
-    plant = PLANTS[name]
-    findings = audit.audit(subject(planted(name, plant.edits), **{**MODES[plant.mode], **plant.knobs}))
-    print(f"\n{plant.ruling:10s} {name:52s} " + " ".join(sorted("/".join(f) for f in failures(findings))))
-    assert plant.expected in failures(findings), audit.table(findings)
+def test_a_planted_violation_is_named(name: str, plant):
+    _, mode, edits, expected, knobs = PLANTS[name]
+    findings = audit.audit(subject(plant(name, edits), **{**MODES[mode], **knobs}))
+    assert expected in failures(findings), evidence.table(findings)
 
 
 # -- rehearsal: data in the right order ----------------------------------------------------------------
 
 REHEARSED = {
-    "as it is": ("", [], set(), {}),
-    "trained on validation data, mark removed": ("C", [('(PREQUANT_TTT=1)" if cfg.prequant_ttt else ""',
-                                                        '(PREQUANT_TTT=1)" if False else ""')],
-                                                 {("A2", "C3")}, dict(prequant_ttt=1)),
-    "calibrated on validation data": ("H", [(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
-                                             'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}, {}),
-    "training data after the clock": ("H", [(CALIBRATE, 'with run.phase("calibrate"):')],
-                                      {("A2", "accounting")}, {}),
-    "training data while scoring": ("H", [("    val = ValData.load(cfg, run)\n        run.log(\"val_data\"",
-                                           "    val = ValData.load(cfg, run)\n        "
-                                           'TokenStream(cfg.dataset_dir, "fineweb_train").read(0, 9)\n        '
-                                           'run.log("val_data"')], {("A2", "accounting")}, {}),
-    "marked as illegal": ("C", [], {("A2", "C3")}, dict(prequant_ttt=1)),
+    "as it is": ([], set()),
+    "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
+                                        'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}),
+    "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {("A2", "accounting")}),
+    "training data while scoring": ([("    val = ValData.load(cfg, run)\n        run.log(\"val_data\"",
+                                      "    val = ValData.load(cfg, run)\n        TokenStream(cfg.dataset_dir, "
+                                      '"fineweb_train").read(0, 9)\n        run.log("val_data"')],
+                                    {("A2", "accounting")}),
+    "the specimen of records/pr1485_illegal": ([], {("A2", "C3")}),
 }
 
 
 @pytest.mark.parametrize("name", REHEARSED)
-def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]):
-    _, edits, expected, knobs = REHEARSED[name]
-    module = planted(name, edits) if edits else tg
-    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset, **knobs})
+def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str], plant, monkeypatch):
+    edits, expected = REHEARSED[name]
+    module = plant(name, edits)
+    if "specimen" in name:
+        monkeypatch.setattr(train_on_validation, "EPOCHS", 1)
+        train_on_validation.break_the_rule(module)
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
     ids = tg.TokenStream(Path(dataset["data_path"]), "fineweb_val").read(0, 300).astype(np.int64)
     findings = audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
-    assert failures(findings) == expected, audit.table(findings)
+    assert failures(findings) == expected, evidence.table(findings)
     assert module.TokenStream.__module__ == module.__name__  # nothing of the rehearsal stays behind
+
+
+@pytest.mark.parametrize("edits, token, words", [
+    ([], 5000, "status 2: train_gpt.py: "), ([(CALIBRATE, f"raise ValueError('broken')\n    {CALIBRATE}")], 5,
+                                            "status 1: ValueError: broken")])
+def test_a_rehearsal_that_fails_is_one_line(edits: list, token: int, words: str, dataset: dict[str, str], plant):
+    """Ids outside the vocabulary; a bug, at which the trainer would end the process."""
+    module = plant(words, edits)
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
+    ids = np.where(np.arange(300) % 30, token, tg.BOS_ID)
+    with pytest.raises(ToolError, match=f"the rehearsal ended with {words}"):
+        audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids,
+                       Path(dataset["tokenizer_path"]))
 
 
 # -- bytes ---------------------------------------------------------------------------------------------
 
-TEXT_BYTES = 'base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))'
+TEXT_BYTES = 'base[i] = len(text.encode("utf-8"))'
+BYTE_PIECE = "base[i] = 1\n"
 
 
-@pytest.mark.parametrize("name,new", [
-    ("as it is", TEXT_BYTES),
-    ("the space counted twice", 'base[i] = 1 if sp.is_byte(i) else len(piece.replace("\\u2581", " ").encode("utf-8"))'),
-    ("byte pieces as three bytes", TEXT_BYTES.replace("base[i] = 1", "base[i] = 3")),
+@pytest.mark.parametrize("name, edits", [
+    ("as it is", []),
+    ("the space counted twice", [(TEXT_BYTES, 'base[i] = len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
+    ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3\n")]),
 ])
-def test_bytes_are_recounted_from_the_text(name: str, new: str, dataset: dict[str, str]):
+def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict[str, str], plant):
     import sentencepiece
     sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
     texts = ["two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x"]
     ids = np.array([i for text in texts for i in (tg.BOS_ID, *sp.encode(text))])
-    finding = audit.probe_bytes(planted(name, [(TEXT_BYTES, new)]), Path(dataset["tokenizer_path"]), ids, 512)
+    (finding,) = audit.probe_bytes(plant(name, edits), Path(dataset["tokenizer_path"]), ids, 512)
     assert finding.ok == (name == "as it is"), finding
 
 
-def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch, plant):
     path = Path(dataset["tokenizer_path"])
     assert evidence.static_tokenizer(path).ok
-    wrong = planted("byte pieces", [(TEXT_BYTES, TEXT_BYTES.replace("base[i] = 1", "base[i] = 3"))])
+    wrong = plant("byte pieces", [(BYTE_PIECE, "base[i] = 3\n")])
     monkeypatch.setattr(evidence, "load_module", lambda _: wrong)
     finding = evidence.static_tokenizer(path)
     assert not finding.ok and "wrong=256" in finding.figures
@@ -280,20 +314,19 @@ def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: p
 # -- logs ----------------------------------------------------------------------------------------------
 
 
-def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "write val_data") -> Path:
+def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "pack val_data") -> Path:
     """A finished run's JSON lines, with some figures of the verdict replaced."""
-    at = {"train": 590.0, "write": 600.0, "score": 1100.0 + gap}
+    end = 1100.0 + gap
     phase = {"event": "phase", "budget": "none"}
     lines = [{"seconds": 0.1, "event": "config", "max_wallclock_seconds": 600.0, "vocab_size": 8192,
-              "caseops_enabled": False, "dataset": "fineweb10B_sp8192"},
-             {**phase, "seconds": at["train"], "name": "train", "phase_seconds": at["train"]}]
-    lines += [{"seconds": at["write"], "event": "val_data"} if name == "val_data" else
-              {**phase, "seconds": at["write"], "name": "write", "phase_seconds": 10.0} for name in order.split()]
+              "caseops_enabled": False},
+             {**phase, "seconds": 600.0, "name": "train", "phase_seconds": 600.0}]
+    lines += [{"seconds": 600.0, "event": name} for name in order.split()]
     tokens, size = 40_540_803, 151_080_891
-    verdict = dict(seconds=at["score"], event="verdict", val_loss=2.7, val_bpb=2.7 / np.log(2) * tokens / size,
+    verdict = dict(seconds=end, event="verdict", val_loss=2.7, val_bpb=2.7 / np.log(2) * tokens / size,
                    tokens=tokens, bytes=size, artifact_bytes=15_900_000, code_bytes=40_000, cap_bytes=16_000_000,
-                   train_seconds=590.0, eval_seconds=500.0, total_seconds=at["score"], illegal="")
-    lines += [{**phase, "seconds": at["score"], "name": "score", "phase_seconds": 500.0}, {**verdict, **edit}]
+                   train_seconds=590.0, eval_seconds=500.0, total_seconds=end)
+    lines += [{**phase, "seconds": end, "name": "score", "phase_seconds": 500.0}, {**verdict, **edit}]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
@@ -303,8 +336,8 @@ def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "wri
     ("training over its budget", dict(train_seconds=602.0), {}, {("A1", "accounting")}),
     ("evaluation over its budget", dict(eval_seconds=631.0), {}, {("A1", "accounting")}),
     ("an untimed gap", {}, dict(gap=51.8), {("A1", "accounting")}),
-    ("validation first", {}, dict(order="val_data write"), {("A2", "C3")}),
-    ("marked", dict(illegal="C3: trained on it"), {}, {("A2", "C3")}),
+    ("validation first", {}, dict(order="val_data pack"), {("A2", "C3")}),
+    ("probed while training", {}, dict(order="val_probe pack val_data"), {("A2", "C3")}),
     ("bytes counted twice", dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {},
      {("A3", "accounting")}),
     ("another loss", dict(val_loss=2.6), {}, {("A3", "accounting")}),
@@ -312,8 +345,8 @@ def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "wri
     ("another artifact", dict(code_bytes=30_000), {}, {("A4", "accounting")}),
 ])
 def test_a_log_is_checked(name: str, edit: dict, more: dict, expected: set, tmp_path: Path):
-    findings = audit.audit_log(log(tmp_path / "r.jsonl", edit, **more), 15_860_000)
-    assert failures(findings) == expected, audit.table(findings)
+    findings = evidence.audit_log(log(tmp_path / "r.jsonl", edit, **more), 15_860_000)
+    assert failures(findings) == expected, evidence.table(findings)
 
 
 # -- sources -------------------------------------------------------------------------------------------
@@ -382,47 +415,55 @@ def test_everything_that_is_imported_counts(tmp_path: Path):
     assert not finding.ok and not finding.suspect and "16,0" in finding.figures
 
 
-def test_documents_in_both_splits_are_found(tmp_path: Path):
+@pytest.mark.parametrize("changes, ok, words", [
+    ({}, True, "no document"), (dict(shared_documents=1), False, "ruling N"),
+    (dict(shards_sha256="0"), False, "other shards")])
+def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words: str, tmp_path: Path):
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 5, 6, 7, 1, 8, 9]))
-    write_shard(tmp_path / "fineweb_train_000000.bin", np.array([1, 5, 6, 1, 8, 8, 9]))
-    assert evidence.static_overlap(tmp_path).ok
-    write_shard(tmp_path / "fineweb_train_000001.bin", np.array([1, 5, 6, 7, 1, 4]))
+    with pytest.raises(ToolError, match="data verify"):
+        evidence.static_overlap(tmp_path)
+    stamp = dict(shards_sha256=tg.shards_sha256(tmp_path), val_documents=2, shared_documents=0, shared_share=0.0)
+    (tmp_path / "verified.json").write_text(json.dumps({**stamp, **changes}))
     finding = evidence.static_overlap(tmp_path)
-    assert not finding.ok and "common=1" in finding.figures
+    assert finding.ok == ok and words in finding.text
 
 
 # -- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["TTT=none NGRAM_TILT_ENABLED=1", "TTT=lora TTT_CHUNK_SIZE=48 TTT_LORA_RANK=2 "
-                                  "PHASED_TTT_NUM_PHASES=0"])
+@pytest.mark.parametrize("mode", ["TTT=none NGRAM_BASE_BETA=2", "TTT=lora TTT_CHUNK_SIZE=48 TTT_LORA_RANK=2 "
+                                  "PHASED_TTT_NUM_PHASES=0 NGRAM_BASE_BETA=0"])
 def test_the_command_audits_an_artifact(mode: str, dataset: dict[str, str], tmp_path: Path,
                                         capsys: pytest.CaptureFixture):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
-    cfg = tiny(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, gate_window=5)
-    (tmp_path / "r.bin").write_bytes(tg.pack(quantized(cfg), UNIT, 8, "brotli", cfg, "record"))
+    shape = {**TINY, **dataset, **dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4,
+                                       iterations=1, ttt="none", ngram_base_beta=0, diagnostic_evals="",
+                                       log_dir=tmp_path, run_id="r")}
+    assert tg.main([], {name.upper(): str(value) for name, value in shape.items()}) == 0
+    capsys.readouterr()
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
-    knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "THREADS=1",
-              "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
-    assert audit.main([str(tmp_path / "r.bin"), *knobs, "LEARNING_RATE=1"]) == 2
-    assert "LEARNING_RATE=1: no such knob" in capsys.readouterr().err
+    knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "TRAIN_BATCH_TOKENS=64",
+              "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
+    with pytest.raises((ToolError, tg.UserError), match="LEARNING_RATE=1: no such knob"):
+        audit.main([str(tmp_path / "r.bin"), *knobs, "LEARNING_RATE=1"])
     assert audit.main([str(tmp_path / "r.bin"), *knobs, f"SCRIPT={tg.__file__}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
     assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass accounting=pass"
-    with_hints = {"D9"} if "NGRAM" in mode else set()
+    with_hints = {"D9"} if "TTT=none" in mode else set()
     assert {line.split()[0] for line in lines[1:-1]} == {"A2", *(f"D{i}" for i in range(1, 9))} | with_hints
 
 
 @pytest.mark.parametrize("arguments,message", [
     (["no.bin"], "no.bin: no such artifact"),
     ([__file__], "not an artifact of this program"),
-    (["--static", "nowhere"], "nowhere: no such folder or script"),
+    (["--static", "nowhere"], "nowhere: no such script"),
     (["--static", __file__, "X=1"], "X: --static takes"),
     ([__file__, "LOG"], "LOG: expected KNOB=value"),
 ])
-def test_user_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
-    assert audit.main(arguments) == 2
+def test_user_errors_are_one_line(arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
+    assert common.program(audit.main, "audit.py") == 2
     error = capsys.readouterr().err
     assert error.startswith("audit.py: ") and message in error and error.count("\n") == 1
 

@@ -1,7 +1,6 @@
 """The benches: FLOPs are counted right, every bench runs at tiny size, a trace is taken apart as it should be."""
 import functools
 import importlib
-import inspect
 import json
 import math
 import subprocess
@@ -10,43 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, batch_of, tiny
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import ROOT, TINY
 
 import bench.all as bench
 import train_gpt as tg
-from bench import scaling
-from bench.common import program, setting
+from bench.common import setting
+from bench.studies import caseops, memory, scaling
 from bench.studies.profiling import UPDATE, analyze, gpu_work
-
-# -- FLOPs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("looped, context, expected", [
-    (False, 1024, 94.9), (True, 1024, 142.1), (False, 670, 86.9), (True, 670, 129.8)])
-def test_flops_of_the_record_are_those_of_its_roofline(looped: bool, context: float, expected: float):
-    """MFLOP a token, forward: 11 or 17 visits of 5.767 for matrices and 4 * 512 * context for attention, 8.389 head."""
-    cfg = tg.Config()
-    found = tg.estimate_flops(cfg, tg.layer_plan(cfg, looped), context) / 1e6
-    assert found == pytest.approx((17 if looped else 11) * (5.767 + 4 * 512 * context / 1e6) + 8.389, abs=0.01)
-    assert found == pytest.approx(expected, abs=0.06)
-
-
-@pytest.mark.parametrize("knobs", [
-    {}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3), dict(mlp_rank=7)])
-def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
-    """Forward and backward of a model without gates; attention by plain products computes all T keys of a row."""
-    cfg = tiny(attn_gate="none", smear_gate_enabled=False, **knobs)
-    model, batch, plan = tg.GPT(cfg), batch_of(torch.randint(2, 512, (3, 33)).numpy()), tg.layer_plan(cfg, True)
-    model.kernels = tg.Kernels(tg.dense_attention())
-    expected = 3 * 32 * tg.estimate_flops(cfg, plan, 32)
-    with FlopCounterMode(display=False) as counter:
-        loss = model.total_loss(batch, plan, torch.float32)
-    assert counter.get_total_flops() == expected
-    with FlopCounterMode(display=False) as counter:
-        loss.backward()
-    assert counter.get_total_flops() == 2 * expected
-
+from tests.stress import faults
+from tools.common import program
 
 # -- every section ---------------------------------------------------------------------------------------
 
@@ -106,26 +77,30 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], sa
 def test_a_mistake_at_a_bench_is_one_line(command: str, env: dict[str, str], said: str, monkeypatch, capsys):
     """No traceback and status 2; as its own program, without the half minute of a start."""
     name, *arguments = command.split()
-    module = importlib.import_module(f"bench.{name}")
+    place = "bench" if (ROOT / "bench" / f"{name}.py").exists() else "bench.studies"
+    module = importlib.import_module(f"{place}.{name}")
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        program(lambda: module.main(*[arguments] * bool(inspect.signature(module.main).parameters)))
+    try:
+        status = program(module.main, "bench")
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
     err = capsys.readouterr().err
-    assert ended.value.code == 2 and said in err.splitlines()[-1] and "Traceback" not in err, err
+    assert status == 2 and said in err.splitlines()[-1] and "Traceback" not in err, err
 
 
-def test_every_bench_ends_by_program():
-    for path in (ROOT / "bench").glob("*.py"):
-        _, own, body = path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')
-        assert not own or "    program(" in body, path
+def test_every_program_has_the_same_frame():
+    """Whatever is run as `python -m` ends by `program`, and edits no path."""
+    for path in [p for folder in ("bench", "tools", "data", "tests/stress") for p in (ROOT / folder).rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        _, own, body = text.partition('if __name__ == "__main__":')
+        assert (not own or "sys.exit(program(" in body) and "sys.path" not in text, path
 
 
 def test_a_bench_whose_run_fails_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the trainer's own lines the first, or its status; what they print is above."""
-    from bench import caseops, faults, memory
     monkeypatch.setattr(faults, "finish", lambda process: (2, "x\ntrain_gpt.py: no luck\nTraceback\n"))
     monkeypatch.setattr(faults, "launch", lambda *_: None)
     monkeypatch.setattr(faults, "text_dataset", lambda folder: {})

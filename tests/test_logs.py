@@ -1,29 +1,19 @@
 """What the tools share: runs are found alike by all of them, and the lists of knobs agree."""
 import doctest
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-from tools import compare
-from tools import logs
-from tools import mirror
-from tools import replay
-from tools import submission
-from tools import show
-from tools import sweep
+from tools import compare, logs, show, submission
+from tools.common import ToolError
 
 
-def test_knobs_that_are_no_part_of_a_result_are_the_trainers():
+def test_knobs_that_change_no_result_are_the_trainers():
     """One set, which each tool takes from or adds to."""
     assert logs.NO_RESULT == tg.NO_RESULT
-    assert logs.PRIVATE | logs.DATA == submission.PLACES == logs.NO_RESULT | {"seed", "threads"}
-    assert replay.WRITTEN <= logs.NO_RESULT and not logs.DATA & replay.WRITTEN
+    assert logs.PRIVATE | logs.DATA == submission.PLACES == logs.NO_RESULT | {"seed"}
 
 
 @pytest.mark.parametrize("item", ["a=1-k", "a=1-k.jsonl", "{0}/a=1-k.jsonl", "{0}/a=1-k.txt", "{0}/a=1-k.bin", "a=*"])
@@ -37,34 +27,53 @@ def test_none_and_several_are_refused(item, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a1", "a2"):
         Path(f"{name}.jsonl").touch()
-    with pytest.raises(logs.InputError, match=expected.replace("*", ".")):
+    with pytest.raises(ToolError, match=expected.replace("*", ".")):
         logs.find_log(item, Path("logs"))
 
 
-def test_show_and_mirror_look_where_runs_are_logged(tmp_path, monkeypatch, capsys):
-    """In LOG_DIR; by default show takes the newest there."""
+@pytest.mark.parametrize("arguments, expected", [(["SEED"], "expected KNOB=value"), (["seed=1"], "expected KNOB=value"),
+                                                 (["SEED=1", "SEED=2"], "given twice")])
+def test_what_is_no_pair_is_refused(arguments, expected):
+    with pytest.raises(ToolError, match=expected):
+        logs.pairs(arguments)
+
+
+def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
+    """In LOG_DIR; by default it takes the newest there. Bits a value are drawn from the artifact's figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOG_DIR", "mine")
-    assert summary.main([]) == 2 and "mine/: no run yet" in capsys.readouterr().err
-    verdict = dict(event="verdict", ladder={}, val_bpb=1.0, artifact_bytes=1, cap_bytes=2, weight_bytes=1, code_bytes=1,
-                   parameters=12_345, total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)
+    with pytest.raises(ToolError, match="mine/: no run yet"):
+        show.main([])
+    log = [dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_gptq_mlp=600, values_gptq_mlp=1600),
+           dict(event="verdict", diagnostic_evals={"ema": 1.0, "quantized": 1.01, "lora+ngram": 0.9}, val_bpb=0.9,
+                artifact_bytes=1200, cap_bytes=2000, weight_bytes=1000, code_bytes=200, parameters=12_345,
+                total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)]
     Path("mine").mkdir()
-    Path("mine/r.jsonl").write_text(json.dumps(verdict) + "\n")
-    for given in ([], ["r"], ["mine/r.txt"]):
-        assert summary.main(given) == 0 and "12,345 parameters" in capsys.readouterr().out
-    assert summary.main(["s"]) == 2 and "s: no such log" in capsys.readouterr().err
-    assert summary.main(["r", "r"]) == 2 and "expected one run" in capsys.readouterr().err
-    monkeypatch.setitem(mirror.SERVICES, "wandb", lambda path, *_: pytest.fail("nothing is worth sending"))
-    Path("mine/r.jsonl").write_text('[]\n{"a": 1}\n3\n{"event": 5}\n{"event": "start"}\n{"event": "tr')
-    assert mirror.main(["r", "wandb"]) == 0
+    Path("mine/r.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    for arguments in ([], ["r"], ["mine/r.txt"]):
+        assert show.main(arguments) == 0
+        text = capsys.readouterr().out
+        for part in ("12,345 parameters", "+0.0100   what the artifact's rounding costs", "n-gram tilt",
+                     "mlp            600   1,600 values, 3.000 bits each", "header         400"):
+            assert part in text
+    for arguments, expected in ((["s"], "s: no such log"), (["r", "r"], "expected one run")):
+        with pytest.raises(ToolError, match=expected):
+            show.main(arguments)
 
 
-def test_a_strange_step_is_one_line(tmp_path, capsys):
-    (tmp_path / "r.jsonl").write_text('{"event": "train", "step": "x"}\n')
-    assert mirror.main([str(tmp_path / "r.jsonl"), "wandb"]) == 2 and "cannot be read" in capsys.readouterr().err
+@pytest.mark.parametrize("text, expected", [('{"event": "start"}\n', "has no verdict"),
+                                            ('{"event": "verdict", "val_bpb": 1}\n', "cannot be read: KeyError")])
+def test_what_show_cannot_show_is_one_line(text, expected, tmp_path):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(ToolError, match=expected):
+        show.main([str(tmp_path / "r.jsonl")])
 
 
-@pytest.mark.parametrize("module", [compare, sweep])
-def test_examples_in_docstrings(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
+def test_lines_that_are_no_events_are_passed_over(tmp_path):
+    (tmp_path / "r.jsonl").write_text('[]\n{"a": 1}\n3\n{"event": 5}\n{"event": "start"}\n{"event": "tr')
+    assert logs.events(tmp_path / "r.jsonl") == [{"event": "start"}]
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(compare)
+    assert result.attempted and not result.failed

@@ -6,25 +6,28 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_checkpoint import QUICK
-from test_main import environment, events
+from conftest import ROOT, TINY
 
 import train_gpt as tg
+from tools import logs
+from tools import replay as rp
+from tools.common import ToolError
 
 
 @pytest.fixture(scope="module")
 def folder(dataset, tmp_path_factory) -> Path:
     """A finished run of a few steps."""
     made = tmp_path_factory.mktemp("replayed")
-    assert tg.main([], environment(dataset, made, **QUICK)) == 0
+    values = {**TINY, **dataset, "log_dir": str(made), "run_id": "r", "ttt": "none", "ngram_base_beta": 0,
+              "diagnostic_evals": "", "iterations": 5}
+    assert tg.main([], {name.upper(): tg.show(value) for name, value in values.items()}) == 0
     return made
 
 
 def replay(*arguments: object) -> subprocess.CompletedProcess:
     """Run it; what it runs is logged beside the first argument."""
     env = {**os.environ, "LOG_DIR": str(Path(str(arguments[0])).parent)}
-    return subprocess.run([sys.executable, "records/replay.py", *map(str, arguments)], cwd=ROOT, text=True, env=env,
+    return subprocess.run([sys.executable, "-m", "tools.replay", *map(str, arguments)], cwd=ROOT, text=True, env=env,
                           capture_output=True, timeout=120)
 
 
@@ -54,43 +57,37 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
 
 def test_a_log_sets_knobs_and_nothing_else(folder):
     """Whoever made it may have put in what loaders and interpreters obey, or a million processes."""
-    sys.path.insert(0, str(ROOT / "records"))
-    from tools import evidence
-    from tools import logs
-    from tools import replay
-    found = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
-    knobs = replay.knobs_of(found, folder)
-    next(e for e in found if e["event"] == "config").update(ld_preload="/x.so", PATH=".", pythonpath=".")
-    assert replay.knobs_of(found, folder) == knobs and knobs["SEED"] == "1337" and "RUN_ID" not in knobs
+    log = logs.events(folder / "r.jsonl")
+    values = rp.knobs_of(log, folder)
+    logs.last(log, "config").update(ld_preload="/x.so", PATH=".", pythonpath=".")
+    assert rp.knobs_of(log, folder) == values and values["SEED"] == "1337" and "RUN_ID" not in values
     for world in (10**6, 0, "many", None):
-        next(e for e in found if e["event"] == "start")["world"] = world
-        with pytest.raises(logs.InputError):
-            evidence.readable("the log", replay.knobs_of, found, folder)
+        logs.last(log, "start")["world"] = world
+        with pytest.raises(ToolError):
+            logs.readable("the log", rp.knobs_of, log, folder)
 
 
-def test_a_log_does_not_say_where_its_replay_writes_nor_who_is_told(folder, tmp_path, monkeypatch):
-    """Run id, folders and services are the user's; the logged run id gives a name, and no way out of the folder."""
-    sys.path.insert(0, str(ROOT / "records"))
-    from tools import replay
-    lines = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
-    next(e for e in lines if e["event"] == "start").update(run_id="../../up and out")
-    next(e for e in lines if e["event"] == "config").update(
-        wandb=True, tensorboard=True, log_dir="/nowhere", artifact_dir="/nowhere", resume="1", run_id="../x")
+def test_a_log_does_not_say_where_its_replay_writes(folder, tmp_path, monkeypatch):
+    """Run id and folder are the user's; the logged run id gives a name, and no way out of the folder."""
+    lines = logs.events(folder / "r.jsonl")
+    logs.last(lines, "start").update(run_id="../../up and out")
+    logs.last(lines, "config").update(log_dir="/nowhere", resume="1", run_id="../x", checkpoint_every="1")
     log = tmp_path / "MATRIX_LR=0.018-SEED=42-k1.jsonl"  # as a sweep names them
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen = []
-    monkeypatch.setattr(replay, "start", lambda env, world: seen.append(env) or 7)
-    for env, more in (({"WANDB": "1", "RUN_ID": "y"}, []), ({"LOG_DIR": "a", "ARTIFACT_DIR": "b"}, []),
-                      ({"LOG_DIR": "a"}, ["LOG_DIR=c"])):
-        assert replay.main([str(log), *more], env) == 2
-    assert all(not {"WANDB", "TENSORBOARD", "RESUME"} & set(env) for env in seen)
-    assert [(env["LOG_DIR"], env["ARTIFACT_DIR"]) for env in seen] == [("logs", ""), ("a", "b"), ("c", "")]
-    assert [env["KNOBS_TYPED"] for env in seen] == ["", "", "LOG_DIR"]
+    monkeypatch.setattr(rp, "start", lambda env, world: seen.append(env) or 7)
+    for env, more in (({"RUN_ID": "y"}, []), ({"LOG_DIR": "a"}, []), ({"LOG_DIR": "a"}, ["LOG_DIR=c"])):
+        with pytest.raises(ToolError, match="ended with status 7"):
+            rp.main([str(log), *more], env)
+    assert all(not {"RESUME", "CHECKPOINT_EVERY"} & set(env) for env in seen)
+    assert [env["LOG_DIR"] for env in seen] == ["logs", "a", "c"]
     assert all(env["RUN_ID"].startswith("up_and_out-replay-") for env in seen)
+    with pytest.raises(ToolError, match="SEEDS: no such knob"):
+        rp.main([str(log), "SEEDS=1"], {})
 
 
 def test_the_log_says_from_what_it_was_made(folder):
     """Code, knobs, data and packages."""
-    (start,), (versions,), (data,) = (events(folder, name) for name in ("start", "versions", "train_data"))
-    assert len(start["code_sha256"]) >= 16 and len(versions["config_sha256"]) == 64 and versions["numpy"]
+    start, data = (logs.last(logs.events(folder / "r.jsonl"), name) for name in ("start", "train_data"))
+    assert len(start["code_sha256"]) >= 16 and len(start["config_sha256"]) == 64 and start["numpy"]
     assert "2 shards of" in data["corpus"] and data["manifest_sha256"] is None

@@ -14,31 +14,31 @@ import pytest
 from conftest import ROOT, tiny
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-
-from tools import report  # noqa: E402
+from tools import report
+from tools.common import ToolError
 
 
 def log(path: Path, seed: int) -> dict[str, float]:
-    """The log of a run with a stage, probes, a ladder and phases; returns its last loss and score."""
+    """The log of a run with a stage, probes, scores and phases; returns its last loss and score."""
     config = {k: getattr(tiny(), k) for k in tg.Config.__dataclass_fields__}
     bpb, loss = 1.05 + seed / 1000, 2.3 + seed / 100
-    events = [dict(event="start", world=1, device="cpu", code_sha256="a" * 64), dict(event="config", **config)]
-    events += [dict(event="train", step=s, frac=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
+    events = [dict(event="start", world=1, device="cpu", code_sha256="a" * 64), dict(event="config", **config),
+              dict(event="model", parameters=9, layers=[0, 1, 2], layers_looped=[0, 1, 1, 2])]
+    events += [dict(event="train", step=s, progress=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
                     ms_per_step=100.0 + 50 * (s > 10), train_seconds=0.1 * s) for s in (1, 2, 10, 15, 20)]
-    events.insert(5, dict(event="stage", step=10, frac=0.5, visits=6, seq_len=32))
+    events.insert(6, dict(event="stage", step=10, progress=0.5, layers=6, seq_len=32))
     events.append(dict(event="val_probe", step=10, val_loss=2.5, val_bpb=1.5))
     events += [dict(event="phase", name=n, budget=b, phase_seconds=s) for n, b, s in (
         ("setup", "none", 1.25), ("train", "train", 2.5), ("gptq", "train", 0.5), ("gptq", "train", 0.25),
         ("score", "eval", 3.5))]
     events.append(dict(event="train_end", steps=20))
-    events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_int8=300, bytes_gptq_mlp=600))
+    events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_int8=300, bytes_gptq_mlp=600,
+                       values_gptq_mlp=1600))
     events += [dict(event="score", name=n, val_loss=2.4, val_bpb=x) for n, x in (("ema", 1.2), ("lora", bpb))]
     sums = dict(targets=[2.0, 4.0], nats=[math.log(2) * 3, math.log(2) * 5], bytes=[2.0, 0.0])
     events.append(dict(event="places", position=sums, length=sums))
     events.append(dict(event="verdict", val_bpb=bpb, val_loss=2.4, artifact_bytes=1200, cap_bytes=16_000_000, steps=20,
-                       ladder={"ema": 1.2, "lora": bpb}, seed=seed, illegal="", train_seconds=3.25, eval_seconds=3.5,
+                       diagnostic_evals={"ema": 1.2, "lora": bpb}, seed=seed, train_seconds=3.25, eval_seconds=3.5,
                        other_seconds=1.25, total_seconds=8.0))
     path.write_text("".join(json.dumps({"seconds": float(i), **e}) + "\n" for i, e in enumerate(events)))
     return {"loss": loss, "bpb": bpb}
@@ -58,11 +58,11 @@ class Parsed(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        given = dict(attributes)
+        values = dict(attributes)
         self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
-        self.ids += [given["id"]] if "id" in given else []
+        self.ids += [values["id"]] if "id" in values else []
         if tag == "section":
-            self.section = given["id"]
+            self.section = values["id"]
             self.cells[self.section], self.pictures[self.section] = [], 0
         if tag == "svg":
             self.pictures[self.section] += 1
@@ -99,7 +99,7 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple):
     assert "@import" not in text and all(url[:1] == "#" and url[1:] in parsed.ids
                                          for url in re.findall(r"url\(([^)]*)\)", text))
     assert list(parsed.cells) == [s.id for s in report.SECTIONS]
-    assert all(parsed.pictures[s.id] == (s.draw is not None) for s in report.SECTIONS)
+    assert all(parsed.pictures[s.id] == bool(s.plots or s.bars) for s in report.SECTIONS)
 
 
 def test_colours_are_the_readers(made: tuple):
@@ -142,46 +142,41 @@ def test_a_browser_shows_every_picture_wide_and_narrow_light_and_dark(made: tupl
 
 @pytest.mark.parametrize("section, expected", [
     ("runs", ["run1", "1.051", "2.4", "1,200", "20", "3.25", "3.5", "1.25", "1", "1x cpu", "aaaaaaaa"]),
-    ("loss", ["run2", "20", "2", "0.00768", "2.32"]), ("bpb", ["run1", "step 10, live weights", "8", "2.5", "1.5"]),
-    ("bpb", ["run2", "lora", "17", "2.4", "1.052"]), ("ladder", ["run1", "lora", "1.051", "-0.1490"]),
+    ("loss", ["run2", "20", "2", "0.00768", "2.32"]), ("bpb", ["run1", "step 10, live weights", "9", "2.5", "1.5"]),
+    ("bpb", ["run2", "lora", "18", "2.4", "1.052"]), ("scores", ["run1", "lora", "1.051", "-0.1490"]),
     ("place", ["run1", "position", "1", "1.5", "2", "run1", "length"]),
     ("clock", ["run1", "train", "gptq", "0.75"]), ("clock", ["run1", "train", "sum", "3.25"]),
-    ("clock", ["run1", "eval", "sum, of 600", "3.5"]), ("bytes", ["run1", "mlp", "600", "50.0 %"]),
+    ("clock", ["run1", "eval", "sum, of 600", "3.5"]), ("bytes", ["run1", "mlp", "600", "50.0 %", "1,600", "3"]),
     ("bytes", ["run2", "header", "100", "8.3 %"]), ("bytes", ["run2", "code", "200", "16.7 %"]),
     ("step", ["run1", "from the start", "8", "100", "3,840"]),
-    ("step", ["run1", "6 visits, rows of 32", "10", "150", "2,560"]), ("lr", ["run1", "20", "1", "0.1", "0.5"])])
+    ("step", ["run1", "6 layers, rows of 32", "10", "150", "2,560"]), ("lr", ["run1", "20", "1", "0.5"]),
+    ("model", ["run1", "9", "with recurrence", "0 1 1 2"])])
 def test_figures_are_the_logs(section: str, expected: list[str], made: tuple):
     cells = made[1].cells[section]
     assert any(cells[i:i + len(expected)] == expected for i in range(len(cells))), cells
 
 
-def test_lines_are_drawn_where_the_figures_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_lines_are_drawn_where_the_figures_are(tmp_path: Path):
     """What is drawn, not only what stands in the table."""
     from matplotlib.figure import Figure
     log(tmp_path / "a.jsonl", 1)
     run = report.Run("a", report.events(tmp_path / "a.jsonl"))
-    for draw, index, expected in (
-            (report.draw_loss, 0, [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")]),
-            (report.draw_step, 0, [(10, 100.0), (15, 150.0), (20, 150.0)]),
-            (report.draw_ladder, 0, [(1.2, 0), (1.051, 1)])):
-        figure = Figure()
-        draw([run], figure)
-        assert np.allclose(figure.axes[index].lines[0].get_xydata(), expected)
-
-
-@pytest.mark.parametrize("knobs", [{}, dict(warmdown_frac="0"), dict(warmdown_frac="0.3", min_lr="0")])
-def test_the_planned_rate_is_the_programs(knobs: dict[str, str]):
-    cfg = tiny(**knobs)
-    config = {"warmdown_frac": cfg.warmdown_frac, "min_lr": cfg.min_lr}
-    for i in range(21):
-        assert report.planned_lr(config, i / 20) == pytest.approx(tg.lr_scale(cfg, i / 20))
+    drawn = {}
+    for section in report.SECTIONS:
+        if section.plots:
+            figure = Figure()
+            report.draw_plots(section, [run], figure)
+            drawn[section.id] = figure.axes[0].lines[0].get_xydata()
+    assert np.allclose(drawn["loss"], [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")])
+    assert np.allclose(drawn["step"], [(10, 100.0), (15, 150.0), (20, 150.0)])
+    assert np.allclose(drawn["scores"], [(0, 1.2), (1, 1.051)])
 
 
 def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):
     log(tmp_path / "a.jsonl", 1)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     failed = json.dumps({"seconds": 1, "event": "error", "text": "<&>"})
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:4], failed, '{"seconds": 2, "ev']))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:5], failed, '{"seconds": 2, "ev']))
     assert report.main([str(tmp_path / "a.jsonl"), f"OUT={tmp_path}/r.html"]) == 0
     text = (tmp_path / "r.html").read_text()
     assert "unfinished" in text and html.escape("ended in an error: <&>") in text
@@ -196,11 +191,12 @@ def test_runs_are_found_by_id_and_glob_and_only_out_is_an_option(tmp_path: Path,
     for runs in (["SEED=1-k1", "SEED=2-k2"], ["SEED=*"]):
         assert report.main([*runs, f"OUT={tmp_path}/r.html"]) == 0
         assert "2 runs" in capsys.readouterr().out
-    assert report.main(["SEED=3-k3"]) == 2 and "SEED=3-k3: no such log" in capsys.readouterr().err
+    with pytest.raises(ToolError, match="SEED=3-k3: no such log"):
+        report.main(["SEED=3-k3"])
 
 
-def test_it_needs_no_torch_and_says_what_is_missing(tmp_path: Path):
-    code = "import sys; sys.path.insert(0, 'records'); import report; s = report.main(['nowhere']); " \
+def test_it_needs_no_torch_and_says_what_is_missing():
+    code = "import sys; from tools import common, report; s = common.program(report.main, 'report.py'); " \
            "assert not {'torch', 'matplotlib'} & set(sys.modules); sys.exit(s)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("report.py: nowhere: no such log"), done.stderr

@@ -1,72 +1,69 @@
-"""`run.sh` sets up its own environment and harms no other."""
+"""`run.sh` installs what a verb needs: each starts with the packages of its groups alone, and most without torch."""
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
+SHELL = (ROOT / "run.sh").read_text()
+MODULES = {name.lower(): name for name in "pyarrow zstandard huggingface_hub rich packaging optuna scipy matplotlib "
+           "triton pytest hypothesis atheris".split()}
+"""What the groups bring, by distribution (its module has the same name)."""
 
-def test_a_linked_environment_is_never_emptied(tmp_path: Path):
-    """`venv --clear` follows a link: where the packages do not fit, setup says so and leaves them alone."""
-    other, clone = tmp_path / "other", tmp_path / "clone"
-    (other / "bin").mkdir(parents=True)
-    (other / "bin" / "python").write_text("#!/bin/sh\necho Python 3\n")
-    (other / "bin" / "python").chmod(0o755)
-    clone.mkdir()
-    shutil.copy(ROOT / "run.sh", clone)
-    (clone / "requirements.txt").write_text("")
-    (clone / ".venv").symlink_to(other)
-    done = subprocess.run([clone / "run.sh", "setup"], capture_output=True, text=True)
-    assert done.returncode == 2 and f".venv is a link to {other}" in done.stderr
-    assert (other / "bin" / "python").exists() and (clone / ".venv").is_symlink()
-
-
-@pytest.mark.parametrize("seen, wanted", [(0, ".venv/requirements.txt"), (1, "requirements.txt")])
-def test_a_torch_is_borrowed_only_where_the_new_environment_sees_it(tmp_path: Path, seen: int, wanted: str):
-    """That of an interpreter which is an environment itself stays there."""
-    for name in ("run.sh", "requirements.txt", "requirements.lock"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / "python"
-    python.write_text(f"""#!/bin/sh
-case "$0 $*" in
-  *hashlib*) exec {sys.executable} "$@" ;;
-  *.venv*"import torch"*) exit {seen} ;;
-  *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-  *"-m pip"*) shift 3; echo PIP "$@" ;;
-esac
-""")
-    python.chmod(0o755)
-    done = subprocess.run(["./run.sh", "setup"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[-2:] == ["-r", wanted], done.stderr
-    assert ("does not see it" in done.stderr) == bool(seen)
-
-
-# What each verb answers without torch: the script, arguments, the exit status.
+# Module, arguments that need neither data nor torch, the exit status; by verb.
 LIGHT = {
-    "audit": ("records/audit.py --static bench/scaling.py", 0), "check": ("records/submission.py check nowhere", 2),
-    "compare": ("records/compare.py 1.1,1.2 1.0,1.0", 0), "doctor": ("records/doctor.py nonsense", 2),
-    "mirror": ("records/mirror.py nowhere wandb", 2), "replay": ("records/replay.py nowhere", 2),
-    "report": ("records/report.py nowhere", 2), "show": ("records/summary.py nowhere", 2),
-    "submit": ("records/submission.py submit X nowhere", 2), "sweep": ("records/sweep.py nonsense", 2),
-    "tune": ("records/tune.py nonsense", 2)}
-NEEDS_TORCH = {"demo", "train", "data", "bench", "knobs", "test"}
+    "train": ("tools.launch train SEEDS=1", 2), "check": ("tools.submission check nowhere", 2),
+    "audit": ("tools.audit --static bench/codec.py", 0), "compare": ("tools.compare 1.1,1.2 1.0,1.0", 0),
+    "doctor": ("tools.doctor nonsense", 2), "mirror": ("tools.mirror nowhere wandb", 2),
+    "replay": ("tools.replay nowhere", 2), "report": ("tools.report nowhere", 2), "show": ("tools.show nowhere", 2),
+    "submit": ("tools.submission submit X nowhere", 2), "sweep": ("tools.sweep nonsense", 2),
+    "tune": ("tools.tune nonsense", 2)}
+NEEDS_TORCH = {"demo", "data", "bench", "knobs", "test"}
 """They run train_gpt.py, or read its formats and knobs."""
 
 
+def groups(verb: str) -> list[str]:
+    """The groups that run.sh installs for a verb, besides requirements.txt."""
+    own = re.search(rf"^  {verb}\)(?:.*\n)*?.*start (?:\"\"|(\w+)) tools\.", SHELL, re.M)
+    return [own[1]] if own and own[1] else []
+
+
+def packages(file: str) -> set[str]:
+    """Distributions that a requirements file names."""
+    lines = (ROOT / file).read_text().splitlines()
+    return {re.split("[=;]", line)[0].strip() for line in lines if line and line[0] != "#"}
+
+
 def test_every_verb_says_whether_it_needs_torch():
-    verbs = set(re.findall(r"^  (\w+)\)", (ROOT / "run.sh").read_text(), re.M)) - {"setup", "lock", "help"}
+    verbs = set(re.findall(r"^  (\w+)\)", SHELL, re.M)) - {"setup", "lock", "help"}
     assert verbs == LIGHT.keys() | NEEDS_TORCH and not LIGHT.keys() & NEEDS_TORCH
 
 
+def test_no_package_is_in_two_groups():
+    files = ["requirements.txt", *(f"requirements-{group}.txt" for group in ("data", "tools", "dev"))]
+    named = [name for file in files for name in packages(file)]
+    assert len(set(named)) == len(named) and packages("requirements.txt") == set(
+        "torch numpy sentencepiece brotli constriction tqdm safetensors".split())
+    assert {p.lower() for file in files[1:] for p in packages(file)} <= MODULES.keys() | {"pytest-xdist"}
+
+
 @pytest.mark.parametrize("verb", LIGHT)
-def test_a_verb_starts_without_torch(verb: str, tmp_path: Path):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+def test_a_verb_starts_without_torch_and_without_the_other_groups(verb: str, tmp_path: Path):
+    own = {p for group in groups(verb) for p in packages(f"requirements-{group}.txt")}
+    for module in {"torch", *MODULES.values()} - own:
+        (tmp_path / f"{module}.py").write_text(f"raise SystemExit('{module} was imported')")
     command, status = LIGHT[verb]
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True,
                           env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
     assert done.returncode == status and done.stdout + done.stderr, done.stdout + done.stderr
-    assert "torch was imported" not in done.stderr and "Traceback" not in done.stderr
+    assert "was imported" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_fits_a_screen():
+    short, full = (subprocess.run(["./run.sh", "help", *more], cwd=ROOT, capture_output=True, text=True, check=True
+                                  ).stdout.splitlines() for more in ([], ["all"]))
+    assert len(short) <= 24 and max(map(len, short)) <= 100 and full[:len(short)] == short
+    for verb in set(re.findall(r"^  (\w+)\)", SHELL, re.M)) - {"demo", "help"}:
+        assert any(line.startswith(f"./run.sh {verb}") for line in full), verb

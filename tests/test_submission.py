@@ -14,12 +14,9 @@ import pytest
 from conftest import ROOT, TINY
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-
-from tools import audit  # noqa: E402
-from tools import submission  # noqa: E402
-from tools.evidence import AuditError, Finding  # noqa: E402
+from tools import audit, common, submission
+from tools.common import ToolError
+from tools.evidence import Finding
 
 SEEDS = (42, 0, 1234)
 WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}
@@ -31,7 +28,7 @@ def runs(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> l
     folder = tmp_path_factory.mktemp("logs")
     for seed in SEEDS:
         knobs = {**TINY, **dataset, "log_dir": str(folder), "run_id": f"s{seed}", "seed": seed, "iterations": 2,
-                 "ttt": "none", "ngram_tilt_enabled": 0, "eval_stride": 0}
+                 "ttt": "none", "ngram_base_beta": 0, "eval_stride": 0}
         assert tg.main([], {name.upper(): tg.show(value) for name, value in knobs.items()}) == 0
     return [str(folder / f"s{seed}.jsonl") for seed in SEEDS]
 
@@ -66,10 +63,10 @@ def edit_log(event: str, seeds: tuple[int, ...] = SEEDS, **values: Any) -> Calla
         for seed in seeds:
             path = folder / f"train_seed{seed}.jsonl"
             events = [json.loads(line) for line in path.read_text().splitlines()]
-            found = [e for e in events if e["event"] == event][-1]
-            found.update(values)
+            newest = [e for e in events if e["event"] == event][-1]
+            newest.update(values)
             if not values:
-                events.remove(found)
+                events.remove(newest)
             path.write_text("".join(json.dumps(e) + "\n" for e in events))
     return plant
 
@@ -137,7 +134,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "training past its clock": (edit_log("verdict", (42,), train_seconds=602.0), "P6", "rulings I, J"),
     "evaluation past its clock": (edit_log("verdict", (42,), eval_seconds=652.0), "A1", "rulings I, J"),
     "more steps than the clock holds": (edit_json(seed_results__42__steps=10_000), "P3", "more steps"),
-    "an illegal specimen": (edit_log("verdict", (42,), illegal="C3: trained on it"), "A2", "marked illegal"),
+    "an illegal specimen": (source((ROOT / "records/pr1485_illegal/train_on_validation.py").read_text()), "S2",
+                            "ruling C"),
     "validation data before the artifact": (validation_first, "A2", "before the artifact was written"),
     "an untimed gap": (edit_log("verdict", (42,), total_seconds=900.0), "A1", "untimed gap"),
     "an unfinished run": (edit_log("verdict", (42,)), "P1", "no verdict"),
@@ -167,7 +165,7 @@ def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(submission, "same_program", same_program)
     if not code.startswith("S"):
         monkeypatch.setattr(submission, "static_audit", lambda *_: [])  # a second each time
-    bad = [f for f in submission.check(folder) if not f.ok and not f.suspect]
+    bad = [f for f in submission.check(folder) if f.failed]
     assert any(f.code == code and words in f"{f.figures} {f.text}" for f in bad), "\n".join(map(str, bad))
 
 
@@ -175,7 +173,7 @@ def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeyp
 
 
 def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
-    assert [f for f in submission.check(made) if not f.ok and not f.suspect] == []
+    assert [f for f in submission.check(made) if f.failed] == []
     told = json.loads((made / "submission.json").read_text())
     logs = [submission.read_log(path) for path in made.glob("*.jsonl")]
     assert told["bytes_code"] == (made / "train_gpt.py").stat().st_size
@@ -191,8 +189,7 @@ def test_an_error_that_a_run_went_on_after_is_none(made: Path, tmp_path: Path):
     whole, error = path.read_text(), json.dumps({"seconds": 1.0, "event": "error", "kind": "E", "text": "no"})
     for text, ends in ((f"{error}\n{whole}", False), (f"{whole}{error}\n", True)):
         path.write_text(text)
-        found = [f for f in submission.check(path.parent) if "ended in an error" in f.text]
-        assert bool(found) == ends
+        assert any("ended in an error" in f.text for f in submission.check(path.parent)) == ends
 
 
 def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp_path: Path):
@@ -224,7 +221,7 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
     (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
     (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
-    (edit_log("verdict", (42,), illegal="C3: trained on it"), "marked illegal"),
+    (validation_first, "before the artifact was written"),
     (edit_log("start", ()), "refutes the score"),
 ])
 def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: list[str], tmp_path: Path,
@@ -236,7 +233,7 @@ def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: li
     refuted = Finding("D1", "C1", False, "", "a later id changes a score")  # what finds it has its own tests
     monkeypatch.setattr(audit, "audit", lambda *_: [refuted])
     monkeypatch.setattr(audit, "rehearse", lambda *_: [])
-    with pytest.raises(AuditError, match=words):
+    with pytest.raises(ToolError, match=words):
         submission.submit("x", altered(runs, tmp_path, plant), {**WHO, "ROOT": str(tmp_path / "records")})
     assert not list((tmp_path / "records").rglob("*/*"))
 
@@ -244,8 +241,8 @@ def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: li
 @pytest.mark.parametrize("stage, error, status", [
     ("dynamic_audit", submission.Refuted("a.bin: the audit refutes the score:\nD1"), 1),
     ("check", submission.Refuted("nothing was made; refused for: P1"), 1),
-    ("dynamic_audit", AuditError("a.bin: the audit cannot be made"), 2)])
-def test_the_exit_status_tells_refuted_from_impossible(stage: str, error: AuditError, status: int, runs: list[str],
+    ("dynamic_audit", ToolError("a.bin: the audit cannot be made"), 2)])
+def test_the_exit_status_tells_refuted_from_impossible(stage: str, error: ToolError, status: int, runs: list[str],
                                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     def fails(*_: Any) -> None:
         raise error
@@ -253,28 +250,29 @@ def test_the_exit_status_tells_refuted_from_impossible(stage: str, error: AuditE
     monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
     monkeypatch.setattr(submission, stage, fails)
     who = [f"{name}={value}" for name, value in WHO.items()]
-    assert submission.main(["submit", "x", *runs, *who, f"ROOT={tmp_path / 'records'}"]) == status
+    monkeypatch.setattr(sys, "argv", ["", "submit", "x", *runs, *who, f"ROOT={tmp_path / 'records'}"])
+    assert common.program(submission.main, "submission.py") == status
     assert str(error) in capsys.readouterr().err and not list((tmp_path / "records").rglob("*/*"))
 
 
-def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOG_DIR", str(tmp_path))
     (tmp_path / "MATRIX_LR=0.018-SEED=42-k.jsonl").write_text('{"event": "start"}\n')
     who = [f"{name}={value}" for name, value in WHO.items()]
     for run, words in (("MATRIX_LR=0.018-SEED=42-k", "no log of a whole run"), ("LR=1", "LR=1: no such log")):
-        assert submission.main(["submit", "x", run, *who]) == 2
-        assert words in capsys.readouterr().err
+        with pytest.raises(ToolError, match=words):
+            submission.main(["submit", "x", run, *who])
 
 
-@pytest.mark.parametrize("number, given, words", [
+@pytest.mark.parametrize("number, options, words", [
     (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
     (3, {"AUTHOR": ""}, "AUTHOR= is missing"),
     (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
-def test_submit_says_what_it_lacks(number: int, given: dict[str, str], words: str, runs: list[str], tmp_path: Path,
+def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: str, runs: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
-    with pytest.raises(AuditError, match=re.escape(words)):
-        submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **given})
+    with pytest.raises(ToolError, match=re.escape(words)):
+        submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **options})
     assert not list(tmp_path.iterdir())
 
 
@@ -302,14 +300,14 @@ def foreign(folder: Path, **told: Any) -> Path:
 
 def test_a_folder_of_another_program_is_judged_by_its_text_logs(tmp_path: Path):
     folder = foreign(tmp_path)
-    assert [f for f in submission.check(folder) if not f.ok and not f.suspect] == []
+    assert [f for f in submission.check(folder) if f.failed] == []
     for old, new, words in (("599600ms", "602048ms", "ruling I"), ("eval_time:508785", "eval_time:652000", "ruling J"),
                             ("15897259", "16024793", "ruling Q"), ("val_bpb:1.0598", "val_bpb:1.0698", "in no log")):
         path = folder / "train_seed42.log"
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
-        bad = [f for f in submission.check(folder) if not f.ok and not f.suspect]
+        bad = [f for f in submission.check(folder) if f.failed]
         assert any(words in f.text for f in bad), (words, bad)
         path.write_text(text)
 
@@ -320,15 +318,15 @@ def test_a_folder_of_another_program_is_judged_by_its_text_logs(tmp_path: Path):
     (dict(compliance={"three_seeds": True}, seeds=[42], seed_results={}), "than said"),
 ])
 def test_known_faults_of_published_folders_are_named(told: dict[str, Any], words: str, tmp_path: Path):
-    bad = [f for f in submission.check(foreign(tmp_path, **told)) if not f.ok and not f.suspect]
+    bad = [f for f in submission.check(foreign(tmp_path, **told)) if f.failed]
     assert any(words in f.text for f in bad), bad
 
 
 def test_the_command_line_answers_without_torch(tmp_path: Path):
-    code = "import sys; sys.path.insert(0, 'records'); import submission; status = submission.main(sys.argv[1:]); " \
+    code = "import sys; from tools import common, submission; status = common.program(submission.main, 's'); " \
            "assert 'torch' not in sys.modules; sys.exit(status)"
     for folder, status, words in ((foreign(tmp_path), 0, "package=pass"),
-                                  (Path("nowhere"), 2, "submission.py: nowhere: no such folder\n")):
+                                  (Path("nowhere"), 2, "s: nowhere: no such folder\n")):
         done = subprocess.run([sys.executable, "-c", code, "check", str(folder)], cwd=ROOT, capture_output=True,
                               text=True)
         assert done.returncode == status and words in done.stdout + done.stderr, done.stdout + done.stderr

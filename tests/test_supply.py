@@ -16,7 +16,15 @@ from conftest import ROOT, TINY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+FILES = ["requirements.txt", *(f"requirements-{group}.txt" for group in ("data", "tools", "dev"))]
+
+
+def pins(file: str) -> list[Requirement]:
+    """What a requirements file names."""
+    return [Requirement(line) for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#"]
+
+
+PINS = [pin for file in FILES for pin in pins(file)]
 BUILDS = {"torch", "triton"}
 """Not in the lock: their builds for CPUs, CUDA and ROCm share a version and have different files."""
 PYTHONS, MACHINES = ("3.10", "3.11", "3.12", "3.13"), (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
@@ -27,9 +35,13 @@ PROGRAMS = {"curl", "wget", "ssh", "scp", "rsync", "git", "nc"}
 # -- pinned files ---------------------------------------------------------------------------------------
 
 
-def locked() -> list[tuple[Requirement, list[str]]]:
-    """(pin, SHA-256 of its files) of every entry of requirements.lock."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.M).replace("\\\n", "")
+def lock_of(file: str) -> Path:
+    return ROOT / file.replace(".txt", ".lock")
+
+
+def locked(file: str) -> list[tuple[Requirement, list[str]]]:
+    """(pin, SHA-256 of its files) of every entry of a requirements file's lock."""
+    text = re.sub(r"^#.*\n", "", lock_of(file).read_text(), flags=re.M).replace("\\\n", "")
     return [(Requirement(line.split("--hash")[0].strip()), re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
             for line in text.splitlines()]
 
@@ -42,55 +54,27 @@ def applies(pin: Requirement, python: str, system: str, machine: str) -> bool:
         "platform_python_implementation": "CPython"})
 
 
-def test_the_lock_was_made_from_these_requirements():
-    digest = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
-    assert f"\n# of {digest}\n" in (ROOT / "requirements.lock").read_text(), "run ./run.sh lock"
+@pytest.mark.parametrize("file", FILES)
+def test_a_lock_was_made_from_its_requirements(file):
+    digest = hashlib.sha256((ROOT / file).read_bytes()).hexdigest()
+    assert f"\n# of {digest}\n" in lock_of(file).read_text(), "run ./run.sh lock"
 
 
 def test_every_machine_gets_the_pinned_versions_with_hashes():
-    """One version of each package wherever the program runs; that of requirements.txt where it is named there."""
-    entries = locked()
+    """One version of each package wherever the program runs, whatever groups are installed; that of its pin."""
+    entries = [entry for file in FILES for entry in locked(file)]
     assert len(entries) > 50 and all(hashes for _, hashes in entries)
     for python in PYTHONS:
         for machine in MACHINES:
-            wanted = {canonicalize_name(p.name): str(p.specifier) for p in PINS if applies(p, python, *machine)}
-            found = [(canonicalize_name(p.name), str(p.specifier)) for p, _ in entries if applies(p, python, *machine)]
-            assert len(dict(found)) == len(found)
-            assert wanted.items() - set(found) == {(n, v) for n, v in wanted.items() if n in BUILDS}
+            wanted = {(canonicalize_name(p.name), str(p.specifier)) for p in PINS if applies(p, python, *machine)}
+            solved = {(canonicalize_name(p.name), str(p.specifier)) for p, _ in entries if applies(p, python, *machine)}
+            assert len(dict(solved)) == len(solved)
+            assert {name for name, _ in wanted - solved} == {name for name, _ in wanted} & BUILDS
 
 
-def test_neither_names_an_index():
-    for name in ("requirements.txt", "requirements.lock"):
-        assert not re.search(r"://|--(extra-)?index|--find-links|^-", (ROOT / name).read_text(), flags=re.M)
-
-
-def test_setup_installs_by_hash_where_the_lock_fits_and_says_where_not(tmp_path: Path):
-    """Its Python says what it would do; the interpreter it comes from has no torch to lend."""
-    for name in ("run.sh", "requirements.txt", "requirements.lock"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / "python"
-    python.write_text(f"""#!/bin/sh
-case "$*" in
-  *hashlib*) exec {sys.executable} "$@" ;;
-  *"import torch"*) exit 1 ;;
-  "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-  "-m pip"*) shift 3; echo PIP "$@" ;;
-esac
-""")
-    python.chmod(0o755)
-
-    def setup() -> subprocess.CompletedProcess:
-        shutil.rmtree(tmp_path / ".venv", ignore_errors=True)
-        return subprocess.run(["./run.sh", "setup"], cwd=tmp_path, capture_output=True, text=True,
-                              env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)})
-
-    lines = setup().stdout.splitlines()
-    assert [line.split()[-3:] for line in lines] == [["--require-hashes", "-r", "requirements.lock"],
-                                                     ["--disable-pip-version-check", "-r", "requirements.txt"]]
-    with (tmp_path / "requirements.txt").open("a") as file:
-        file.write("another==1.0\n")
-    done = setup()
-    assert "--require-hashes" not in done.stdout and "installing without hashes" in done.stderr
+def test_none_names_an_index():
+    for path in [path for file in FILES for path in (ROOT / file, lock_of(file))]:
+        assert not re.search(r"://|--(extra-)?index|--find-links|^-", path.read_text(), flags=re.M)
 
 
 # -- licences -------------------------------------------------------------------------------------------
@@ -106,7 +90,7 @@ def licence(found: metadata.Distribution) -> str:
 
 
 def licences() -> str:
-    """LICENSES.md: what requirements.txt asks for, and what that needs on the machine where this runs."""
+    """LICENSES.md: what the requirements files ask for, and what that needs on the machine where this runs."""
     wanted, rows = [canonicalize_name(pin.name) for pin in PINS], {}
     direct = set(wanted)
     while wanted:
@@ -123,7 +107,7 @@ def licences() -> str:
              for n, (version, text) in sorted(rows.items())]
     return "\n".join([
         "# Licences of what this program needs", "",
-        "The program itself is under the licence in `LICENSE`. Packages that `requirements.txt` names are bold, the",
+        "The program itself is under the licence in `LICENSE`. Packages that the requirements files name are bold, the",
         "others are needed by them; the words are their own metadata's, under Linux with Python "
         f"{sys.version_info.major}.{sys.version_info.minor}. torch's", "builds for CUDA also bring NVIDIA's libraries, "
         "under NVIDIA's licences. Nothing of this is part of the counted bytes.", "",
@@ -164,9 +148,9 @@ def test_what_reaches_out_is_seen(source, found):
 
 def test_only_the_download_and_the_mirror_can_reach_a_network():
     """The mirror where WANDB=1 asks for it."""
-    for path in [ROOT / "train_gpt.py", *(p for f in ("data", "records", "bench") for p in (ROOT / f).glob("*.py"))]:
+    for path in [ROOT / "train_gpt.py", *(p for f in ("data", "tools", "bench") for p in (ROOT / f).rglob("*.py"))]:
         found = reaching(path.read_text(encoding="utf-8"))
-        asked = path in (ROOT / "data" / "download.py", ROOT / "records" / "mirror.py")
+        asked = path in (ROOT / "data" / "download.py", ROOT / "tools" / "mirror.py")
         assert bool(found) == asked, f"{path}: {found}"
 
 
@@ -203,10 +187,10 @@ def test_text_becomes_a_scored_artifact_without_a_network(tmp_path: Path):
         (tmp_path / "text" / f"{number}.txt").write_text(part, encoding="utf-8")
     knobs = {name.upper(): value for name, value in TINY.items()} | {
         "DATA_PATH": str(tmp_path / "datasets" / "t_sp512"), "LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "r",
-        "TTT": "none", "EVAL_LADDER": "", "NGRAM_TILT_ENABLED": "0", "ITERATIONS": "2"}
-    for command in (["data/prepare.py", "text", str(tmp_path / "text"), "--name", "t", "--vocab-size", "512",
+        "TTT": "none", "DIAGNOSTIC_EVALS": "", "NGRAM_BASE_BETA": "0", "ITERATIONS": "2"}
+    for command in (["-m", "data.prepare", "text", str(tmp_path / "text"), "--name", "t", "--vocab-size", "512",
                      "--val-share", "0.2", "--workers", "1", "--out", str(tmp_path)],
-                    ["train_gpt.py"], ["records/summary.py", str(tmp_path / "logs" / "r.jsonl")]):
+                    ["train_gpt.py"], ["-m", "tools.show", str(tmp_path / "logs" / "r.jsonl")]):
         done = off(tmp_path, *command, **knobs)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert not (tmp_path / "reached").exists()

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
-sys.path.insert(0, str(ROOT / "records"))
 from tools import logs
 from tools import sweep as sw
+from tools.common import ToolError
 
 TRAINER = """
 import json, os, pathlib, sys, time
@@ -32,7 +32,7 @@ if env["SEED"] in env.get("BAD", "").split(":"):
         write(event="error", kind=env["KIND"], text="will not do")
     sys.exit("no luck")
 if env["SEED"] in env.get("STOPS", "") and env.get("RESUME") != "auto":
-    (folder / f"{env['RUN_ID']}{env['KEEPS']}").touch()
+    (folder / f"{env['RUN_ID']}.ckpt").touch()
     sys.exit("stopped")
 if env["SEED"] in env.get("ONCE", "") and len(list(folder.glob(f"*SEED={env['SEED']}*.jsonl"))) == 1:
     sys.exit("no luck at first")
@@ -94,9 +94,8 @@ def test_a_failure_is_tried_once_more(tmp_path, command):
     assert one.states[0].run_id.endswith(".2")  # no log is written over
 
 
-@pytest.mark.parametrize("kept", [".ckpt", ".score.ckpt", ".previous.ckpt", ".score.previous.ckpt"])
-def test_an_attempt_that_left_a_checkpoint_goes_on(kept, tmp_path, command):
-    status, one, _ = conduct(jobs(1, 2, STOPS="2", KEEPS=kept), tmp_path, command)
+def test_an_attempt_that_left_a_checkpoint_goes_on(tmp_path, command):
+    status, one, _ = conduct(jobs(1, 2, STOPS="2"), tmp_path, command)
     ids = [run_id for seed, _, run_id in starts(tmp_path) if seed == "2"]
     assert status == 0 and len(ids) == 2 and len(set(ids)) == 1 and one.states[1].run_id == ids[0]
 
@@ -149,12 +148,12 @@ def test_the_time_left_is_that_of_the_busiest_place(tmp_path, command):
 def driver(folder: Path, command: list[str]) -> subprocess.Popen:
     """A sweep of three waiting runs in a process of its own."""
     code = f"""
-import sys; sys.path[:0] = [{str(ROOT / 'records')!r}, {str(ROOT / 'tests')!r}]
-import pathlib, sweep as sw, rich.console
+import sys, pathlib, rich.console
+from tools import sweep as sw
 jobs = [sw.Job(f"LR=1 SEED={{s}}", {{"SEED": str(s), "WAIT": "1"}}, f"k{{s}}" + "0" * 8) for s in (1, 2, 3)]
 sys.exit(sw.conduct(sw.Sweep(jobs, pathlib.Path({str(folder)!r}), [{{}}], {command!r}), rich.console.Console(), 0.02))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     until(lambda: len(starts(folder)) == 1)
     return process
 
@@ -191,8 +190,7 @@ def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
     status, one, _ = conduct(jobs(1, 2, 3, WAIT="1"), tmp_path, command)
     assert status == 0 and one.states[0].run_id.endswith(".2")
     assert [seed for seed, *_ in starts(tmp_path)] == ["1", "1", "2", "3"]
-    from tools.logs import events
-    assert [e.get("outcome", "start") for e in events(record)] == ["start", *["start", "done"] * 3]
+    assert [e.get("outcome", "start") for e in logs.events(record)] == ["start", *["start", "done"] * 3]
 
 
 def test_an_interrupt_ends_the_runs(tmp_path, command):
@@ -205,33 +203,39 @@ def test_an_interrupt_ends_the_runs(tmp_path, command):
 
 
 def test_grid_and_file(tmp_path):
-    grid = sw.wanted(["SEED=1,2", "MATRIX_LR=3,4", "--", "ATTN_WINDOWS=5,6"])
+    grid = sw.runs_of(["SEED=1,2", "MATRIX_LR=3,4", "--", "ATTN_WINDOWS=5,6"])
     assert [(v["SEED"], v["MATRIX_LR"]) for v, _ in grid] == [("1", "3"), ("1", "4"), ("2", "3"), ("2", "4")]
     assert all(fixed == {"ATTN_WINDOWS": "5,6"} for _, fixed in grid)
     (tmp_path / "runs").write_text("# a comment\nSEED=1 ATTN_WINDOWS='5, 6'\n\nSEED=2  # another\n")
-    assert [v for v, _ in sw.wanted([str(tmp_path / "runs")])] == [
+    assert [v for v, _ in sw.runs_of([str(tmp_path / "runs")])] == [
         {"SEED": "1", "ATTN_WINDOWS": "5, 6"}, {"SEED": "2"}]
+
+
+def refusal(arguments: list[str], env: dict[str, str]) -> str:
+    """The one line that refuses a command."""
+    with pytest.raises(ToolError) as error:
+        sw.main(arguments, env)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("line, expected", [
     (b"SEED='1", "line 2: No closing quotation"), (b"SEED=\xff", "line 2: 'utf-8' codec"),
     (b"SEED", "line 2: SEED: expected KNOB=value"), (b"SEED=1 RUN_ID=x", "RUN_ID: a sweep names"),
-    (b"LEARNING_RATE=0.1", "LEARNING_RATE=0.1: no such knob")])
-def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch, capsys):
+    (b"LEARNING_RATE=0.1", "LEARNING_RATE: no such knob")])
+def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch):
     (tmp_path / "runs").write_bytes(b"SEED=1\n" + line + b"\nSEED=3\n")
     monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
     env = {"CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path / "logs")}
-    assert sw.main([str(tmp_path / "runs")], env) == 2
-    err = capsys.readouterr().err
-    assert expected in err and err.count("\n") == 1 and not (tmp_path / "logs").exists()
+    assert expected in refusal([str(tmp_path / "runs")], env) and not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("varied, fixed, known", [
     ({"LEARNING_RATE": "0.1"}, {}, False), ({"SEED": "1"}, {"NPROC": "2"}, False), ({"SEED": "1"}, {"X": ""}, False),
     ({"MATRIX_LR": "0.1"}, {"AUDIT": "1", "TTT_ENABLED": "0", "LQER_RANK": "4", "SLIDING_WINDOW_ENABLED": "1"}, True)])
 def test_what_is_typed_must_be_a_knob(varied, fixed, known):
-    """Or a name that the trainer takes from older commands; what it would ignore makes one run of many."""
-    with contextlib.nullcontext() if known else pytest.raises(logs.InputError, match="no such knob"):
+    """Or a name that the launcher takes from older commands; what it would ignore makes one run of many."""
+    with contextlib.nullcontext() if known else pytest.raises(ToolError, match="no such knob|GPUS_PER_RUN"):
         assert len(sw.identify([(varied, fixed)], {"HOME": "/", "NPROC": "2"}, 1)) == 1
 
 
@@ -251,7 +255,7 @@ def test_a_run_is_its_configuration(tmp_path):
 
     base = key({"SEED": "1", "MATRIX_LR": "0.02"})
     assert base == key({"MATRIX_LR": "0.020", "SEED": "1"}) == key({"SEED": "1"}, {"MATRIX_LR": "2e-2"})
-    assert base == key({"SEED": "1"}, {"LOG_DIR": "x", "THREADS": "3"}, {"MATRIX_LR": ".02", "HOME": "/"})
+    assert base == key({"SEED": "1"}, {"LOG_DIR": "x"}, {"MATRIX_LR": ".02", "HOME": "/"})
     assert len({base, key({"SEED": "2", "MATRIX_LR": "0.02"}), key({"SEED": "1", "MATRIX_LR": "0.02"}, gpus=2)}) == 3
     assert len(sw.identify([({"SEED": "1"}, {}), ({"SEED": "01"}, {})], {}, 1)) == 1
 
@@ -265,12 +269,10 @@ def test_a_run_is_its_configuration(tmp_path):
     (["SEED=1"], {"GPUS_PER_RUN": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "GPUS_PER_RUN=3: expected 1 to 2"),
     (["SEED=1"], {"GPUS_PER_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}, "no GPU is visible"),
     (["SEED=1"], {"LAUNCHER": "pbs"}, "LAUNCHER=pbs"), (["SEED=1"], {"LAUNCHER": "slurm"}, "such as GPUS_PER_RUN=8")])
-def test_a_users_mistake_is_one_line_and_nothing_starts(arguments, env, expected, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line_and_nothing_starts(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
-    assert sw.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) == 2
-    err = capsys.readouterr().err
-    assert expected in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert expected in refusal(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) and not list(tmp_path.iterdir())
 
 
 def test_slurm_tasks_sweep_one_line_each(tmp_path, command, monkeypatch):

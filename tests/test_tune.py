@@ -3,22 +3,22 @@ import os
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
-from conftest import ROOT
+from optuna.trial import TrialState
 from rich.console import Console
 
-sys.path.insert(0, str(ROOT / "records"))
-import optuna
 from tools import sweep as sw
 from tools import tune
-from optuna.trial import TrialState
+from tools.common import ToolError
+from tools.logs import events
 
 TRAINER = """
 import json, os, pathlib, sys, time
 folder, lr = pathlib.Path(os.environ["LOG_DIR"]), float(os.environ["MATRIX_LR"])
 bpb = 1 + (lr - 0.3) ** 2
-for end in (".ckpt", ".score.previous.ckpt"):  # a run that ends well removes them
-    (pathlib.Path(os.environ.get("ARTIFACT_DIR", folder)) / (os.environ["RUN_ID"] + end)).touch()
+checkpoint = folder / (os.environ["RUN_ID"] + ".ckpt")  # a run that ends well removes it
+checkpoint.touch()
 log = open(folder / f"{os.environ['RUN_ID']}.jsonl", "a" if os.environ.get("RESUME") else "x")
 def write(**event):
     print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
@@ -28,8 +28,7 @@ if lr > float(os.environ.get("STUCK", "9")):
     time.sleep(60)
 if os.environ.get("BAD"):
     sys.exit("no luck")
-for path in pathlib.Path(os.environ.get("ARTIFACT_DIR", folder)).glob(f"{os.environ['RUN_ID']}*.ckpt"):
-    path.unlink()
+checkpoint.unlink()
 write(event="verdict", val_bpb=bpb, bytes=40, tokens=10, total_seconds=6.0)
 """
 
@@ -79,7 +78,6 @@ def test_a_hopeless_trial_is_stopped(tuner):
     worker = tuner({"MATRIX_LR": 0.9}, STUCK="0.5")
     status, out = work(worker, 5)
     assert states(worker) == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED] and "1 stopped early" in out
-    from tools.logs import events
     ends = [e for e in events(worker.folder / "sweep" / "runs.jsonl") if e["event"] == "end"]
     assert ends[-1]["outcome"] == "interrupted" and ends[-1]["status"] < 0  # its process is gone
     assert not list(worker.folder.glob("*.ckpt"))
@@ -104,12 +102,11 @@ def test_trials_of_killed_workers_are_settled(tuner):
 
 
 def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner, tmp_path):
-    worker = tuner(BAD="1", ARTIFACT_DIR=str(tmp_path / "artifacts"))
-    (tmp_path / "artifacts").mkdir()
-    (tmp_path / "artifacts" / "another.ckpt").touch()
+    worker = tuner(BAD="1")
+    (tmp_path / "another.ckpt").touch()
     status, out = work(worker, 2)
     assert status == 1 and states(worker) == [TrialState.FAIL] * 2 and "no luck" in out
-    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["another.ckpt"]
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["another.ckpt"]
 
 
 def test_no_study_takes_anothers_logs(tuner):
@@ -131,29 +128,33 @@ def test_space():
     assert tune.as_it_is(space, {"MATRIX_LR": "0.05"}) is None
 
 
+def refusal(arguments: list[str], env: dict[str, str]) -> str:
+    """The one line that refuses a command."""
+    with pytest.raises(ToolError) as error:
+        tune.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env})
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 @pytest.mark.parametrize("arguments, env, expected", [
     ([], {}, "no knob to search"), (["SEED=1,2"], {}, "SEED: picking seeds"), (["MIN_LR=0.1"], {}, "needs two values"),
     (["MIN_LR=2..1"], {}, "not below the second"), (["MIN_LR=a..b"], {}, "MIN_LR=a..b: could not convert"),
     (["MIN_LR=0..1:log"], {}, "MIN_LR=0..1:log"), (["MIN_LT=0..1"], {}, "MIN_LT: no such knob"),
     (["MIN_LR=0..1", "--", "MIN_LR=0"], {}, "searched and be fixed"), (["MIN_LR=0..1"], {"TRIALS": "0"}, "TRIALS=0"),
     (["MIN_LR=0..1", "--", "MATRIX_LR=x"], {}, "MATRIX_LR='x': expected a number"),
-    (["MIN_LR=0..1", "--", "LEARNING_RATE=1"], {}, "LEARNING_RATE=1: no such knob"),
+    (["MIN_LR=0..1", "--", "LEARNING_RATE=1"], {}, "LEARNING_RATE: no such knob"),
     (["QAT_ENABLED=0,1"], {}, "QAT_ENABLED: no such knob"), (["MIN_LR=0..1", "--", "RUN_ID=x"], {}, "RUN_ID: a study"),
     (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp")])
-def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune.Tuner, "work", lambda *a: pytest.fail("runs would start"))
-    assert tune.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) == 2
-    err = capsys.readouterr().err
-    assert expected in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert expected in refusal(arguments, env) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("storage, shown", [
     ("nonsense", "nonsense: Could not parse"), ("sqlite:////nowhere/x.db", "sqlite:////nowhere/x.db: (sqlite3.Op"),
     ("redis://me:secret@host/0", "redis://me:...@host/0: "), ("such://x", "such://x: Can't load plugin")])
-def test_a_database_that_is_none_is_one_line(storage, shown, tmp_path, capsys):
-    env = {"CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path), "TUNE_STORAGE": storage}
-    assert tune.main(["MIN_LR=0..1"], env) == 2
-    err = capsys.readouterr().err
-    assert f"TUNE_STORAGE={shown}" in err and err.count("\n") == 1 and "secret" not in err
+def test_a_database_that_is_none_is_one_line(storage, shown, tmp_path):
+    text = refusal(["MIN_LR=0..1"], {"LOG_DIR": str(tmp_path), "TUNE_STORAGE": storage})
+    assert f"TUNE_STORAGE={shown}" in text and "secret" not in text
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Is one group of runs better than another? Welch's t-test, and what the challenge's two rules say of it.
 
-    python records/compare.py A B            or A=... B=...; each a comma-separated list of
+    python -m tools.compare A B              or A=... B=...; each a comma-separated list of
         run ids, logs, globs or folders of logs     logs/base-*.jsonl   'sweep/*MATRIX_LR=0.026*'
         submission.json, or the folder that has one records/track_10min_16mb/2026-04-27_Name
         scores in bits per byte                     1.05740567,1.05730104,1.05807084
@@ -18,28 +18,35 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.logs import InputError, Scored, differing, log_folder, log_paths, scored_group, scored_log
+from tools.common import ToolError, program
+from tools.logs import Scored, differing, log_folder, log_paths, scored_group, scored_log
 
 WRITTEN_NATS, WRITTEN_P, PRACTISED_P = 0.005, 0.01, 0.25
 """The challenge's README: this gain at this p; and the p by which its maintainers chose the leaderboard's rows."""
 
 
 class Welch(NamedTuple):
-    """Welch's unequal-variances t-test of old against new (Welch 1947)."""
-    t: float
+    """Welch's unequal-variances t-test of old against new (Welch 1947); all nan where nothing can be said."""
+    t: float = math.nan
     """(mean of old - mean of new) / standard error: positive where new is lower."""
-    df: float
+    df: float = math.nan
     """Degrees of freedom (Welch-Satterthwaite)."""
-    p: float
+    p: float = math.nan
     """One-sided: probability of such a t or a larger one if new is no lower than old."""
+
+    def verdict(self, p: float) -> str:
+        """Say whether a rule that asks for this p is met."""
+        if math.isnan(self.p):
+            return "cannot be said"
+        return "met" if self.p < p else "NOT met"
 
 
 def welch(old: Sequence[float], new: Sequence[float], gain: float = 0.0) -> Welch:
-    """Is the mean of `new` lower than that of `old` by more than `gain`? One value of `old` counts as exact.
+    """Test whether the mean of `new` is lower than that of `old` by more than `gain`. One value of `old` is exact.
 
     All nan where `new` has fewer than two values: then nothing is known of its spread.
 
@@ -47,27 +54,23 @@ def welch(old: Sequence[float], new: Sequence[float], gain: float = 0.0) -> Welc
     [3.4262, 3.9011, 0.0138]
     """
     from scipy.special import stdtr
-    if len(new) < 2 or not old:
-        return Welch(math.nan, math.nan, math.nan)
-    parts = [statistics.variance(x) / len(x) if len(x) > 1 else 0.0 for x in (old, new)]
-    distance, total = statistics.fmean(old) - statistics.fmean(new) - gain, sum(parts)
+    if len(new) < 2 or not old or math.isnan(gain):
+        return Welch()
+    errors = [statistics.variance(x) / len(x) if len(x) > 1 else 0.0 for x in (old, new)]
+    distance, total = statistics.fmean(old) - statistics.fmean(new) - gain, sum(errors)
     if total == 0:  # runs that repeat to the bit: any distance is certain
-        return Welch(math.copysign(math.inf, distance) if distance else 0.0, math.inf,
-                     0.5 if distance == 0 else float(distance < 0))
-    df = total ** 2 / sum(v ** 2 / (len(x) - 1) for v, x in zip(parts, (old, new)) if v)
+        if distance == 0:
+            return Welch(0.0, math.inf, 0.5)
+        return Welch(math.copysign(math.inf, distance), math.inf, float(distance < 0))
+    df = total ** 2 / sum(error ** 2 / (len(x) - 1) for error, x in zip(errors, (old, new)) if error)
     t = distance / math.sqrt(total)
     return Welch(t, df, float(stdtr(df, -t)))
 
 
 class Comparison(NamedTuple):
-    """What `compare` finds of B against A; bits per byte unless named otherwise."""
-    mean_a: float
-    std_a: float
-    """Of the sample, n - 1; nan for one run."""
-    mean_b: float
-    std_b: float
+    """B against A; bits per byte unless named otherwise."""
     delta: float
-    """mean_b - mean_a: negative is better."""
+    """Mean of B - mean of A: negative is better."""
     delta_nats: float
     """nan where no bytes a token are known."""
     bytes_per_token: float
@@ -76,132 +79,122 @@ class Comparison(NamedTuple):
     margin: Welch
     """B against A's mean less 0.005 nats; nan where no bytes a token are known."""
 
-    @property
-    def written(self) -> bool:
-        """Whether the written rule is met."""
-        return self.margin.p < WRITTEN_P
 
-    @property
-    def practised(self) -> bool:
-        """Whether the practised rule is met."""
-        return self.plain.p < PRACTISED_P
+def token_sizes(runs: Sequence[Scored]) -> list[float]:
+    """Return the bytes a token of the runs where they are known."""
+    return [run.bytes_per_token for run in runs if math.isfinite(run.bytes_per_token)]
 
 
 def compare(a: Sequence[Scored], b: Sequence[Scored]) -> Comparison:
-    """B against A. Bytes a token are the mean of B's runs, or of A's where B's are unknown."""
-    def spread(x: Sequence[float]) -> float:
-        return statistics.stdev(x) if len(x) > 1 else math.nan
-
+    """Compare B with A. Bytes a token are the mean of B's runs, or of A's where B's are unknown."""
     old, new = [run.bpb for run in a], [run.bpb for run in b]
-    known = [[run.bytes_per_token for run in group if math.isfinite(run.bytes_per_token)] for group in (b, a)]
-    per_token = next((statistics.fmean(some) for some in known if some), math.nan)
-    bits = math.log(2) * per_token  # nats a token for each bit per byte
-    gain = WRITTEN_NATS / bits
+    sizes = token_sizes(b) or token_sizes(a) or [math.nan]
+    per_token = statistics.fmean(sizes)
+    nats = math.log(2) * per_token  # a token, for each bit per byte
     delta = statistics.fmean(new) - statistics.fmean(old)
-    margin = welch(old, new, gain) if math.isfinite(gain) else Welch(math.nan, math.nan, math.nan)
-    return Comparison(statistics.fmean(old), spread(old), statistics.fmean(new), spread(new), delta, delta * bits,
-                      per_token, welch(old, new), margin)
+    return Comparison(delta, delta * nats, per_token, welch(old, new), welch(old, new, WRITTEN_NATS / nats))
 
 
 def tried(runs: Sequence[Scored]) -> str:
-    """How many runs lie where these were read: those that were not chosen are what a p-value cannot see."""
+    """Say how many runs lie where these were read: a p-value cannot see those that were not chosen."""
     def has_score(path: Path) -> bool:
-        with contextlib.suppress(InputError):  # a verdict that is none as known
+        with contextlib.suppress(ToolError):  # a verdict of another kind
             return scored_log(path) is not None
         return False
 
     folders = sorted({run.log.parent for run in runs if run.log})
     logs = [path for folder in folders for path in folder.glob("*.jsonl")]
-    ended = sum(map(has_score, logs))
-    unknown = sum(run.log is None for run in runs)
-    parts = {f"{len(logs)} logs in {', '.join(map(str, folders))}, {ended} of them with a verdict": logs,
-             f"unknown for the {unknown} scores that come without a log": unknown}
-    return "; ".join(text for text, there in parts.items() if there)
+    without = sum(run.log is None for run in runs)
+    parts = []
+    if logs:
+        parts.append(f"{len(logs)} logs in {', '.join(map(str, folders))}, {sum(map(has_score, logs))} of them with a "
+                     f"verdict")
+    if without:
+        parts.append(f"unknown for the {without} scores that come without a log")
+    return "; ".join(parts)
 
 
-def report(a: Sequence[Scored], b: Sequence[Scored], names: tuple[str, str] = ("A", "B")) -> str:
-    """The comparison as text: groups, differences, test, verdicts, and what speaks against believing it."""
-    found = compare(a, b)
-    width = max(map(len, names))
+def doubts(a: Sequence[Scored], b: Sequence[Scored], names: Sequence[str]) -> Iterator[str]:
+    """Say what speaks against believing a comparison."""
+    if len(b) < 2:
+        yield f"note: {names[1]} has one run, so nothing is known of its spread: run more seeds"
+    if len(a) == 1:
+        yield f"note: {names[0]} is one figure and is taken as exact"
+    sizes = token_sizes([*a, *b])
+    if not sizes:
+        yield "note: numbers alone have no bytes a token, so no nats; give logs or a submission.json"
+    elif max(sizes) > 1.0001 * min(sizes):
+        yield (f"note: bytes a token range from {min(sizes):.4f} to {max(sizes):.4f}: other tokenizers or other text; "
+               f"bpb compare only on the same text")
+    for name, runs in zip(names, (a, b)):
+        mixed, scores = differing(runs), [run.bpb for run in runs]
+        if mixed:
+            yield f"WARNING: {name} mixes runs that differ in {', '.join(sorted(knob.upper() for knob in mixed))}"
+        again = sorted({run.name for run in runs if scores.count(run.bpb) > 1})
+        if again:
+            yield f"WARNING: {', '.join(again)} in {name} have the very same score: repeats are no evidence"
+    if {run.log for run in a if run.log} & {run.log for run in b}:
+        yield "WARNING: the groups share runs"
 
-    def number(x: float, form: str = ".4g", none: str = "-") -> str:
-        return none if math.isnan(x) else format(x, form)
 
-    def line(name: str, runs: Sequence[Scored], mean: float, std: float) -> str:
-        return (f"{name:{width}s}  n={len(runs)}  mean {mean:.5f}  std {number(std, '.5f')}  "
-                f"best {min(run.bpb for run in runs):.5f}")
+def report(a: Sequence[Scored], b: Sequence[Scored], names: Sequence[str] = "AB") -> str:
+    """Return the comparison as text: groups, differences, tests, verdicts, doubts, what was changed."""
+    result, width = compare(a, b), max(map(len, names))
+
+    def number(x: float, form: str) -> str:
+        return "-" if math.isnan(x) else format(x, form)
+
+    def group(name: str, runs: Sequence[Scored]) -> str:
+        scores = [run.bpb for run in runs]
+        std = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        return (f"{name:{width}s}  n={len(runs)}  mean {statistics.fmean(scores):.5f}  std {number(std, '.5f')}  "
+                f"best {min(scores):.5f}")
 
     def test(label: str, w: Welch) -> str:
-        return f"{label:22s} t = {number(w.t, '.2f')}  df = {number(w.df, '.2f')}  one-sided p = {number(w.p)}"
+        return f"{label:22s} t = {number(w.t, '.2f')}  df = {number(w.df, '.2f')}  one-sided p = {number(w.p, '.4g')}"
 
-    def verdict(met: bool, w: Welch) -> str:
-        return "cannot be said" if math.isnan(w.p) else "met" if met else "NOT met"
-
-    lines = [line(names[0], a, found.mean_a, found.std_a), line(names[1], b, found.mean_b, found.std_b),
-             f"{names[1]} - {names[0]} = {found.delta:+.5f} bpb = {number(found.delta_nats, '+.5f')} nats "
-             f"(at {number(found.bytes_per_token, '.4f')} bytes a token)",
-             test(f"against {names[0]}", found.plain), test(f"against {names[0]} - 0.005 nats", found.margin),
-             f"written rule (0.005 nats at p < {WRITTEN_P}): {verdict(found.written, found.margin)}",
-             f"practised rule (p < {PRACTISED_P}): {verdict(found.practised, found.plain)}",
-             f"runs tried: {tried([*a, *b])}"]
-    if len(b) < 2:
-        lines.append(f"note: {names[1]} has one run, so nothing is known of its spread: run more seeds")
-    if len(a) == 1:
-        lines.append(f"note: {names[0]} is one figure and is taken as exact")
-    if math.isnan(found.bytes_per_token):
-        lines.append("note: numbers alone have no bytes a token, so no nats; give logs or a submission.json")
-    known = [run.bytes_per_token for run in (*a, *b) if math.isfinite(run.bytes_per_token)]
-    if known and max(known) > 1.0001 * min(known):
-        lines.append(f"note: bytes a token range from {min(known):.4f} to {max(known):.4f}: other tokenizers or other "
-                     f"text; bpb compare only on the same text")
-    for name, runs in zip(names, (a, b)):
-        if mixed := differing(runs):
-            lines.append(f"WARNING: {name} mixes runs that differ in {', '.join(sorted(n.upper() for n in mixed))}")
-        for run in runs:
-            if run.illegal:
-                lines.append(f"WARNING: {run.name} is illegal: {run.illegal}")
-        if again := sorted({run.name for run in runs if sum(r.bpb == run.bpb for r in runs) > 1}):
-            lines.append(f"WARNING: {', '.join(again)} in {name} have the very same score: repeats are no evidence")
-    if {run.log for run in a if run.log} & {run.log for run in b if run.log}:
-        lines.append("WARNING: the groups share runs")
-    changed = {name: values for name, values in differing([*a, *b]).items()
-               if name not in {*differing(a), *differing(b)}}
-    if changed:
-        lines.append("changed: " + ", ".join(f"{name.upper()} {old} -> {new}" for name, (old, new) in changed.items()))
-    return "\n".join(lines)
+    mixed = {*differing(a), *differing(b)}
+    changed = [f"{name.upper()} {values[0]} -> {values[1]}" for name, values in differing([*a, *b]).items()
+               if name not in mixed]
+    return "\n".join([
+        group(names[0], a), group(names[1], b),
+        f"{names[1]} - {names[0]} = {result.delta:+.5f} bpb = {number(result.delta_nats, '+.5f')} nats (at "
+        f"{number(result.bytes_per_token, '.4f')} bytes a token)",
+        test(f"against {names[0]}", result.plain), test(f"against {names[0]} - 0.005 nats", result.margin),
+        f"written rule (0.005 nats at p < {WRITTEN_P}): {result.margin.verdict(WRITTEN_P)}",
+        f"practised rule (p < {PRACTISED_P}): {result.plain.verdict(PRACTISED_P)}",
+        f"runs tried: {tried([*a, *b])}", *doubts(a, b, names),
+        *([f"changed: {', '.join(changed)}"] if changed else [])])
 
 
 def named(argument: str, default: str) -> tuple[str, str]:
-    """(name, runs) of an argument NAME=runs or runs; a sweep's run ids and globs of them have an = in them, too."""
-    with contextlib.suppress(InputError):
-        return default, log_paths(argument.split(",")[0].strip(), log_folder()) and argument
-    given = re.fullmatch(r"(\w+)=(.+)", argument)
-    return given.groups() if given else (default, argument)
+    """Split NAME=runs; the ids of a sweep's runs and globs of them have an = in them, too."""
+    with contextlib.suppress(ToolError):
+        log_paths(argument.split(",")[0].strip(), log_folder())
+        return default, argument
+    name = re.fullmatch(r"(\w+)=(.+)", argument)
+    return (name[1], name[2]) if name else (default, argument)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 0, or 2 with one line where nothing can be compared."""
-    try:
-        if set(arguments) & {"-h", "--help"}:
-            print(__doc__)
-            return 0
-        if len(arguments) != 2:
-            raise InputError(f"expected two groups of runs, got {len(arguments)}; such as ./run.sh compare "
-                             f"'base-*' 'wider-*' or A=1.0576,1.0573 B=logs/mine-*.jsonl (quote globs)")
-        names, groups = [], []
-        for default, argument in zip("AB", arguments):
-            name, text = named(argument, default)
-            runs, unfinished = scored_group(text, log_folder())
-            for path in unfinished:
-                print(f"compare.py: {path}: left out, it has no verdict", file=sys.stderr)
-            names.append(name)
-            groups.append(runs)
-        print(report(*groups, names=(names[0], names[1])))
+    """Print the comparison of two groups."""
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
         return 0
-    except (InputError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
+    if len(arguments) != 2:
+        raise ToolError(f"expected two groups of runs, got {len(arguments)}; such as ./run.sh compare 'base-*' "
+                        f"'wider-*' or A=1.0576,1.0573 B=logs/mine-*.jsonl (quote globs)")
+    names, groups = [], []
+    for default, argument in zip("AB", arguments):
+        name, text = named(argument, default)
+        runs, unfinished = scored_group(text, log_folder())
+        for path in unfinished:
+            print(f"compare.py: {path}: left out, it has no verdict", file=sys.stderr)
+        names.append(name)
+        groups.append(runs)
+    print(report(*groups, names=names))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main, "compare.py"))

@@ -1,7 +1,7 @@
 """Is this machine ready for a run? A line for each thing that a run needs: ok, warning or failure, with the remedy.
 
     ./run.sh doctor [KNOB=value ...]            for the run that these knobs describe, such as PRESET=demo
-    ./run.sh doctor --quick [KNOB=value ...]    without reading all documents and without 30 seconds of training steps
+    ./run.sh doctor --quick [KNOB=value ...]    without 30 seconds of training steps
 
 What needs no torch is looked at first. The last line predicts the steps of a run: it trains on random tokens, in
 processes launched as the run's would be (all GPUs, their links included; reading shards is not), and counts what fits
@@ -25,10 +25,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.logs import InputError, log_folder, pairs, typed
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
+
+from tools import launch, predict
+from tools.common import program
+from tools.logs import log_folder
 from tools.sweep import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,18 +74,16 @@ def python_lines() -> Iterator[Line]:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     install = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
     needs = [need for need in map(Requirement, lines) if not need.marker or need.marker.evaluate()]
-    if installed("torch") and not installed("triton"):  # a torch for CPUs has none; `cuda_lines` asks for it
-        needs = [need for need in needs if need.name != "triton"]
     for need in needs:
         version = installed(need.name)
         if not version:
             yield Line("failure", need.name, "not installed", install)
-        elif need.name == "torch":  # any from 2.9 on, with the Triton that came with it: a GPU image has its own
+        elif need.name == "torch":  # any from 2.9 on: a GPU image has its own
             release = tuple(map(int, version.split(".")[:2]))
             level = "failure" if release < (2, 9) else "warning" if release > NEWEST_TORCH else "ok"
             unknown = ", newer than any that this was run with" if level == "warning" else ""
             yield Line(level, "torch", version + unknown, f"{install} (2.9 to {'.'.join(map(str, NEWEST_TORCH))})")
-        elif need.name != "triton" and not need.specifier.contains(version, prereleases=True):
+        elif not need.specifier.contains(version, prereleases=True):
             yield Line("warning", need.name, f"{version}, pinned is {need.specifier}", install)
     if all(installed(need.name) for need in needs):
         yield Line("ok", "packages", f"all {len(needs)} of requirements.txt are installed")
@@ -181,60 +182,57 @@ def kernel_lines(tg: Any, cfg: Any, run: Any) -> Iterator[Line]:
     yield Line("warning" if plain else "ok", "kernels", f"fused MLP and cross-entropy: {kernels.fused}, "
                f"{'compiled' if run.compiles else 'eager'}, {str(run.dtype).removeprefix('torch.')}",
                "pip install triton; DTYPE=bfloat16")
-    codec = tg.pick_codec(cfg.codec)
-    short = codec == "brotli" and cfg.codec == "auto"
-    told = "auto: range, for small streams brotli where it is smaller" if codec == "auto" else codec
-    yield Line("warning" if short else "ok", "codec", told + ", artifacts are 1 to 2 % larger" * short,
-               "pip install -r requirements.txt (constriction)")
+    if installed("constriction"):
+        yield Line("ok", "coder", "range")
+    else:
+        yield Line("warning", "coder", "Brotli: artifacts are 1 to 2 % larger", "pip install -r requirements.txt "
+                   "(constriction)")
 
 
-def resource_lines(tg: Any, cfg: Any, run: Any, targets: int, processes: int = 1) -> Iterator[Line]:
-    """What a run of so many processes would say before training of the memory and disk that it lacks."""
-    told: list[tuple[str, dict[str, Any]]] = []
-    run.log = lambda event, **values: told.append((event, values))
-    run.world = run.local_world = processes  # among which it divides its tokens, and this machine's memory
-    problem = tg.resources(cfg, run, targets)
-    run.world = run.local_world = 1
-    if problem:
-        yield Line("failure", "disk", problem)
-    for event, values in told:
-        if event == "warning":
-            yield Line("warning", "resources", values["text"])
-
-
-def data_lines(tg: Any, cfg: Any, run: Any, quick: bool, processes: int = 1) -> Iterator[Line]:
-    """Shards, tokenizer and side file of the run's dataset, as training will find them, and room for the run."""
+def data_lines(tg: Any, cfg: Any, run: Any, processes: int = 1) -> Iterator[Line]:
+    """Shards, tokenizer and side file of the run's dataset as training will find them, and room for the run."""
     variant = "caseops" if cfg.caseops_enabled else f"sp{cfg.vocab_size}"
-    made = "" if cfg.data_path else "demo" if cfg.dataset == "demo_sp1024" else \
-        "" if cfg.dataset else f"download --variant {variant}"
+    remedy = "see data/README.md"
+    if cfg.dataset_dir.name == "demo_sp1024":
+        remedy = "./run.sh data demo"
+    elif not cfg.data_path:
+        remedy = f"./run.sh data download --variant {variant}"
     try:
-        streams = {split: tg.TokenStream(cfg.dataset_dir, f"fineweb_{split}") for split in ("train", "val")}
-        yield Line("ok", "data", ", ".join(f"{split}: {len(stream):,} tokens in {len(stream.paths)} shards"
-                                           for split, stream in streams.items()) + f", {cfg.dataset_dir}")
+        tokens = predict.token_counts(tg, cfg)
+        yield Line("ok", "data", ", ".join(f"{split}: {count:,} tokens" for split, count in tokens.items()) +
+                   f", {cfg.dataset_dir}")
         if cfg.caseops_enabled:
             tg.TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
         else:
             path = tg.tokenizer_path(cfg)
             tg.TokenBytes.load(path, cfg.vocab_size)
             yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {path}")
-        yield from resource_lines(tg, cfg, run, len(streams["val"]) - 1, processes)
-        if quick:
-            return
-        tg.require(not (problem := streams["train"].check(cfg.vocab_size)), problem)
-        told: list[str] = []
-        run.log = lambda event, **values: told.append(values.get("text", ""))  # warnings become lines of ours
-        counts = tg.check_data(streams["train"], cfg, run)
-        if counts:
-            yield Line("ok", "overlap", f"{counts['shared_documents']} of {counts['val_documents']:,} validation "
-                       f"documents are trained on")
-        for text in told:
-            yield Line("warning", "overlap", text, f"./run.sh data verify {cfg.dataset_dir}")
     except tg.UserError as error:
-        yield Line("failure", "data", str(error), f"./run.sh data {made}" if made else "see data/README.md")
+        yield Line("failure", "data", str(error), remedy)
+        return
+    yield overlap_line(tg, cfg)
+    for text in predict.resource_warnings(tg, cfg, run, tokens["val"] - 1, processes):
+        yield Line("warning", "room", text)
+
+
+def overlap_line(tg: Any, cfg: Any) -> Line:
+    """Whether validation documents are trained on, as `./run.sh data verify` has written it down for these shards."""
+    remedy = f"./run.sh data verify {cfg.dataset_dir}"
+    try:
+        stamp = json.loads((cfg.dataset_dir / "verified.json").read_text(encoding="utf-8"))
+        if stamp["shards_sha256"] != tg.shards_sha256(cfg.dataset_dir):
+            return Line("failure", "overlap", "verified.json is of other shards", remedy)
+        level = "failure" if stamp["shared_share"] > 0.01 else "ok"  # training refuses this, too
+        return Line(level, "overlap", f"{stamp['shared_documents']:,} of {stamp['val_documents']:,} validation "
+                    f"documents are trained on, {stamp['shared_share']:.2%} of the tokens", "other validation data")
+    except FileNotFoundError:
+        return Line("warning", "overlap", "not looked for whether validation documents are trained on", remedy)
+    except (ValueError, LookupError, TypeError) as error:
+        return Line("failure", "overlap", f"verified.json is none: {type(error).__name__}: {error}", remedy)
 
 
 def stage_name(at: Any) -> str:
-    """Key of a stage in what `measure` found: loop@row length@rounded."""
+    """Key of a stage in what `measure` returns: loop@row length@rounded."""
     return f"{at.looped:d}@{at.seq_len}@{at.rounded:d}"
 
 
@@ -244,7 +242,8 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
     micro = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)
     model = tg.build_model(cfg, run)
     optimizer, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
-    batch, found = tg.random_batch(micro, cfg), {}
+    batch = tg.random_batch(micro, cfg)
+    measured: dict[str, float] = {}
     for at in tg.stages(cfg):
         loss = tg.stage_loss(model, at, cfg, run)
 
@@ -260,10 +259,9 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
             return (time.perf_counter() - start) / count
 
         steps(2)
-        each = run.share(steps(2))
-        found[stage_name(at)] = run.share(
-            steps(max(2, int(seconds / len(tg.stages(cfg)) / each))))
-    return found
+        each = run.broadcast_object(steps(2))  # as many on every rank
+        measured[stage_name(at)] = run.broadcast_object(steps(max(2, int(seconds / len(tg.stages(cfg)) / each))))
+    return measured
 
 
 def predicted_steps(tg: Any, cfg: Any, each: Mapping[str, float]) -> tuple[int, float]:
@@ -275,91 +273,82 @@ def predicted_steps(tg: Any, cfg: Any, each: Mapping[str, float]) -> tuple[int, 
     return min(int(steps), cfg.iterations), budget
 
 
-def speed_line(tg: Any, cfg: Any, run: Any, knobs: Mapping[str, str], processes: int) -> Line:
+def speed_line(tg: Any, cfg: Any, env: Mapping[str, str], processes: int) -> Line:
     """The probe, in processes of its own: what kills it does not kill the doctor."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--probe"]
-    env = {"GOMP_SPINCOUNT": "2000", **os.environ, **knobs}  # train_gpt.py sets this where it is the program itself
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = [*launch.command(processes)[:-1], "-m", "tools.doctor", "--probe"]
+    ended = subprocess.run(command, cwd=ROOT, env=launch.with_threads(env, processes), capture_output=True, text=True)
     lines = ended.stdout.strip().splitlines()
     if ended.returncode or not lines:
-        why = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit status {ended.returncode}"]
-        found = next((line for line in reversed(why) if "OutOfMemory" in line or "out of memory" in line), why[-1])
-        return Line("failure", "speed", f"training steps fail: {found.strip()[:300]}",
-                    f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}" if found != why[-1] or "emory" in found else
-                    f"./run.sh train shows where; the probe alone: {' '.join(command)}")
+        text = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit status {ended.returncode}"]
+        memory = next((line for line in reversed(text) if "OutOfMemory" in line or "out of memory" in line), "")
+        remedy = f"./run.sh train shows where; the probe alone: {' '.join(command)}"
+        if memory or "emory" in text[-1]:
+            remedy = f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}"
+        return Line("failure", "speed", f"training steps fail: {(memory or text[-1]).strip()[:300]}", remedy)
     told = json.loads(lines[-1])
     steps, budget = predicted_steps(tg, cfg, told["seconds"])
-    stages = ", ".join(f"{1e3 * s:.1f} ms with rows of {name.split('@')[1]}" +
-                       (", loop on" if name[0] == "1" else ", loop off" if cfg.num_loops else "") +
-                       ", weights rounded" * name.endswith("@1")
-                       for name, s in told["seconds"].items())
+    stages = []
+    for name, seconds in told["seconds"].items():
+        looped, length, rounded = name.split("@")
+        loop = ", loop on" if looped == "1" else ", loop off" if cfg.num_loops else ""
+        stages.append(f"{1e3 * seconds:.1f} ms with rows of {length}{loop}{', weights rounded' * (rounded == '1')}")
     return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
-                f"{stages}; predicts {steps:,} steps in {budget:.0f} s, {600 / budget * steps:,.0f} in 600 s")
+                f"{', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, "
+                f"{600 / budget * steps:,.0f} in 600 s")
 
 
 def probe() -> int:
     """One process of the probe: prints the measured seconds as JSON."""
-    sys.path.insert(0, str(ROOT))
     import train_gpt as tg
-    cfg, _ = tg.Config.from_env(os.environ)
+    cfg = tg.Config.from_env(os.environ)
     with tg.Run(cfg, os.environ, log=False) as run:
-        found = measure(tg, cfg, run, PROBE_SECONDS)
+        seconds = measure(tg, cfg, run, PROBE_SECONDS)
         peak = tg.torch.cuda.max_memory_allocated() >> 20 if run.is_cuda else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
         if run.is_main:
-            print(json.dumps({"seconds": found, "mib": peak}))
+            print(json.dumps({"seconds": seconds, "mib": peak}))
     return 0
 
 
-def examine(knobs: Mapping[str, str], quick: bool) -> Iterator[Line]:
-    """All lines, each as soon as it is known. Nothing is written."""
-    env = {**os.environ, **typed(knobs, ("AUDIT", "NPROC"))}
+def examine(env: Mapping[str, str], warnings: Sequence[str], quick: bool) -> Iterator[Line]:
+    """All lines for a run with these knobs, each as soon as it is known. Nothing is written."""
     yield from python_lines()
     yield from gpu_lines()
-    yield from machine_lines({"LOG_DIR": log_folder(env),
-                              **({"ARTIFACT_DIR": Path(env["ARTIFACT_DIR"])} if env.get("ARTIFACT_DIR") else {}),
-                              "data": Path(env.get("DATA_DIR") or "data")})
-    sys.path.insert(0, str(ROOT))
+    yield from machine_lines({"LOG_DIR": log_folder(env), "data": Path(env.get("DATA_DIR") or "data")})
     try:
         import train_gpt as tg
     except ImportError as error:
         yield Line("failure", "trainer", f"train_gpt.py cannot be imported: {error}", "the remedies above, then again")
         return
     yield from cuda_lines(tg.torch, bool(visible_gpus({})))
+    for text in warnings:
+        yield Line("warning", "knobs", text, "leave it out")
     try:
-        cfg, warnings = tg.Config.from_env(env)
-        for text in warnings:
-            yield Line("warning", "knobs", text, "leave it out")
-        yield Line("ok", "knobs", f"PRESET={cfg.preset}, {len(knobs)} given")
+        cfg = tg.Config.from_env(env)
+        yield Line("ok", "knobs", f"PRESET={cfg.preset}")
         with tg.Run(cfg, {}, log=False) as run:
             yield from kernel_lines(tg, cfg, run)
-            processes = int(env.get("NPROC") or max(1, run.is_cuda and tg.torch.cuda.device_count()))
-            yield from data_lines(tg, cfg, run, quick, processes)
+            processes = launch.processes(env)
+            yield from data_lines(tg, cfg, run, processes)
             if not quick:
-                yield speed_line(tg, cfg, run, knobs, processes)
+                yield speed_line(tg, cfg, env, processes)
     except tg.UserError as error:
         yield Line("failure", "knobs", str(error), "./run.sh knobs lists them all")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 0: no failure, 1: a failure, 2: bad input."""
+    """Exit status 0: no failure, 1: a failure."""
     if "--probe" in arguments:
         return probe()
     if set(arguments) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    try:
-        knobs = pairs([a for a in arguments if a != "--quick"])
-        processes = {**os.environ, **knobs}.get("NPROC") or "1"
-        if not re.fullmatch(r"[1-9]\d*", processes):
-            raise InputError(f"NPROC={processes}: expected the number of processes, 1 or more")
-    except InputError as error:
-        print(f"doctor.py: {error}", file=sys.stderr)
-        return 2
+    env, warnings = launch.knobs_of([a for a in arguments if a != "--quick"], os.environ)
+    if env.get("NPROC"):
+        launch.processes(env)  # a bad number is refused at once
     console, levels = Console(), []
     colours = {"ok": "green", "warning": "yellow", "failure": "bold red"}
-    for line in examine(knobs, "--quick" in arguments):
+    for line in examine(env, warnings, "--quick" in arguments):
         levels.append(line.level)
         text = Text(f"{line.level:8s}", style=colours[line.level])
         text.append(f" {line.name:16s} {line.found}", style="not bold default")
@@ -371,4 +360,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main, "doctor"))

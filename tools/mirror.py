@@ -1,11 +1,12 @@
 """Copies the events of a run's log to Weights & Biases or TensorBoard, while the log grows or afterwards.
 
-    WANDB=1 TENSORBOARD=1 ./run.sh train ...            train_gpt.py starts this beside the run
-    python records/mirror.py RUN wandb tensorboard      ./run.sh mirror RUN ...: of a run that has ended
+    WANDB=1 TENSORBOARD=1 ./run.sh train ...        tools/launch.py starts this beside the run, with --follow=BYTES
+    ./run.sh mirror RUN wandb tensorboard           of a run that has ended
 
 RUN is the id of a run in LOG_DIR (logs) or the path of its log. The log is all that this reads, and it is a process of
 its own: a service that stalls or fails, and whatever its client does to signals and streams, cannot reach the run. A
-mirror that fails says so once; the same events can be sent later. Every number of an event becomes `event/number`, or
+mirror that fails says so once; the same events can be sent later. --follow=BYTES waits for what a run appends to the
+log behind its first BYTES, until standard input ends. Every number of an event becomes `event/number`, or
 `event/name/number` where the event has a name, by training step and by tokens seen. Services are configured by their
 own variables: WANDB_MODE=offline, WANDB_PROJECT (parameter-golf), WANDB_ENTITY, ... `tensorboard --logdir
 logs/tensorboard` shows the other. Neither package is required by anything else.
@@ -16,12 +17,12 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.evidence import readable
-from tools.logs import InputError, event_of, find_log, log_folder
+from tools.common import ToolError, program
+from tools.logs import event_of, find_log, log_folder, readable
 
 POLL_SECONDS = 1.0
 """How often a growing log is looked at."""
@@ -66,20 +67,24 @@ SERVICES = {"wandb": Wandb, "tensorboard": TensorBoard}
 """Name of the package -> what writes to it."""
 
 
-def lines(path: Path, follow: bool) -> Iterator[bytes]:
-    """Lines of a log; of a growing one those since the run's last start, until standard input ends and all is read."""
-    with open(path, "rb") as file:
-        rest = file.read()
-        if follow:
-            rest = rest[rest.rfind(b"\n", 0, max(0, rest.rfind(b'"event": "start"'))) + 1:]
-        while True:
-            *whole, rest = rest.split(b"\n")
-            yield from whole
-            ended = not follow or bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a finished log."""
+    yield from path.read_bytes().split(b"\n")
+
+
+def growing_lines(path: Path, begin: int) -> Iterator[bytes]:
+    """Lines of a log behind its first `begin` bytes as they come, until standard input ends and all is read."""
+    ended, rest = False, b""
+    while not ended:
+        ended = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
+        if not path.exists():
+            continue
+        with open(path, "rb") as file:
+            file.seek(begin)
             more = file.read()
-            rest += more
-            if ended and not more:
-                return
+        begin += len(more)
+        *whole, rest = (rest + more).split(b"\n")
+        yield from whole
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
@@ -89,17 +94,17 @@ def numbers(event: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(value, (int, float)) and name not in ("seconds", "step")}
 
 
-def mirror(path: Path, names: Sequence[str], follow: bool) -> int:
-    """Copy the log to these services; returns how many of them failed."""
+def mirror(path: Path, lines: Iterable[bytes], names: Sequence[str]) -> int:
+    """Copy lines of a log to these services; returns how many of them failed."""
     services: dict[str, Any] = dict.fromkeys(names)
     config: dict[str, Any] = {}
     step, failed = 0, 0
-    for line in lines(path, follow):
+    for line in lines:
         if (event := event_of(line)) is None:  # a crash cut it short, and the run went on below
             continue
         kind, values, seconds = event["event"], numbers(event), event.get("seconds", 0.0)
         step = event.get("step", event.get("steps", step))
-        if kind in ("start", "versions", "config"):  # what the run is; nothing to draw
+        if kind in ("start", "config"):  # what the run is; nothing to draw
             config.update({k: v for k, v in event.items() if k not in ("event", "seconds")})
             continue
         values["tokens"] = float(step * config.get("train_batch_tokens", 0))
@@ -124,23 +129,22 @@ def mirror(path: Path, names: Sequence[str], follow: bool) -> int:
 def complain(name: str, error: Exception, path: Path) -> int:
     """One line for a mirror that stopped; the run knows nothing of it."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    print(f"mirror.py: {name} stopped: {text}; the run is not affected, and './run.sh mirror {path} {name}' sends its "
+    print(f"mirror: {name} stopped: {text}; the run is not affected, and './run.sh mirror {path} {name}' sends its "
           f"log later", file=sys.stderr, flush=True)
     return 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0 all went well, 1 a service failed, 2 a mistake in the arguments."""
-    try:
-        if len(arguments) < 2 or not set(arguments[1:]) <= {*SERVICES, "--follow"}:
-            raise InputError("expected a run and where to copy it: " + " ".join(SERVICES))
-        path = find_log(arguments[0], log_folder())
-        names = [name for name in SERVICES if name in arguments]
-        return 1 if readable(path, mirror, path, names, "--follow" in arguments) else 0
-    except InputError as error:
-        print(f"mirror.py: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit status: 0 all went well, 1 a service failed."""
+    run, *others = arguments or [""]
+    follow = [int(match[1]) for part in others if (match := re.fullmatch(r"--follow=([0-9]+)", part))]
+    names = [name for name in SERVICES if name in others]
+    if not names or len(names) + len(follow) < len(others):
+        raise ToolError("expected a run and where to copy it: " + " ".join(SERVICES))
+    path = Path(run) if follow else find_log(run, log_folder())
+    lines = growing_lines(path, follow[0]) if follow else whole_lines(path)
+    return int(readable(path, mirror, path, lines, names) > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main, "mirror"))

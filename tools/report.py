@@ -1,6 +1,6 @@
 """One self-contained HTML page of one or several runs, with pictures: what they did, when, and for how many bytes.
 
-    python records/report.py RUN... [OUT=report.html]
+    python -m tools.report RUN... [OUT=report.html]
 
 RUN is the id of a run in LOG_DIR (logs), the path of its log, or a glob of either, also of a run that goes on or has
 failed. Every figure is the log's, and stands in a table below its picture. The page follows the reader's light or dark
@@ -14,12 +14,13 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.evidence import readable
-from tools.logs import InputError, events, last, log_folder, log_paths, split_options
+from tools.common import ToolError, program
+from tools.logs import events, last, log_folder, log_paths, readable, split_options
+from tools.show import Stream, streams
 
 INK, LINE = "#0a0b0c", "#0d0e0f"
 SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]
@@ -51,18 +52,37 @@ class Run(NamedTuple):
     name: str
     events: list[dict[str, Any]]
 
-    def all(self, event: str) -> list[dict[str, Any]]:
-        return [e for e in self.events if e["event"] == event]
+    def all(self, *names: str) -> list[dict[str, Any]]:
+        """Return every event of these names."""
+        return [e for e in self.events if e["event"] in names]
 
     def last(self, event: str) -> dict[str, Any]:
-        """The last event of that name; empty if there is none."""
+        """Return the last event of that name; empty if there is none."""
         return last(self.events, event) or {}
 
     @property
-    def ended(self) -> str:
+    def scores(self) -> Mapping[str, float]:
+        """Name of each score of the artifact and its bits a byte; the last one counts."""
+        return self.last("verdict").get("diagnostic_evals", {})
+
+    @property
+    def error(self) -> str:
         """The error that the run ended in; empty: in none, or it went on after it."""
         end = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
         return str(end.get("text") or end.get("kind") or "")
+
+
+Rows = list[list[Any]]
+
+
+class Plot(NamedTuple):
+    """One pair of axes with a line for each run."""
+    x: str
+    y: str
+    points: Callable[[Run], Iterable[Sequence[float]]]
+    """(x, y) of one run."""
+    tune: Callable[[Any, list[Run]], None] = lambda ax, runs: None
+    """What else is done to the axes."""
 
 
 class Section(NamedTuple):
@@ -70,163 +90,159 @@ class Section(NamedTuple):
     id: str
     title: str
     text: str
-    draw: Callable[[list[Run], Any], None] | None
-    """Draws on a matplotlib figure; None: a table alone."""
-    rows: Callable[[list[Run]], list[list[Any]]]
-    """Head and body of the table; a head alone: the logs hold nothing of this, and the section says so."""
-    height: float = 2.9
-    """Of the picture, in inches; it is 5.2 wide."""
+    head: str
+    """Of the table, after the column `run`."""
+    rows: Callable[[Run], Rows]
+    """Of the table, of one run; none at all: the logs hold nothing of this, and the section says so."""
+    plots: tuple[Plot, ...] = ()
+    """Pairs of axes, one below the other."""
+    bars: Callable[[list[Run], Any], None] | None = None
+    """Draws stacked bars on a matplotlib figure instead."""
+
+
+# -- what the logs say -----------------------------------------------------------------------------------
 
 
 def stages(run: Run) -> list[tuple[int, str]]:
-    """(first step, what runs from there on): how many visits, how long the rows, and whether weights are rounded."""
-    later = [(e["step"], f"{e['visits']} visits, rows of {e['seq_len']:,}" + ", rounded" * bool(e.get("rounded")))
+    """Return (first step, what runs from there on): how many layers, how long the rows, and whether rounded."""
+    later = [(e["step"], f"{e['layers']} layers, rows of {e['seq_len']:,}" + ", rounded" * bool(e.get("rounded")))
              for e in run.all("stage")]
     return [(0, "from the start"), *later]
 
 
-def planned_lr(config: dict[str, Any], frac: float) -> float:
-    """The learning rates' factor at that fraction of the budget (`lr_scale` of train_gpt.py)."""
-    warmdown, floor = config["warmdown_frac"], config["min_lr"]
-    return 1.0 if warmdown == 0 else max(min(1.0, (1 - frac) / warmdown), floor)
-
-
-def bytes_by_family(run: Run) -> dict[str, int]:
-    """Bytes of the artifact by kind of tensor, the rest of the file, and the code."""
-    artifact = run.last("artifact")
-    parts = {name.removeprefix("bytes_").removeprefix("gptq_"): size for name, size in artifact.items()
-             if name.startswith("bytes_")}
-    return {**parts, "header": artifact["weight_bytes"] - sum(parts.values()), "code": artifact["code_bytes"]} \
-        if artifact else {}
-
-
 def clock(run: Run) -> dict[str, dict[str, float]]:
-    """Seconds of every phase by budget (train, eval, none), in the order of time."""
+    """Return the seconds of every phase by budget (train, eval, none), in the order of time."""
     spent: dict[str, dict[str, float]] = {"train": {}, "eval": {}, "none": {}}
     for e in run.all("phase"):
         spent[e["budget"]][e["name"]] = spent[e["budget"]].get(e["name"], 0.0) + e["phase_seconds"]
     return spent
 
 
-def limits(run: Run) -> dict[str, float]:
-    """Seconds of both budgets."""
-    config = run.last("config")
-    return {"train": config.get("max_wallclock_seconds") or math.inf,
-            "eval": config.get("eval_seconds_budget") or math.inf}
+def limit(run: Run, budget: str) -> float:
+    """Return the seconds of a budget; infinite where there is no limit."""
+    knob = {"train": "max_wallclock_seconds", "eval": "eval_seconds_budget"}.get(budget)
+    return run.last("config").get(knob) or math.inf
 
 
 def step_times(run: Run) -> dict[str, tuple[int, float]]:
-    """Steps and their mean milliseconds by stage, from the logged rates after the first five steps."""
-    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    """Return steps and their mean milliseconds by stage, from the logged rates after the first five steps."""
+    rates: dict[str, list[tuple[int, float]]] = defaultdict(list)
     before = 0
     for e in run.all("train"):
         stage = [text for first, text in stages(run) if first < e["step"]][-1]
         if e["step"] > 5:
-            found[stage].append((e["step"] - before, e["ms_per_step"]))
+            rates[stage].append((e["step"] - before, e["ms_per_step"]))
         before = e["step"]
-    return {stage: (sum(n for n, _ in rates), sum(n * ms for n, ms in rates) / sum(n for n, _ in rates))
-            for stage, rates in found.items()}
-
-
-# -- pictures -------------------------------------------------------------------------------------------
-
-
-def lines(ax: Any, runs: list[Run], points: Callable[[Run], Iterable[tuple[float, float]]], **style: Any) -> None:
-    """One line a run, in the run's colour."""
-    for i, run in enumerate(runs):
-        found = list(points(run))
-        if found:
-            ax.plot(*zip(*found), **{"color": SERIES[i % 7], "label": run.name, **style})
+    sums = {stage: (sum(n for n, _ in pairs), sum(n * ms for n, ms in pairs)) for stage, pairs in rates.items()}
+    return {stage: (steps, ms / steps) for stage, (steps, ms) in sums.items()}
 
 
 def trained_tokens(run: Run, step: int) -> float:
-    """Millions of tokens after that many steps."""
+    """Return the millions of tokens after that many steps."""
     return step * run.last("config").get("train_batch_tokens", 0) / 1e6
 
 
-def draw_loss(runs: list[Run], figure: Any) -> None:
-    top, bottom = figure.subplots(2, 1, sharey=True)
-    lines(top, runs, lambda r: ((e["train_seconds"], e["loss_nats"]) for e in r.all("train")), lw=1.1)
-    lines(bottom, runs, lambda r: ((trained_tokens(r, e["step"]), e["loss_nats"]) for e in r.all("train")), lw=1.1)
-    late = [e["loss_nats"] for r in runs for e in r.all("train") if e["frac"] > 0.02 and e["loss_nats"]]
+def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
+    """Return (first position or length of the octave, bits a byte, targets) of the score that counts."""
+    sums = run.last("places").get(what, {})
+    each = enumerate(zip(*(sums.get(name, []) for name in ("nats", "bytes", "targets"))))
+    return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in each if size]
+
+
+def rows_runs(run: Run) -> Rows:
+    verdict, start = run.last("verdict"), run.last("start")
+    figures = [verdict.get(name) for name in ("val_loss", "artifact_bytes", "steps", "train_seconds", "eval_seconds",
+                                              "other_seconds", "seed")]
+    return [[verdict.get("val_bpb", "unfinished"), *figures, f"{start.get('world', '?')}x {start.get('device', '?')}",
+             start.get("code_sha256", "")[:8]]]
+
+
+def rows_model(run: Run) -> Rows:
+    model = run.last("model")
+    plans = {"at first": model.get("layers"), "with recurrence": model.get("layers_looped")}
+    return [[model["parameters"], when, " ".join(map(str, plan))] for when, plan in plans.items() if plan]
+
+
+def rows_scores(run: Run) -> Rows:
+    scores = list(run.scores.values())
+    steps = [None, *(f"{b - a:+.4f}" for a, b in zip(scores, scores[1:]))]
+    return [[name, score, step] for (name, score), step in zip(run.scores.items(), steps)]
+
+
+def rows_clock(run: Run) -> Rows:
+    rows: Rows = []
+    for budget, phases in clock(run).items():
+        rows += [[budget, name, seconds] for name, seconds in phases.items()]
+        most = limit(run, budget)
+        if phases:
+            rows.append([budget, f"sum, of {most:g}" if math.isfinite(most) else "sum", round(sum(phases.values()), 3)])
+    return rows
+
+
+def rows_bytes(run: Run) -> Rows:
+    artifact = run.last("artifact")
+    if not artifact:
+        return []
+    parts = [*streams(artifact), Stream("code", artifact["code_bytes"], 0)]
+    total = sum(part.size for part in parts)
+    return [[part.name, part.size, f"{100 * part.size / total:.1f} %", part.values or None, part.bits]
+            for part in parts]
+
+
+def rows_step(run: Run) -> Rows:
+    tokens = run.last("config")["train_batch_tokens"]
+    return [[stage, steps, ms, round(1000 * tokens / ms)] for stage, (steps, ms) in step_times(run).items()]
+
+
+# -- pictures --------------------------------------------------------------------------------------------
+
+
+def draw_plots(section: Section, runs: list[Run], figure: Any) -> None:
+    """Draw a section's plots, one line a run in the run's colour."""
+    for plot, ax in zip(section.plots, figure.subplots(len(section.plots), 1, squeeze=False)[:, 0]):
+        for i, run in enumerate(runs):
+            points = list(plot.points(run))
+            if points:
+                ax.plot(*zip(*points), color=SERIES[i % 7], label=run.name, lw=1.1, marker="o", ms=2.5)
+        ax.set(xlabel=plot.x, ylabel=plot.y)
+        plot.tune(ax, runs)
+
+
+def leave_out_the_first_steps(ax: Any, runs: list[Run]) -> None:
+    late = [e["loss_nats"] for r in runs for e in r.all("train") if e["progress"] > 0.02 and e["loss_nats"]]
     if late:
-        top.set_ylim(min(late) - 0.1, max(late) + 0.1)
-    for ax, label in ((top, "seconds of training"), (bottom, "million tokens")):
-        ax.set(xlabel=label, ylabel="nats a token")
+        ax.set_ylim(min(late) - 0.1, max(late) + 0.1)
 
 
-def draw_bpb(runs: list[Run], figure: Any) -> None:
-    top, bottom = figure.subplots(2, 1, sharey=True)
-
-    def scores(run: Run) -> list[dict[str, Any]]:
-        return [e for e in run.events if e["event"] in ("val_probe", "score")]
-
-    lines(top, runs, lambda r: ((e["seconds"], e["val_bpb"]) for e in scores(r)), lw=1.1, marker="o", ms=3)
-    lines(bottom, runs, lambda r: ((trained_tokens(r, e.get("step") or r.last("train_end").get("steps", 0)),
-                                    e["val_bpb"]) for e in scores(r)), lw=1.1, marker="o", ms=3)
-    bottom.set_xlim(left=0)
-    for ax, label in ((top, "seconds since the start"), (bottom, "million tokens")):
-        ax.set(xlabel=label, ylabel="bits a byte")
+def octaves(ax: Any, runs: list[Run]) -> None:
+    ax.set_xscale("log", base=2)
 
 
-def draw_lr(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    grid = [i / 200 for i in range(201)]
-    lines(ax, runs, lambda r: [(f, planned_lr(r.last("config"), f)) for f in grid] if r.last("config") else [], lw=0.9,
-          ls=(0, (4, 3)), label=None)
-    lines(ax, runs, lambda r: ((e["frac"], e["lr_scale"]) for e in r.all("train")), lw=0, marker="o", ms=3)
-    ax.set(xlabel="used fraction of the budget", ylabel="factor of the rates", xlim=(-0.02, 1.02))
-
-
-def draw_step(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    lines(ax, runs, lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5), lw=1.1,
-          marker="o", ms=2.5)
+def mark_stages(ax: Any, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         for first, _ in stages(run)[1:]:
             ax.axvline(first, color=SERIES[i % 7], lw=0.8, ls=(0, (2, 3)))
-    ax.set(xlabel="step", ylabel="ms a step")
     ax.set_ylim(bottom=0)
 
 
-def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
-    """(first position or length of the octave, bits a byte, targets) of the score that counts."""
-    sums = run.last("places").get(what, {})
-    return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in
-            enumerate(zip(*(sums.get(name, []) for name in ("nats", "bytes", "targets")))) if size]
+def score_tokens(run: Run) -> Iterable[Sequence[float]]:
+    """Return (millions of trained tokens, bits a byte) of every validation."""
+    steps = run.last("train_end").get("steps", 0)
+    return [(trained_tokens(run, e.get("step") or steps), e["val_bpb"]) for e in run.all("val_probe", "score")]
 
 
-def draw_place(runs: list[Run], figure: Any) -> None:
-    for ax, what in zip(figure.subplots(2, 1), ("position", "length")):
-        lines(ax, runs, lambda r, what=what: [p[:2] for p in bpb_by_place(r, what)], lw=1.1, marker="o", ms=3)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel={"position": "target of its document, and up to twice that",
-                       "length": "targets of the document, and up to twice as many"}[what], ylabel="bits a byte")
-
-
-def draw_ladder(runs: list[Run], figure: Any) -> None:
-    ax = figure.subplots()
-    names = list(dict.fromkeys(name for run in runs for name in run.last("verdict").get("ladder", {})))
-    for i, run in enumerate(runs):
-        ladder = run.last("verdict").get("ladder", {})
-        ax.plot(list(ladder.values()), [names.index(name) for name in ladder], color=SERIES[i % 7], lw=0.9, marker="o",
-                ms=5, label=run.name)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set(xlabel="bits a byte")
-
-
-def draw_bars(figure: Any, bars: dict[str, dict[str, float]]) -> Any:
-    """Horizontal bars of parts; a part has one colour in all bars, the smallest share the last one."""
+def draw_bars(figure: Any, bars: Mapping[str, Mapping[str, float]]) -> Any:
+    """Draw horizontal bars of parts; a part has one colour in all bars, the smallest share the last one."""
     from matplotlib.patches import Patch
     ax, total = figure.subplots(), defaultdict(float)
     for parts in bars.values():
         for name, size in parts.items():
             total[name] += size
-    colours = dict(zip(sorted(total, key=lambda name: -total[name])[:6], SERIES))
+    order = sorted(total, key=lambda name: -total[name])
+    colours = dict(zip(order[:6], SERIES))
     for place, parts in enumerate(bars.values()):
         left = 0.0
-        for name in sorted(parts, key=lambda name: -total[name]):
+        for name in sorted(parts, key=order.index):
             ax.barh(place, parts[name], left=left, height=0.62, color=colours.get(name, SERIES[6]), alpha=0.75)
             left += parts[name]
     ax.set_yticks(range(len(bars)), list(bars))
@@ -237,8 +253,8 @@ def draw_bars(figure: Any, bars: dict[str, dict[str, float]]) -> Any:
 
 
 def draw_bytes(runs: list[Run], figure: Any) -> None:
-    ax = draw_bars(figure, {run.name: {name: n / 1e6 for name, n in bytes_by_family(run).items()} for run in runs})
-    cap = max((run.last("verdict").get("cap_bytes", 0) for run in runs), default=0) / 1e6
+    ax = draw_bars(figure, {run.name: {row[0]: row[1] / 1e6 for row in rows_bytes(run)} for run in runs})
+    cap = max(run.last("verdict").get("cap_bytes", 0) for run in runs) / 1e6
     ax.axvline(cap, color=INK, lw=1.5)
     ax.set(xlabel=f"million bytes; the line is the cap of {cap:g}")
 
@@ -247,124 +263,77 @@ def draw_clock(runs: list[Run], figure: Any) -> None:
     names = {"train": "training", "eval": "evaluation", "none": "neither"}
     ax = draw_bars(figure, {f"{run.name}\n{names[budget]}": phases for run in runs
                             for budget, phases in clock(run).items()})
-    marks = [limits(run).get(budget, math.inf) for run in runs for budget in names]
-    for place, limit in enumerate(marks):
-        if math.isfinite(limit):
-            ax.plot([limit, limit], [place - 0.42, place + 0.42], color=INK, lw=2)
+    for place, most in enumerate(limit(run, budget) for run in runs for budget in names):
+        if math.isfinite(most):
+            ax.plot([most, most], [place - 0.42, place + 0.42], color=INK, lw=2)
     ax.set(xlabel="seconds; the marks are the budgets")
 
 
-# -- tables ---------------------------------------------------------------------------------------------
-
-
-def rows_runs(runs: list[Run]) -> list[list[Any]]:
-    table: list[list[Any]] = [["run", "val_bpb", "val_loss", "bytes", "steps", "train s", "eval s", "other s", "seed",
-                               "machine", "code"]]
-    for run in runs:
-        v, start = run.last("verdict"), run.last("start")
-        table.append([run.name, v.get("val_bpb", "unfinished"), v.get("val_loss"), v.get("artifact_bytes"),
-                      v.get("steps"), v.get("train_seconds"), v.get("eval_seconds"), v.get("other_seconds"),
-                      v.get("seed"), f"{start.get('world', '?')}x {start.get('device', '?')}",
-                      start.get("code_sha256", "")[:8]])
-    return table
-
-
-def rows_loss(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "step", "seconds", "million tokens", "loss, nats"]] + [
-        [run.name, e["step"], e["train_seconds"], trained_tokens(run, e["step"]), e["loss_nats"]]
-        for run in runs for e in run.all("train")]
-
-
-def rows_bpb(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "what", "seconds", "val_loss", "val_bpb"]] + [
-        [run.name, e.get("name", f"step {e.get('step')}, live weights"), e["seconds"], e["val_loss"], e["val_bpb"]]
-        for run in runs for e in run.events if e["event"] in ("val_probe", "score")]
-
-
-def rows_lr(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "step", "used fraction", "planned", "real"]] + [
-        [run.name, e["step"], e["frac"], planned_lr(run.last("config"), e["frac"]), e["lr_scale"]]
-        for run in runs for e in run.all("train")]
-
-
-def rows_step(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "stage", "steps", "ms a step", "tokens a second"]] + [
-        [run.name, stage, steps, ms, round(1000 * run.last("config")["train_batch_tokens"] / ms)]
-        for run in runs for stage, (steps, ms) in step_times(run).items()]
-
-
-def rows_place(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "by", "from", "val_bpb", "targets"]] + [
-        [run.name, what, *row] for run in runs for what in ("position", "length") for row in bpb_by_place(run, what)]
-
-
-def rows_ladder(runs: list[Run]) -> list[list[Any]]:
-    table: list[list[Any]] = [["run", "score", "val_bpb", "to the one before"]]
-    for run in runs:
-        before = None
-        for name, bpb in run.last("verdict").get("ladder", {}).items():
-            table.append([run.name, name, bpb, None if before is None else f"{bpb - before:+.4f}"])
-            before = bpb
-    return table
-
-
-def rows_bytes(runs: list[Run]) -> list[list[Any]]:
-    return [["run", "tensors", "bytes", "share"]] + [
-        [run.name, name, size, f"{100 * size / sum(bytes_by_family(run).values()):.1f} %"]
-        for run in runs for name, size in bytes_by_family(run).items()]
-
-
-def rows_clock(runs: list[Run]) -> list[list[Any]]:
-    table: list[list[Any]] = [["run", "budget", "phase", "seconds"]]
-    for run in runs:
-        for budget, phases in clock(run).items():
-            table += [[run.name, budget, name, seconds] for name, seconds in phases.items()]
-            limit = limits(run).get(budget, math.inf)
-            if phases:
-                table.append([run.name, budget, f"sum, of {limit:g}" if math.isfinite(limit) else "sum",
-                              round(sum(phases.values()), 3)])
-    return table
-
-
 SECTIONS = (
-    Section("runs", "Runs", "", None, rows_runs),
-    Section("loss", "Training loss", "Of single batches, so it is noisy; the axis leaves out the first steps.",
-            draw_loss, rows_loss, 4.4),
+    Section("runs", "Runs", "", "val_bpb|val_loss|bytes|steps|train s|eval s|other s|seed|machine|code", rows_runs),
+    Section("model", "Model", "The block that each layer runs, in order.", "parameters|when|blocks", rows_model),
+    Section("loss", "Training loss", "Of single batches, so it is noisy; the axes leave out the first steps.",
+            "step|seconds|million tokens|loss, nats",
+            lambda r: [[e["step"], e["train_seconds"], trained_tokens(r, e["step"]), e["loss_nats"]]
+                       for e in r.all("train")],
+            (Plot("seconds of training", "nats a token",
+                  lambda r: ((e["train_seconds"], e["loss_nats"]) for e in r.all("train")), leave_out_the_first_steps),
+             Plot("million tokens", "nats a token",
+                  lambda r: ((trained_tokens(r, e["step"]), e["loss_nats"]) for e in r.all("train")),
+                  leave_out_the_first_steps))),
     Section("bpb", "Bits a byte", "Validation while training (VAL_LOSS_EVERY), then every score of the artifact; the "
-            "last one counts.", draw_bpb, rows_bpb, 4.4),
-    Section("ladder", "The ladder", "The averaged weights, what rounding costs them, and what windows and adaptation "
-            "give back.", draw_ladder, rows_ladder),
+            "last one counts.", "what|seconds|val_loss|val_bpb",
+            lambda r: [[e.get("name", f"step {e.get('step')}, live weights"), e["seconds"], e["val_loss"], e["val_bpb"]]
+                       for e in r.all("val_probe", "score")],
+            (Plot("seconds since the start", "bits a byte",
+                  lambda r: ((e["seconds"], e["val_bpb"]) for e in r.all("val_probe", "score"))),
+             Plot("million tokens", "bits a byte", score_tokens))),
+    Section("scores", "Diagnostic scores", "The averaged weights, what rounding costs them, and what windows and "
+            "adaptation give back.", "score|val_bpb|to the one before", rows_scores,
+            (Plot("score", "bits a byte", lambda r: r.scores.items()),)),
     Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long the "
-            "document is.", draw_place, rows_place, 4.4),
+            "document is.", "by|from|val_bpb|targets",
+            lambda r: [[what, *row] for what in ("position", "length") for row in bpb_by_place(r, what)],
+            (Plot("target of its document, and up to twice that", "bits a byte",
+                  lambda r: [row[:2] for row in bpb_by_place(r, "position")], octaves),
+             Plot("targets of the document, and up to twice as many", "bits a byte",
+                  lambda r: [row[:2] for row in bpb_by_place(r, "length")], octaves))),
     Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
             "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
-            draw_clock, rows_clock, 3.4),
-    Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.", draw_bytes, rows_bytes),
+            "budget|phase|seconds", rows_clock, bars=draw_clock),
+    Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.",
+            "tensors|bytes|share|values|bits a value", rows_bytes, bars=draw_bytes),
     Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
-            draw_step, rows_step),
-    Section("lr", "Learning rate", "Dashed: as planned over the budget. Dots: as it was. Dots that end early are a run "
-            "that ended before its schedule.", draw_lr, rows_lr),
+            "stage|steps|ms a step|tokens a second", rows_step,
+            (Plot("step", "ms a step",
+                  lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5), mark_stages),)),
+    Section("lr", "Learning rate", "Dots that end early are a run that ended before its schedule.",
+            "step|used fraction|factor", lambda r: [[e["step"], e["progress"], e["lr_scale"]] for e in r.all("train")],
+            (Plot("used fraction of the budget", "factor of the rates",
+                  lambda r: ((e["progress"], e["lr_scale"]) for e in r.all("train"))),)),
 )
 
 
-# -- the page -------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------------
 
 
 def picture(section: Section, runs: list[Run]) -> str:
-    """The section's picture as an SVG element in the page's colours."""
+    """Return the section's picture as an SVG element in the page's colours."""
     import matplotlib
     from matplotlib.figure import Figure
-    height = section.height + {"clock": 0.8, "bytes": 0.3}.get(section.id, 0.0) * max(0, len(runs) - 2)
+    height = 1.5 + 0.5 * len(runs) if section.bars else 0.7 + 2.0 * len(section.plots)
     small = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "grid.color": LINE, "grid.linewidth": 0.5, "axes.edgecolor": LINE, "axes.axisbelow": True,
              "svg.fonttype": "none", "svg.hashsalt": section.id, "legend.frameon": False, "legend.fontsize": 7,
              **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)}
     with matplotlib.rc_context(small):
         figure = Figure(figsize=(5.2, height), layout="constrained")
-        assert section.draw is not None
-        section.draw(runs, figure)
-        if len(runs) > 1 and section.id not in ("clock", "bytes"):
-            figure.axes[0].legend(*figure.axes[0].get_legend_handles_labels())
+        if section.bars:
+            section.bars(runs, figure)
+        else:
+            draw_plots(section, runs, figure)
+            if len(runs) > 1:
+                figure.axes[0].legend(*figure.axes[0].get_legend_handles_labels())
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -379,65 +348,60 @@ def picture(section: Section, runs: list[Run]) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(section.title)}"', 1)
 
 
-def table(rows: list[list[Any]]) -> str:
-    """An HTML table; numbers keep seven digits."""
+def table(head: Sequence[str], rows: Rows) -> str:
+    """Return an HTML table; numbers keep seven digits."""
     def cell(value: Any) -> str:
         if value is None:
             return ""
-        text = f"{value:.7g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        return html.escape(text)
+        form = {float: ".7g", int: ","}.get(type(value), "")
+        return html.escape(format(value, form))
 
-    head, *body = rows
-    lines = "".join("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>\n" for row in body)
+    body = "".join("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>\n" for row in rows)
     return ("<div class=scroll><table><thead><tr>" + "".join(f"<th>{cell(c)}</th>" for c in head) +
-            f"</tr></thead><tbody>{lines}</tbody></table></div>")
+            f"</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def section_html(section: Section, runs: list[Run]) -> str:
+    """Return one section: its text, its picture, and the figures behind it."""
+    rows = [[run.name, *row] for run in runs for row in section.rows(run)]
+    body = table(["run", *section.head.split("|")], rows)
+    if not rows:
+        body = "<p>The logs hold nothing of this.</p>"
+    elif section.plots or section.bars:
+        body = f"{picture(section, runs)}<details><summary>Figures</summary>{body}</details>"
+    text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
+    return f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>"
 
 
 def page(runs: list[Run]) -> str:
-    """The whole page."""
-    parts = []
-    for section in SECTIONS:
-        rows = section.rows(runs)
-        text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
-        if section.draw is None:
-            body = table(rows)
-        elif len(rows) > 1:
-            body = f"{picture(section, runs)}<details><summary>Figures</summary>{table(rows)}</details>"
-        else:
-            body = "<p>The logs hold nothing of this.</p>"
-        parts.append(f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>")
-    notes = [f"{run.name}: {text}" for run in runs for text in
-             (run.last("verdict").get("illegal") and f"ILLEGAL: {run.last('verdict')['illegal']}",
-              run.ended and f"ended in an error: {run.ended}") if text]
-    names = ", ".join(run.name for run in runs)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>'
+    """Return the whole page."""
+    title = html.escape(", ".join(run.name for run in runs))
+    notes = "".join(f"<p class=bad>{html.escape(f'{run.name}: ended in an error: {run.error}')}</p>"
+                    for run in runs if run.error)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body>'
-            f"<h1>{html.escape(names)}</h1>\n" + "".join(f"<p class=bad>{html.escape(note)}</p>" for note in notes) +
-            "<main>\n" + "\n".join(parts) + "\n</main></body></html>\n")
+            f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
+            f"{notes}<main>\n" + "\n".join(section_html(section, runs) for section in SECTIONS) +
+            "\n</main></body></html>\n")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 2 and one line if there is nothing to show."""
-    try:
-        names, given = split_options(arguments, ("OUT",))
-        if not names or "--help" in names:
-            print(__doc__)
-            return 0 if "--help" in names else 2
-        paths = [path for name in names for path in log_paths(name, log_folder())]
-        ids = [path.stem if [p.stem for p in paths].count(path.stem) == 1 else str(path) for path in paths]
-        runs = [Run(name, events(path)) for name, path in zip(ids, paths)]
-        for path, run in zip(paths, runs):
-            if not run.last("config"):
-                raise InputError(f"{path}: no log of a run (no config in it)")
-        out = Path(given.get("OUT", "report.html"))
-        out.write_text(readable(", ".join(ids), page, runs), encoding="utf-8")
-        print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")
-        return 0
-    except (InputError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
+    """Write the page of the runs that are named."""
+    names, options = split_options(arguments, ("OUT",))
+    if not names or "--help" in names:
+        print(__doc__)
+        return 0 if names else 2
+    paths = [path for name in names for path in log_paths(name, log_folder())]
+    stems = [path.stem for path in paths]
+    runs = [Run(path.stem if stems.count(path.stem) == 1 else str(path), events(path)) for path in paths]
+    for path, run in zip(paths, runs):
+        if not run.last("config"):
+            raise ToolError(f"{path}: no log of a run (no config in it)")
+    out = Path(options.get("OUT", "report.html"))
+    out.write_text(readable(", ".join(run.name for run in runs), page, runs), encoding="utf-8")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main, "report.py"))

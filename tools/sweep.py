@@ -39,16 +39,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.logs import PRIVATE, InputError, events, file_name, last, log_folder, pairs, scored_log, typed
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tools import foreign
+from tools.common import ToolError, program
+from tools.logs import PRIVATE, events, file_name, last, log_folder, pairs, scored_log
+
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = (str(ROOT / "run.sh"), "train")
+TRAIN = (sys.executable, "-m", "tools.launch", "train")
 """What trains one run: knobs as environment variables, LOG_DIR/RUN_ID.jsonl as its log."""
-HOPELESS = ("UserError", "LocalError", "DivergedError")
+HOPELESS = ("UserError", "DivergedError")
 """Errors in a run's log that another attempt would end in, too."""
 
 
@@ -91,12 +94,12 @@ class State:
 # -- what is to be run ----------------------------------------------------------------------------------
 
 
-def wanted(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
+def runs_of(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """(knobs that vary, fixed knobs) of each run, from the command line's grid or file.
 
-    Raises `InputError`.
+    Raises `ToolError`.
 
-    >>> [varied for varied, _ in wanted(["SEED=1,2", "MATRIX_LR=0.03", "--", "PRESET=demo"])]
+    >>> [varied for varied, _ in runs_of(["SEED=1,2", "MATRIX_LR=0.03", "--", "PRESET=demo"])]
     [{'SEED': '1', 'MATRIX_LR': '0.03'}, {'SEED': '2', 'MATRIX_LR': '0.03'}]
     """
     arguments = list(arguments)
@@ -108,47 +111,49 @@ def wanted(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str
         grid = {name: value.split(",") for name, value in pairs(arguments[:at]).items()}
         for name, values in grid.items():
             if "" in values or len(set(values)) < len(values):
-                raise InputError(f"{name}={','.join(values)}: expected different values; one with commas goes behind "
+                raise ToolError(f"{name}={','.join(values)}: expected different values; one with commas goes behind "
                                  f"-- or into a file")
         rows = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
     if not rows:
-        raise InputError("no run is named; such as ./run.sh sweep SEED=42,0,1234 MATRIX_LR=0.022,0.026 -- PRESET=demo")
+        raise ToolError("no run is named; such as ./run.sh sweep SEED=42,0,1234 MATRIX_LR=0.022,0.026 -- PRESET=demo")
     for row in rows:
         if "RUN_ID" in {*row, *fixed}:
-            raise InputError("RUN_ID: a sweep names its runs itself; leave it out")
+            raise ToolError("RUN_ID: a sweep names its runs itself; leave it out")
         if both := sorted((set(row) & set(fixed)) | (set(row) & {"LOG_DIR"})):
-            raise InputError(f"{both[0]}: cannot vary and be fixed; LOG_DIR is always fixed")
+            raise ToolError(f"{both[0]}: cannot vary and be fixed; LOG_DIR is always fixed")
     return [(row, fixed) for row in rows]
 
 
 def rows_of(file: str) -> list[dict[str, str]]:
-    """The runs of a file, a line each. Raises `InputError` with the number of a bad line."""
+    """The runs of a file, a line each. Raises `ToolError` with the number of a bad line."""
     try:
         lines = Path(file).read_bytes().splitlines()
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); expected a file of runs or KNOB=value,value"
+        raise ToolError(f"{file}: cannot be read ({error.strerror}); expected a file of runs or KNOB=value,value"
                          ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(pairs(shlex.split(line.decode("utf-8"), comments=True)))
-        except (InputError, ValueError) as error:
-            raise InputError(f"{file}, line {number}: {error}; expected KNOB=value ...") from None
+        except (ToolError, ValueError) as error:
+            raise ToolError(f"{file}, line {number}: {error}; expected KNOB=value ...") from None
     return [row for row in rows if row]
 
 
 def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: Mapping[str, str], gpus: int
              ) -> list[Job]:
-    """Jobs of validated knobs, each once. Raises `InputError` for a knob that the trainer refuses."""
-    sys.path.insert(0, str(ROOT))
+    """Jobs of validated knobs, each once. Raises `ToolError` for a knob that the trainer refuses."""
     import train_gpt as tg  # two seconds of torch, against a bad knob found after hours
     code, jobs = Path(tg.__file__).read_bytes(), {}
     for varied, fixed in rows:
         label = " ".join(f"{name}={varied[name]}" for name in sorted(varied))
+        typed = {**fixed, **varied}
         try:
-            cfg, _ = tg.Config.from_env({**env, **typed({**fixed, **varied})})
-        except tg.UserError as error:
-            raise InputError(f"{label}: {error}") from None
+            if "NPROC" in typed:
+                raise ToolError("NPROC: GPUS_PER_RUN says how many processes a run has")
+            cfg = tg.Config.from_env(foreign.translate({**env, **typed}, typed)[0])
+        except (ToolError, tg.UserError) as error:
+            raise ToolError(f"{label}: {error}") from None
         same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PRIVATE or k in ("seed", "eval_only")}
         key = hashlib.sha256(json.dumps([same, gpus]).encode() + code).hexdigest()[:10]
         jobs.setdefault(key, Job(label, {**fixed, **varied}, key))
@@ -169,10 +174,10 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
 
 
 def gpus_per_run(env: Mapping[str, str], count: int) -> int:
-    """GPUS_PER_RUN, by default all `count`. Raises `InputError` where that is not possible."""
+    """GPUS_PER_RUN, by default all `count`. Raises `ToolError` where that is not possible."""
     text = env.get("GPUS_PER_RUN") or str(count)
     if not text.isdigit() or int(text) > count or (int(text) == 0) != (count == 0):
-        raise InputError(f"GPUS_PER_RUN={text}: expected 1 to {count}, the GPUs that are visible here" if count else
+        raise ToolError(f"GPUS_PER_RUN={text}: expected 1 to {count}, the GPUs that are visible here" if count else
                          f"GPUS_PER_RUN={text}: no GPU is visible here; unset it to run on the CPU")
     return int(text)
 
@@ -247,13 +252,9 @@ class Sweep:
         name = re.compile(rf".*-{re.escape(job.key)}(\.\d+)?")
         return sorted(path for path in self.folder.glob("*.jsonl") if name.fullmatch(path.stem))
 
-    def kept(self, job: Job) -> Path:
-        """Where the runs of a job leave checkpoints."""
-        return Path({**self.env, **job.knobs}.get("ARTIFACT_DIR") or self.folder)
-
     def forget(self, job: Job) -> None:
         """Remove the checkpoints of a job that nobody will go on with."""
-        for path in self.kept(job).glob(f"{job.name}*.ckpt"):
+        for path in self.folder.glob(f"{job.name}*.ckpt"):
             path.unlink(missing_ok=True)
 
     def look(self, state: State) -> bool:
@@ -309,9 +310,7 @@ class Sweep:
         env = {**self.env, **state.job.knobs, **self.places[index], "LOG_DIR": str(self.folder)}
         taken = {path.stem for path in self.folder.glob(f"{state.job.name}*")}
         ids = [state.job.name + (f".{n}" if n > 1 else "") for n in range(1, len(taken) + 2)]
-        kept = self.kept(state.job)
-        saved = [name for name in ids if any((kept / f"{name}{score}{previous}.ckpt").exists()
-                                             for score in ("", ".score") for previous in ("", ".previous"))]
+        saved = [name for name in ids if (self.folder / f"{name}.ckpt").exists()]
         state.run_id = saved[-1] if saved else next(name for name in ids if name not in taken)
         env |= {"RUN_ID": state.run_id, **({"RESUME": "auto"} if saved else {})}
         with open(self.own / f"{state.run_id}.out", "ab") as out:
@@ -380,12 +379,12 @@ class Sweep:
     def doing(self, state: State) -> str:
         """Where a running job is, from its log."""
         path = self.folder / f"{state.run_id}.jsonl"
-        found = events(path) if path.is_file() else []
-        if not found:
+        log = events(path) if path.is_file() else []
+        if not log:
             return "starting"
-        train = last(found, "train")
-        if train is None or found[-1]["event"] != "train":
-            return found[-1].get("name") or found[-1]["event"]
+        train = log[-1]
+        if train["event"] != "train":
+            return train.get("name") or train["event"]
         return f"train {train['frac']:.0%}, step {train['step']}, {train['loss_nats'] or float('nan'):.3f} nats"
 
     def table(self) -> Table:
@@ -498,40 +497,34 @@ exec ./run.sh sweep <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(listed
     return script
 
 
-def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Exit status 0: all done (or submitted), 1: some failed, 2: bad input, 130: interrupted."""
-    try:
-        if set(arguments) & {"-h", "--help"}:
-            print(__doc__)
-            return 0
-        launcher = env.get("LAUNCHER") or "local"
-        if launcher not in ("local", "slurm"):
-            raise InputError(f"LAUNCHER={launcher}: expected local or slurm")
-        rows = wanted(arguments)
-        fixed = rows[0][1]
-        folder = log_folder({**env, **fixed}).absolute()
-        if launcher == "slurm":
-            if not re.fullmatch(r"[1-9]\d*", env.get("GPUS_PER_RUN", "")):
-                raise InputError(f"GPUS_PER_RUN={env.get('GPUS_PER_RUN', '')}: LAUNCHER=slurm needs the number of GPUs "
-                                 f"of one run, such as GPUS_PER_RUN=8")
-            gpus, places = int(env["GPUS_PER_RUN"]), []
-        else:
-            places = slots(env)
-            gpus = int(places[0].get("NPROC", 0))
-        sweep = Sweep(identify(rows, env, gpus), folder, places, env=env)
-        if launcher == "local":
-            return conduct(sweep, Console(width=None if sys.stdout.isatty() else 160))
-        if all(state.status == "done" for state in sweep.states):
-            print(sweep.status_line())
-            return 0
-        script = slurm(sweep, fixed, gpus)
-        if shutil.which("sbatch") is None:
-            raise InputError(f"sbatch is not here; {script} is written: submit it where Slurm is, with sbatch {script}")
-        return subprocess.run(["sbatch", str(script)]).returncode
-    except (InputError, OSError) as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
+    """Exit status 0: all done (or submitted), 1: some failed, 130: interrupted."""
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    launcher = env.get("LAUNCHER") or "local"
+    if launcher not in ("local", "slurm"):
+        raise ToolError(f"LAUNCHER={launcher}: expected local or slurm")
+    rows = runs_of(arguments)
+    fixed = rows[0][1]
+    folder = log_folder({**env, **fixed}).absolute()
+    if launcher == "local":
+        places = slots(env)
+        jobs = identify(rows, env, int(places[0].get("NPROC", 0)))
+        return conduct(Sweep(jobs, folder, places, env=env), Console(width=None if sys.stdout.isatty() else 160))
+    if not re.fullmatch(r"[1-9]\d*", env.get("GPUS_PER_RUN", "")):
+        raise ToolError(f"GPUS_PER_RUN={env.get('GPUS_PER_RUN', '')}: LAUNCHER=slurm needs the number of GPUs of one "
+                        f"run, such as GPUS_PER_RUN=8")
+    gpus = int(env["GPUS_PER_RUN"])
+    sweep = Sweep(identify(rows, env, gpus), folder, [], env=env)
+    if all(state.status == "done" for state in sweep.states):
+        print(sweep.status_line())
+        return 0
+    script = slurm(sweep, fixed, gpus)
+    if shutil.which("sbatch") is None:
+        raise ToolError(f"sbatch is not here; {script} is written: submit it where Slurm is, with sbatch {script}")
+    return subprocess.run(["sbatch", str(script)]).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    sys.exit(program(main, "sweep"))

@@ -34,39 +34,42 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from tools.logs import InputError, events, log_folder, pairs, typed
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
-from tools.sweep import ROOT, TRAIN, Job, Sweep, lock, slots, unlock
+
+from tools import foreign, knobs
+from tools.common import ToolError, program
+from tools.logs import events, log_folder, pairs
+from tools.sweep import TRAIN, Job, Sweep, lock, slots, unlock
 
 RANGE = re.compile(r"([-+.\w]+?)\.\.([-+.\w]+?)(:log)?")
 
 
 def space_of(arguments: Sequence[str]) -> dict[str, BaseDistribution]:
-    """The space of KNOB=range and KNOB=list arguments. Raises `InputError`."""
-    found: dict[str, BaseDistribution] = {}
+    """The space of KNOB=range and KNOB=list arguments. Raises `ToolError`."""
+    space: dict[str, BaseDistribution] = {}
     for name, text in pairs(arguments).items():
         if name == "SEED":
-            raise InputError("SEED: picking seeds by their scores is against the rules; compare knobs, then run seeds")
+            raise ToolError("SEED: picking seeds by their scores is against the rules; compare knobs, then run seeds")
         span = RANGE.fullmatch(text)
         try:
             if span is None:
                 if len(set(text.split(","))) < 2:
                     raise ValueError("a list needs two values; a single one goes behind --")
-                found[name] = CategoricalDistribution(text.split(","))
+                space[name] = CategoricalDistribution(text.split(","))
             else:
                 kind = int if all(re.fullmatch(r"[-+]?\d+", end) for end in span.groups()[:2]) else float
                 low, high = kind(span[1]), kind(span[2])
                 if low >= high:
                     raise ValueError("the first number is not below the second")
-                found[name] = {int: IntDistribution, float: FloatDistribution}[kind](low, high, log=bool(span[3]))
+                space[name] = {int: IntDistribution, float: FloatDistribution}[kind](low, high, log=bool(span[3]))
         except ValueError as error:
-            raise InputError(f"{name}={text}: {error}; expected such as 0.01..0.04:log, 1..3 or none,sparse") from None
-    if not found:
-        raise InputError("no knob to search; such as ./run.sh tune MATRIX_LR=0.01..0.04:log -- PRESET=demo")
-    return found
+            raise ToolError(f"{name}={text}: {error}; expected such as 0.01..0.04:log, 1..3 or none,sparse") from None
+    if not space:
+        raise ToolError("no knob to search; such as ./run.sh tune MATRIX_LR=0.01..0.04:log -- PRESET=demo")
+    return space
 
 
 def digest(text: str) -> str:
@@ -79,22 +82,26 @@ def text_of(value: Any) -> str:
     return format(value, ".6g") if isinstance(value, float) else str(value)
 
 
-def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str]) -> dict[str, Any] | None:
-    """The configuration's own values as a trial, or None if the space lacks one. Raises `InputError` for bad knobs."""
-    sys.path.insert(0, str(ROOT))
+def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str], typed: Sequence[str] = ()
+             ) -> dict[str, Any] | None:
+    """The configuration's own values as a trial, or None if the space lacks one. Raises `ToolError` for bad knobs."""
     import train_gpt as tg
+    names = {knob.name for knob in knobs.read()}
+    for name in space:
+        if name not in names:
+            raise ToolError(f"{name}: no such knob (./run.sh knobs lists them)")
     try:
-        cfg, _ = tg.Config.from_env(env)
+        cfg = tg.Config.from_env(foreign.translate(env, typed)[0])
     except tg.UserError as error:
-        raise InputError(str(error)) from None
+        raise ToolError(str(error)) from None
     values = {}
     for name, places in space.items():
-        if not hasattr(cfg, name.lower()):
-            raise InputError(f"{name}: no such knob (./run.sh knobs lists them)")
         value = getattr(cfg, name.lower())
-        value = tg.show(value) if isinstance(places, CategoricalDistribution) else value
-        inside = value in places.choices if isinstance(places, CategoricalDistribution) else \
-            places.low <= value <= places.high
+        if isinstance(places, CategoricalDistribution):
+            value = knobs.typed_text(value)
+            inside = value in places.choices
+        else:
+            inside = places.low <= value <= places.high
         if not inside:
             return None
         values[name] = value
@@ -210,38 +217,10 @@ class Tuner:
         return 0
 
 
-def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Exit status 0: done, 1: no trial has a score, 2: bad input, 130: interrupted."""
-    try:
-        if set(arguments) & {"-h", "--help"}:
-            print(__doc__)
-            return 0
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        space, fixed = space_of(arguments[:at]), pairs(arguments[at + 1:])
-        if "RUN_ID" in {*space, *fixed}:
-            raise InputError("RUN_ID: a study names its runs itself; leave it out")
-        if both := sorted(set(space) & set(fixed)):
-            raise InputError(f"{both[0]}: cannot be searched and be fixed")
-        if not re.fullmatch(r"[1-9]\d*", trials := env.get("TRIALS") or "20"):
-            raise InputError(f"TRIALS={trials}: expected a positive number")
-        first = as_it_is(space, {**env, **typed(fixed)})
-        folder = log_folder({**env, **fixed}).absolute()
-        name = env.get("STUDY") or f"tune-{digest(json.dumps([sorted(arguments[:at]), fixed]))}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
-            raise InputError(f"STUDY={name}: expected up to 60 letters, digits, _ and -")
-        places = slots(env)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = open_study(name, env.get("TUNE_STORAGE") or folder / "tune" / f"{name}.journal", first)
-        return Tuner(study, space, fixed, folder, places, env).work(int(trials), Console())
-    except (InputError, OSError) as error:
-        print(f"tune.py: {error}", file=sys.stderr)
-        return 2
-
-
 def open_study(name: str, storage: str | Path, first: Mapping[str, Any] | None) -> optuna.Study:
     """Create or join a study that minimises; `first` is tried before anything else, once.
 
-    Raises `InputError` where TUNE_STORAGE is no database, or cannot be reached.
+    Raises `ToolError` where TUNE_STORAGE is no database, or cannot be reached.
     """
     from sqlalchemy.exc import SQLAlchemyError
     opened: Any = storage
@@ -257,12 +236,36 @@ def open_study(name: str, storage: str | Path, first: Mapping[str, Any] | None) 
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     except (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         shown = re.sub(r":[^:/@]*@", ":...@", str(storage))  # without its password
-        raise InputError(f"TUNE_STORAGE={shown}: {str(error).splitlines()[0]}; expected a database that can be "
+        raise ToolError(f"TUNE_STORAGE={shown}: {str(error).splitlines()[0]}; expected a database that can be "
                          f"reached, such as sqlite:///study.db or postgresql://user@host/name, or none") from None
     if first is not None:
         study.enqueue_trial(dict(first), skip_if_exists=True)
     return study
 
 
+def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
+    """Exit status 0: done, 1: no trial has a score, 130: interrupted."""
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    space, fixed = space_of(arguments[:at]), pairs(arguments[at + 1:])
+    if "RUN_ID" in {*space, *fixed}:
+        raise ToolError("RUN_ID: a study names its runs itself; leave it out")
+    if both := sorted(set(space) & set(fixed)):
+        raise ToolError(f"{both[0]}: cannot be searched and be fixed")
+    if not re.fullmatch(r"[1-9]\d*", trials := env.get("TRIALS") or "20"):
+        raise ToolError(f"TRIALS={trials}: expected a positive number")
+    first = as_it_is(space, {**env, **fixed}, list(fixed))
+    folder = log_folder({**env, **fixed}).absolute()
+    name = env.get("STUDY") or f"tune-{digest(json.dumps([sorted(arguments[:at]), fixed]))}"
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+        raise ToolError(f"STUDY={name}: expected up to 60 letters, digits, _ and -")
+    places = slots(env)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = open_study(name, env.get("TUNE_STORAGE") or folder / "tune" / f"{name}.journal", first)
+    return Tuner(study, space, fixed, folder, places, env).work(int(trials), Console())
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    sys.exit(program(main, "tune"))

@@ -17,22 +17,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
-
-from data import caseops
+ROOT = Path(__file__).resolve().parents[2]
 import numpy as np
 import sentencepiece
-from data.documents import BOS, document, file_rows, input_files
-from tools.logs import events, last
-from data.text import TRAINING
 
 import train_gpt as tg
-from bench.common import program, write_shard
+from bench.common import write_shard
+from data import caseops
+from data.documents import BOS, document, file_rows, input_files
+from data.text import TRAINING
+from tools.common import program
+from tools.logs import events, last
 
 SHAPE = dict(PRESET="demo", VOCAB_SIZE="8192", NUM_LAYERS="2", MODEL_DIM="128", NUM_HEADS="2", NUM_KV_HEADS="1",
-             PARALLEL_RESIDUAL="none", XSA_LAST_N="0", BIGRAM_BUCKETS="0", EVAL_LADDER="", EVAL_STRIDE="0",
-             MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="1", TTT="none", NGRAM_TILT_ENABLED="0", THREADS="1")
+             PARALLEL_RESIDUAL="none", XSA_LAST_N="0", BIGRAM_BUCKETS="0", DIAGNOSTIC_EVALS="", EVAL_STRIDE="0",
+             MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="1", TTT="none", OMP_NUM_THREADS="1")
 """A model whose 200 steps take about a minute of one core; no adaptation, no tilt."""
 
 
@@ -128,4 +127,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

@@ -18,13 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-from data import documents
-
+ROOT = Path(__file__).resolve().parents[2]
 import train_gpt as tg
-from bench.common import program
+from data import documents
+from tools.common import program
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
@@ -55,7 +52,7 @@ def prepared(rows: Sequence[documents.Row], model: str, megabytes: float, folder
             for number, text in enumerate(texts):
                 size += file.write(json.dumps({"text": f"{copy} {number} {text}"}) + "\n")
             copy += 1
-    command = [sys.executable, ROOT / "data" / "prepare.py", "text", folder / "corpus.jsonl", "--name", "b", "--force",
+    command = [sys.executable, "-m", "data.prepare", "text", folder / "corpus.jsonl", "--name", "b", "--force",
                "--tokenizer", model, "--out", folder]
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -90,4 +87,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

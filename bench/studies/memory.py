@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as tg
-from bench.common import ROOT, Row, made_up_ids, program, show, text_dataset, write_shard
-
-sys.path.insert(0, str(ROOT / "records"))
-
+from bench.common import ROOT, Row, made_up_ids, show, text_dataset, write_shard
+from tools.common import program
 from tools.logs import events, last
 
 SIZES: dict[str, dict[str, str]] = {
@@ -41,7 +39,7 @@ def measure(name: str, knobs: dict[str, str]) -> Row:
     """
     with tempfile.TemporaryDirectory() as folder:
         env = {"PRESET": "demo", "DEVICE": "cpu", "DTYPE": "float32", "THREADS": "1", "MAX_WALLCLOCK_SECONDS": "0",
-               "ITERATIONS": "2", "EVAL_LADDER": "", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
+               "ITERATIONS": "2", "DIAGNOSTIC_EVALS": "", "GPTQ_CALIBRATION_BATCHES": "1", "LOG_DIR": folder,
                "RUN_ID": "r", "QUANT": "sdclip", "VOCAB_SIZE": "512", **knobs,
                **{name.upper(): value for name, value in text_dataset(Path(folder)).items()}}
         write_shard(Path(folder) / "fineweb_val_000000.bin", made_up_ids(np.full(96, 400), 512))
@@ -74,4 +72,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

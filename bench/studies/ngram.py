@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
-from bench.common import program
+from tools.common import program
 
 
 def stream(count: int, vocab_size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("millions", nargs="?", type=float, default=5.0, help="length of the stream (default 5)")
     count = round(1e6 * parser.parse_args(arguments).millions)
     tg.require(count >= 1000, f"{count / 1e6:g}: expected at least 0.001 million ids")
-    cfg, _ = tg.Config.from_env({"NGRAM_TILT_ENABLED": "1", **os.environ})
+    cfg = tg.Config.from_env({"NGRAM_BASE_BETA": "2", **os.environ})
     with tg.Run(cfg, {}, log=False) as run:
         ids = torch.from_numpy(stream(count, cfg.vocab_size)).to(run.device)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,4 +58,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

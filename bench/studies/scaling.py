@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import train_gpt as tg
-from bench.common import Row, program, show
+from bench.common import Row, show
 from bench.step import newton_schulz_flops
+from tools.common import program
 
 RECORD_ROW_MS, RECORD_FIXED_MS = (140.9 - 14.6) / 48, 14.6
 """Milliseconds of a row of 2,048 tokens, forward and backward, and of what else a step does (see above)."""
@@ -104,4 +105,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

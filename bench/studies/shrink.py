@@ -7,6 +7,7 @@ import torch
 
 import train_gpt as tg
 from bench.common import Machine, Row, row, summary, timed
+from tools import predict
 
 
 def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) -> tuple[list[Row], bytes]:
@@ -28,8 +29,8 @@ def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) ->
         timed(times, "unpack", run, tg.unpack, blob)
     tokens = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len) * cfg.train_seq_len
     grams = sum(2 * gram.size(0) ** 2 for gram in sums.gram.values())  # over stored products; visits of the loop: more
-    plan = tg.layer_plan(cfg, looped=True)
-    counted = {"calibrate": tokens * (2 * tg.estimate_flops(cfg, plan, cfg.train_seq_len / 2) + grams),
+    plan = tg.unroll_layers(cfg, looped=True)
+    counted = {"calibrate": tokens * (2 * predict.forward_flops(cfg, plan, cfg.train_seq_len / 2) + grams),
                # each column's error goes to the columns after it: C^2 / 2 multiply-adds a row
                "gptq": sum(w.size(0) * w.size(1) * w.size(2) ** 2 for _, _, _, w, *_ in quantizer.stacks)}
     each = {"calibrate": tokens, "pack": quantizer.weights, "unpack": quantizer.weights}

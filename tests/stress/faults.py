@@ -25,11 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as tg
-from bench.common import ROOT, Row, program, show, text_dataset
-
-sys.path.insert(0, str(ROOT / "records"))
-
+from bench.common import ROOT, Row, show, text_dataset
 from tools import logs
+from tools.common import program
 
 SECONDS = 120
 """Most that a run may take, which takes five on a quiet core."""
@@ -117,10 +115,10 @@ def plant(faults: Sequence[Sequence[Any]], folder: Path) -> None:
 
 def knobs_of(folder: Path, data: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
     """Environment of the tests' tiny run: a checkpoint after every step and while scoring, adaptation in two phases."""
-    from conftest import TINY
+    from tests.conftest import TINY
     values = {**TINY, **data, "log_dir": str(folder), "run_id": "r", "checkpoint_every": "0.000001", "resume": "auto",
-              "iterations": "6", "ngram_tilt_enabled": "0", "eval_ladder": "quantized", "dist_timeout_seconds": "8",
-              "ttt_batch_size": "2", **more}
+              "iterations": "6", "ngram_base_beta": "0", "diagnostic_evals": "quantized",
+              "dist_timeout_seconds": "8", "ttt_batch_size": "2", **more}
     return {name.upper(): value for name, value in values.items()}
 
 
@@ -259,7 +257,6 @@ def table() -> list[Fault]:
 
 def main(words: Sequence[str]) -> int:
     """Print the table; exit status 1 where a verdict differs or a run cannot go on."""
-    sys.path.insert(0, str(ROOT / "tests"))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         data = text_dataset(Path(name))
@@ -284,4 +281,4 @@ if __name__ == "__main__":
         faulthandler.enable()  # as train_gpt.py does
         plant(json.loads(os.environ["BENCH_PLANT"]), Path(os.environ["BENCH_FOLDER"]))
         sys.exit(tg.main([], {k: v for k, v in os.environ.items() if not k.startswith("BENCH_")}))
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -24,7 +23,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import struct
 import subprocess
 import sys
@@ -44,9 +42,11 @@ import numpy as np
 import torch
 
 import train_gpt as tg
-from bench.common import ROOT, Row, program, show, write_shard
+from bench.common import ROOT, Row, show, write_shard
+from tools import foreign, knobs, launch
+from tools.common import ToolError, program
 
-CORPUS = ROOT / "tests" / "corpus"
+CORPUS = ROOT / "tests" / "stress" / "corpus"
 MEMORY, SECONDS, ROOM = 64 << 20, 10.0, 1 << 30
 """What one input may take: resident bytes, seconds of one core; and bytes of address space, resident or not."""
 RAW = 1 << 20
@@ -176,11 +176,7 @@ def read_tokenizer(data: bytes, folder: Path) -> object:
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
     """One file of a submission's folder, the others valid, by every reader in `records/`."""
-    from tools import evidence
-    from tools import logs
-    from tools import replay
-    from tools import submission
-    from tools import show
+    from tools import logs, replay, show, submission
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder / "one")
     for other, content in submission_files().items():
@@ -188,9 +184,9 @@ def read_submission(name: str, data: bytes, folder: Path) -> object:
     found = [finding.text for finding in submission.check(folder / "one")]
     if name == "train_seed1.jsonl":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            summary.main([str(folder / "one" / name)])
-        with contextlib.suppress(logs.InputError):
-            found += sorted(evidence.readable("the log", replay.knobs_of, logs.events(folder / "one" / name), name))
+            show.main([str(folder / "one" / name)])
+        with contextlib.suppress(ToolError):
+            found += sorted(logs.readable("the log", replay.knobs_of, logs.events(folder / "one" / name), name))
         logs.scored_log(folder / "one" / name)
     if name == "submission.json":
         logs.scored_submission(folder / "one" / name)
@@ -198,36 +194,13 @@ def read_submission(name: str, data: bytes, folder: Path) -> object:
 
 
 def read_config(data: bytes, folder: Path) -> object:
-    """config.env through `run.sh`, with a Python that only says what its environment is: knobs alone may get there."""
-    if not (folder / "given").exists():
-        (folder / ".venv" / "bin").mkdir(parents=True)
-        (folder / "given").mkdir()
-        for name in ("requirements.txt", ".venv/stamp"):
-            (folder / name).touch()
-        for name in ("run.sh", "train_gpt.py"):
-            shutil.copy(ROOT / name, folder)
-        python = folder / ".venv" / "bin" / "python"
-        python.write_text('#!/bin/sh\n[ "$1" = -VV ] || env >given/environment\n')
-        python.chmod(0o755)
-    (folder / "given" / "environment").unlink(missing_ok=True)
-    (folder / "given" / "config.env").write_bytes(data)
-    before = set(folder.iterdir())
-    done = subprocess.run(["bash", "run.sh", "check", "given"], cwd=folder, env={"PATH": os.environ["PATH"]},
-                          capture_output=True)
-    if made := set(folder.iterdir()) - before:
-        raise BrokenPromise(f"config.env has made {sorted(path.name for path in made)}")
-    tg.require(done.returncode != 2, done.stderr.decode(errors="replace").rstrip("\n"))
-    if done.returncode:
-        raise BrokenPromise(f"run.sh ended with {done.returncode}: {done.stderr[:200]!r}")
-    lines = (folder / "given" / "environment").read_bytes().splitlines()
-    given = dict(line.decode(errors="replace").partition("=")[::2] for line in lines)
-    odd = {name for name in given if name.lower() not in vars(tg.Config()) and name not in
-           ("", "PATH", "PWD", "OLDPWD", "SHLVL", "_", "KNOBS_TYPED", *tg.RENAMED, *tg.GATE_SWITCHES, *tg.LORA_SWITCHES,
-            *tg.SPECIAL)
-           and not any(fnmatch.fnmatchcase(name, p) for patterns, _ in tg.NO_EFFECT for p in patterns.split())}
-    if odd:
+    """A folder's config.env: its names become environment variables, so they may be knobs and published names alone."""
+    (folder / "config.env").write_bytes(data)
+    names = {knob.name for knob in knobs.read()}
+    values = launch.config_env(folder, names)
+    if odd := {name for name in values if name not in names and not foreign.is_published(name)}:
         raise BrokenPromise(f"config.env has set {sorted(odd)}")
-    return {name: value for name, value in given.items() if name not in ("OLDPWD", "PWD")}
+    return values
 
 
 # -- valid files ----------------------------------------------------------------------------------------
@@ -422,10 +395,7 @@ TARGETS: dict[str, Target] = {
 
 def refusals() -> tuple[type[Exception], ...]:
     """What readers raise to refuse: one line for the user."""
-    for folder in ("records", "data"):
-        if str(ROOT / folder) not in sys.path:
-            sys.path.append(str(ROOT / folder))
-    return (tg.UserError, importlib.import_module("logs").InputError)
+    return (tg.UserError, ToolError)
 
 
 def peak() -> int:
@@ -681,4 +651,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:]))
+    sys.exit(program(main, "bench"))

@@ -25,11 +25,9 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt as tg
-from bench.common import ROOT, program, show, small_data
-
-sys.path.insert(0, str(ROOT / "records"))
-
-from tools.logs import events, last  # noqa: E402
+from bench.common import ROOT, show, small_data
+from tools.common import program
+from tools.logs import events, last
 
 LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir dataset data_path tokenizer_path "
                        "caseops_enabled vocab_size device threads compile resume dist_timeout_seconds wandb "
@@ -41,11 +39,11 @@ FOR_A_GPU = frozenset("triton varlen fa2 fa3 fa4".split())
 
 TEXTS = {"checkpoint_every": ("1", "3steps", "x"), "attn_windows": ("64", "32,0", "256,64,0", "x"),
          "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
-         "eval_ladder": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
+         "diagnostic_evals": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
          "ttt_chunk_size": ("16", "32:8,48", "300", "0"), "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
 """Values of the knobs that are text, good and bad."""
 
-BASE = dict(PRESET="demo", THREADS="1", WARMUP_STEPS="1", TRAIN_LOG_EVERY="4", GPTQ_CALIBRATION_BATCHES="2",
+BASE = dict(PRESET="demo", OMP_NUM_THREADS="1", WARMUP_STEPS="1", TRAIN_LOG_EVERY="4", GPTQ_CALIBRATION_BATCHES="2",
             EVAL_SECONDS_BUDGET="30", MUON_MOMENTUM_WARMUP_STEPS="4", GPTQ_RESERVE_SECONDS="1", BIGRAM_BUCKETS="8192")
 
 
@@ -142,4 +140,4 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    program(lambda: main(sys.argv[1:], os.environ))
+    sys.exit(program(lambda arguments: main(arguments, os.environ), "bench"))

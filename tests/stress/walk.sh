@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A participant's day on a laptop, from a fresh clone: check, sweep, kill, resume, compare, report, submit, run again.
 #
-#     records/walk.sh >walk.txt 2>&1        about fifteen minutes on two cores; records/WALK.md is one such recording
+#     tests/stress/walk.sh >walk.txt 2>&1        about fifteen minutes on two cores; docs/walk.md is one such recording
 #
 # Every command is printed as typed, with its exit status where that is not 0. It stops where something else than the
 # planned interruption fails. `script` gives none of them a terminal, so no bars are in the recording.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 step() {  # step EXPECTED_STATUS COMMAND
   local status=0
@@ -16,7 +16,7 @@ step() {  # step EXPECTED_STATUS COMMAND
   [ "$status" = "$1" ] || { echo "walk.sh: expected status $1" >&2; exit 1; }
 }
 
-small="PRESET=demo MAX_WALLCLOCK_SECONDS=0 ITERATIONS=60 EVAL_SECONDS_BUDGET=600 EVAL_LADDER=ema,quantized"  # not by the clock
+small="PRESET=demo MAX_WALLCLOCK_SECONDS=0 ITERATIONS=60 EVAL_SECONDS_BUDGET=600 DIAGNOSTIC_EVALS=ema,quantized"  # not by the clock
 step 0 "./run.sh data demo"
 step 0 "./run.sh doctor PRESET=demo"
 step 130 "timeout --signal=INT 45 ./run.sh sweep SEED=42,0 MATRIX_LR=0.018,0.03 -- $small; exit 130"

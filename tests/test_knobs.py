@@ -1,0 +1,43 @@
+"""docs/knobs.md and what the tools read without torch are the trainer's own knobs."""
+import pytest
+from conftest import ROOT
+
+import train_gpt as tg
+from tools import knobs
+
+SOURCE = '''
+class ToyKnobs:
+    """Toy: what it is for"""
+    first_rate: Rate = 1e-3  # how fast, in # of steps (#12)
+    mode: Literal["a", "b"] = "a"  # one | other
+    big: int = 1_000
+    """no knob"""
+    def method(self): x: int = 3
+class Other:
+    y: int = 2
+PRESETS: dict = {"record": {}, "demo": dict(mode="b", big=5)}
+'''
+
+
+def test_knobs_are_read_from_a_source():
+    first, mode, big = knobs.read(SOURCE)
+    assert first == ("Toy: what it is for", "FIRST_RATE", "Rate", 1e-3, "how fast, in # of steps (#12)")
+    assert mode[1:4] == ("MODE", "Literal['a', 'b']", "a") and big == ("Toy: what it is for", "BIG", "int", 1000, "")
+    assert knobs.preset("demo", SOURCE) == {"MODE": "b", "BIG": 5} and knobs.preset("record", SOURCE) == {}
+
+
+def test_they_are_those_of_the_trainer():
+    assert [(k.name, k.default) for k in knobs.read()] == [(k.name, k.default) for k in tg.knobs()]
+    assert knobs.preset("demo") == {name.upper(): value for name, value in tg.PRESETS["demo"].items()}
+    assert all(knobs.typed_text(k.default) == tg.show(k.default) for k in tg.knobs())
+
+
+def test_the_table_of_knobs_is_that_of_the_source():
+    assert (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8") == knobs.markdown(), \
+        "make it anew: python -m tools.knobs --markdown > docs/knobs.md"
+
+
+@pytest.mark.parametrize("value", [True, 3, 0.0261234567, 1234567.5, 1e-8, 10_000.0, "text"])
+def test_typed_text_is_what_one_would_type(value):
+    text = knobs.typed_text(value)
+    assert text == value if isinstance(value, str) else type(value)(float(text)) == value

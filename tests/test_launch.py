@@ -1,0 +1,168 @@
+"""./run.sh train and demo: knobs from arguments, environment and folder; processes, threads, signals, status."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools import knobs, launch
+from tools.common import ToolError
+
+ROOT = launch.ROOT
+TRAINER = """
+import json, os, signal, sys, time
+told = dict(pid=os.getpid(), env=dict(os.environ))
+open(os.environ["TOLD"], "w").write(json.dumps(told))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+time.sleep(float(os.environ.get("SECONDS", 0)))
+sys.exit(int(os.environ.get("STATUS", 0)))
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts the launcher with a stand-in for the trainer that writes down what it was given; `told` reads that."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    driver = f"""
+import sys
+from tools import launch
+launch.command = lambda count: [sys.executable, {str(tmp_path / "trainer.py")!r}]
+sys.argv[0] = "launch"
+sys.exit(launch.program(launch.main, "launch"))
+"""
+
+    def begin(*arguments: str, **env: str) -> subprocess.Popen:
+        told = {"TOLD": str(tmp_path / "told"), "LOG_DIR": str(tmp_path / "logs"), "DEVICE": "cpu", **env}
+        return subprocess.Popen([sys.executable, "-c", driver, "train", *arguments], cwd=ROOT, text=True,
+                                env={"PATH": os.environ["PATH"], **told}, stderr=subprocess.PIPE)
+    return begin
+
+
+def told(folder: Path, seconds: float = 20) -> dict:
+    """What the stand-in was given, as soon as it is there."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            return json.loads((folder / "told").read_text())
+        except (OSError, ValueError):
+            time.sleep(0.02)
+    raise AssertionError("the trainer was not started")
+
+
+# -- knobs -----------------------------------------------------------------------------------------------
+
+
+def test_arguments_come_before_the_environment_and_that_before_the_folder(tmp_path):
+    (tmp_path / "config.env").write_text("# a comment\n\n  SEED=1 \nMATRIX_LR=0.1\nTTT=lora\nEMA_DECAY=0.9\n"
+                                         "LQER_RANK=4")
+    env, warnings = launch.knobs_of([str(tmp_path), "SEED=3", "TTT_ENABLED=0"], {"SEED": "2", "MATRIX_LR": "0.2"})
+    assert env == {"SEED": "3", "MATRIX_LR": "0.2", "TTT": "none", "EMA_DECAY": "0.9"}
+    assert [warning.split(":")[0] for warning in warnings] == ["LQER_RANK"]
+
+
+@pytest.mark.parametrize("text, said", [
+    (b"LD_PRELOAD=/x.so", "expected KNOB=value"), (b"SEED=1\nPATH=.", "'PATH=.'"), (b"SEED", "'SEED'"),
+    (b"SEED[$(touch ran)]=1", "expected KNOB=value"), (b"NPROC=2", "'NPROC=2'"), (b"\xff\xfe=\x00", "expected KNOB"),
+    (b"SEED=1\n" * 10_000, "over 64 KiB"), (None, "no config.env there")])
+def test_a_folder_gives_knobs_and_nothing_else(text, said, tmp_path):
+    """Whoever made it may have put in what loaders and interpreters obey."""
+    if text is not None:
+        (tmp_path / "config.env").write_bytes(text)
+    with pytest.raises(ToolError, match="config.env") as error:
+        launch.knobs_of([str(tmp_path)], {})
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in (ROOT / "records").glob("*/config.env")))
+def test_the_published_systems_are_made_of_knobs(folder):
+    """They need no translation."""
+    names = {knob.name for knob in knobs.read()}
+    values = launch.config_env(ROOT / "records" / folder, names)
+    assert values and values.keys() <= names
+
+
+@pytest.mark.parametrize("argument, said", [("SEEDS=1", "did you mean SEED?"), ("seed=1", "expected KNOB=value"),
+                                            ("nowhere", "no config.env"), ("NPROC=x", "NPROC=x: expected a number"),
+                                            ("AUDIT=yes", "AUDIT=yes: expected 0 or 1")])
+def test_a_mistake_is_one_line_and_nothing_starts(argument, said, start, tmp_path):
+    process = start(argument)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "told").exists()
+
+
+# -- processes -------------------------------------------------------------------------------------------
+
+
+def test_processes_and_threads(monkeypatch):
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert launch.processes({"DEVICE": "cpu"}) == 1 and launch.processes({"NPROC": "4", "DEVICE": "cpu"}) == 4
+    assert launch.with_threads({"DEVICE": "cpu"}, 4)["OMP_NUM_THREADS"] == "3"
+    assert launch.with_threads({"DEVICE": "cpu", "OMP_NUM_THREADS": "5"}, 4)["OMP_NUM_THREADS"] == "5"
+    assert launch.with_threads({"DEVICE": "cpu", "OMP_NUM_THREADS": ""}, 24)["OMP_NUM_THREADS"] == "1"
+    assert launch.with_threads({"DEVICE": "cpu", "GOMP_SPINCOUNT": "7"}, 1)["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.setattr(launch, "gpus", lambda env: 8)
+    assert launch.processes({}) == 8 and "OMP_NUM_THREADS" not in launch.with_threads({}, 8)
+    assert "--nproc_per_node=8" in launch.command(8) and len(launch.command(1)) == 2
+
+
+def test_the_run_takes_the_launchers_place(start, tmp_path):
+    """Whoever signals or waits for the launcher has the trainer; its status is the trainer's."""
+    process = start("SEED=5", "NPROC=1", SECONDS="30", STATUS="3")
+    given = told(tmp_path)
+    assert given["pid"] == process.pid and given["env"]["SEED"] == "5"
+    assert not {"NPROC", "AUDIT", "RUN_ID"} & set(given["env"])
+    process.terminate()
+    assert process.wait(20) == 143
+    assert start(STATUS="3").wait(20) == 3
+
+
+def test_a_run_that_something_follows_gets_the_signals_and_gives_its_status(start, tmp_path):
+    process = start("AUDIT=1", SECONDS="30")
+    given = told(tmp_path)
+    assert given["pid"] != process.pid and given["env"]["RUN_ID"].startswith("record-")
+    process.terminate()
+    assert process.wait(20) == 143  # and nothing is audited
+    status = launch.forwarded([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ)
+    assert status == 128 + signal.SIGKILL
+
+
+def test_locks_that_the_launcher_was_given_are_the_trainers_too(tmp_path):
+    """A sweep that was killed sees by them that its run goes on."""
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    status = launch.forwarded([sys.executable, "-c", f"import os; os.write({write}, b'x')"], os.environ)
+    assert status == 0 and os.read(read, 1) == b"x"
+    os.close(read)
+    os.close(write)
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """What would have been run, in turn: module or script, and arguments."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(launch, "forwarded", lambda command, env: seen.append([Path(c).name for c in command[1:]]) or 0)
+    monkeypatch.setattr(launch.os, "execve", lambda *_: pytest.fail("something follows"))
+    return seen
+
+
+def test_a_run_is_audited_by_its_own_log(commands):
+    assert launch.train({"AUDIT": "1", "RUN_ID": "r", "LOG_DIR": "l", "DEVICE": "cpu"}) == 0
+    assert commands == [["train_gpt.py"], ["-m", "tools.audit", "r.bin", "LOG=l/r.jsonl".split("/")[-1]]]
+
+
+def test_the_demo_prepares_trains_and_shows(commands, capsys):
+    assert launch.demo({"DEVICE": "cpu", "RUN_ID": "d"}) == 0
+    assert [command[:3] for command in commands] == [["-m", "data.prepare", "demo"], ["train_gpt.py"],
+                                                     ["-m", "tools.show", "d.jsonl"]]
+    assert "EVAL_ONLY=logs/d.bin ./run.sh train" in capsys.readouterr().out
+
+
+def test_a_mirror_that_is_missing_is_said_before_training(commands, monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ToolError, match="wandb: not installed; .* -m pip install wandb"):
+        launch.train({"WANDB": "1", "DEVICE": "cpu"})
+    assert commands == []

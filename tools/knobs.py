@@ -1,0 +1,103 @@
+"""Reads the knobs from the trainer's source, without torch: `python -m tools.knobs --markdown > docs/knobs.md`.
+
+A knob is one line of a class whose name ends in Knobs: `matrix_lr: NonNegative = 0.026  # what it does`.
+"""
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.common import ToolError, program
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = ROOT / "train_gpt.py"
+HEAD = """# Knobs
+
+Every knob is an environment variable, or an argument of `./run.sh train`. The value is the default, which is the
+preset `record`; where `PRESET=demo` has another, it stands in brackets. Made from `train_gpt.py` by
+`.venv/bin/python -m tools.knobs --markdown > docs/knobs.md`; a test compares the two."""
+
+
+class Knob(NamedTuple):
+    """One knob as the source has it; `name` is the environment variable, `kind` the annotation."""
+    group: str
+    name: str
+    kind: str
+    default: Any
+    doc: str
+
+
+def typed_text(value: Any) -> str:
+    """A value as one would type it for a knob.
+
+    >>> [typed_text(value) for value in (True, 0.0026, 10_000.0, 1_000_000, "")]
+    ['1', '0.0026', '10000', '1000000', '']
+    """
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return next(text for text in (f"{value:g}", repr(value)) if float(text) == value)
+    return str(value)
+
+
+def read(source: str | None = None) -> list[Knob]:
+    """All knobs, in the order of the source."""
+    source = TRAINER.read_text(encoding="utf-8") if source is None else source
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}
+    knobs = []
+    for group in ast.parse(source).body:
+        if not isinstance(group, ast.ClassDef) or not group.name.endswith("Knobs"):
+            continue
+        for field in group.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
+                knobs.append(Knob((ast.get_docstring(group) or group.name).splitlines()[0], field.target.id.upper(),
+                                  ast.unparse(field.annotation), ast.literal_eval(field.value),
+                                  comments.get(field.end_lineno or field.lineno, "")))
+    return knobs
+
+
+def preset(name: str, source: str | None = None) -> dict[str, Any]:
+    """Knob -> value of a preset, read from the one assignment to PRESETS."""
+    source = TRAINER.read_text(encoding="utf-8") if source is None else source
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "PRESETS":
+            presets = node.value
+            assert isinstance(presets, ast.Dict)
+            values = {ast.literal_eval(key): value for key, value in zip(presets.keys, presets.values) if key}[name]
+            if isinstance(values, ast.Call):  # dict(num_layers=3, ...)
+                return {word.arg.upper(): ast.literal_eval(word.value) for word in values.keywords if word.arg}
+            return {key.upper(): value for key, value in ast.literal_eval(values).items()}
+    raise ToolError(f"{TRAINER}: no PRESETS")
+
+
+def markdown() -> str:
+    """The table of all knobs, by group."""
+    lines, demo, group = [HEAD], preset("demo"), ""
+    for knob in read():
+        if knob.group != group:
+            group = knob.group
+            lines += ["", f"## {group}", "", "| knob | value | type | meaning |", "|---|---|---|---|"]
+        value = f"`{typed_text(knob.default)}`" if knob.default != "" else ""
+        if demo.get(knob.name, knob.default) != knob.default:
+            value += f" [`{typed_text(demo[knob.name])}`]"
+        kind, doc = (text.replace("|", "\\|") for text in (knob.kind.replace("'", ""), knob.doc))
+        lines.append(f"| `{knob.name}` | {value} | {kind} | {doc} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table."""
+    if list(arguments) != ["--markdown"]:
+        raise ToolError("expected --markdown; ./run.sh knobs prints the knobs for the screen")
+    sys.stdout.write(markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program(main, "knobs"))

@@ -1,0 +1,203 @@
+"""Starts a run: `./run.sh train [FOLDER] [KNOB=value ...]`, and `./run.sh demo [KNOB=value ...]`.
+
+FOLDER/config.env gives the knobs that neither the arguments nor the environment set. Variables of published commands
+become knobs (tools/foreign.py). The trainer is one process for each GPU under torchrun, else a single one.
+
+    NPROC=2         number of processes
+    AUDIT=1         audit the artifact that the run has made
+    WANDB=1 TENSORBOARD=1    copy the log there while it grows (tools/mirror.py)
+"""
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tools import foreign, knobs
+from tools.common import ToolError, program
+from tools.logs import pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+MIRRORS = {"WANDB": "wandb", "TENSORBOARD": "tensorboard"}
+MIRROR_SECONDS = 30
+"""How long a mirror may take after the run has ended."""
+
+
+def config_env(folder: Path, known: Collection[str]) -> dict[str, str]:
+    """The knobs of FOLDER/config.env: lines KNOB=value, empty lines, and comments that begin with #.
+
+    Whoever wrote that file decides no more than knobs (nothing like LD_PRELOAD). Raises `ToolError`.
+    """
+    path = folder / "config.env"
+    if not path.is_file():
+        raise ToolError(f"{folder}: no config.env there; expected a folder such as records/pr1855")
+    if path.stat().st_size > 65536:
+        raise ToolError(f"{path}: over 64 KiB; expected lines KNOB=value")
+    values: dict[str, str] = {}
+    for line in map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        if not line or line[0] == "#":
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not (name in known or foreign.is_published(name)):
+            raise ToolError(f"{path}: {line[:80]!r}: expected KNOB=value (./run.sh knobs lists them)")
+        values[name] = value
+    return values
+
+
+def knobs_of(arguments: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The environment of a run from `[FOLDER] KNOB=value ...`, and warnings. Arguments come first, then `env`."""
+    folder = [Path(part) for part in arguments[:1] if "=" not in part]
+    typed = pairs(arguments[len(folder):])
+    stored = config_env(folder[0], {knob.name for knob in knobs.read()}) if folder else {}
+    below, more = foreign.translate(stored)
+    above, warnings = foreign.translate({**env, **typed}, typed)
+    return {**below, **above}, more + warnings
+
+
+def processes(env: Mapping[str, str]) -> int:
+    """Number of processes on this machine: NPROC, else one for each GPU, else one."""
+    if env.get("NPROC"):
+        if not re.fullmatch(r"[1-9][0-9]*", env["NPROC"]):
+            raise ToolError(f"NPROC={env['NPROC']}: expected a number of processes, 1 or more")
+        return int(env["NPROC"])
+    return max(1, gpus(env))
+
+
+def gpus(env: Mapping[str, str]) -> int:
+    """GPUs that a run would use; torch is asked only where there is a driver of NVIDIA or AMD."""
+    if env.get("DEVICE") == "cpu" or not any(map(glob.glob, ("/dev/nvidia*", "/dev/kfd", "/dev/dxg"))):
+        return 0
+    import torch
+    return torch.cuda.device_count()
+
+
+def command(count: int) -> list[str]:
+    """The trainer on so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return [sys.executable, *(torchrun if count > 1 else []), str(ROOT / "train_gpt.py")]
+
+
+def with_threads(env: Mapping[str, str], count: int) -> dict[str, str]:
+    """`env` and what OpenMP reads once: the cores are shared by the processes, and threads spin before they sleep.
+
+    Threads that spin a little are 1.3 times as fast as those that sleep at once (docs/LOG.md 2026-11-22).
+    """
+    settings = {"GOMP_SPINCOUNT": "2000"}
+    if not env.get("OMP_NUM_THREADS") and not gpus(env):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        settings["OMP_NUM_THREADS"] = str(max(1, cores // count))
+    return {**settings, **{name: value for name, value in env.items() if value or name not in settings}}
+
+
+def run_id(env: Mapping[str, str]) -> str:
+    """RUN_ID, or a name for a run that something follows."""
+    return env.get("RUN_ID") or f"{env.get('PRESET') or 'record'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def log_of(env: Mapping[str, str]) -> Path:
+    """The log of a run with a RUN_ID."""
+    return Path(env.get("LOG_DIR") or "logs") / f"{env['RUN_ID']}.jsonl"
+
+
+def artifact_of(env: Mapping[str, str]) -> Path:
+    """The artifact that a run makes or scores."""
+    return Path(env.get("EVAL_ONLY") or log_of(env).with_suffix(".bin"))
+
+
+def forwarded(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program to its end and return its exit status; SIGTERM and SIGHUP are passed on, Ctrl-C it gets itself."""
+    child = subprocess.Popen(arguments, env=dict(env), close_fds=False)
+    before = {number: signal.signal(number, lambda number, _: child.send_signal(number))
+              for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def mirrored(env: Mapping[str, str], names: Sequence[str]) -> Iterator[None]:
+    """Copy the log that grows meanwhile to these services, in a process that cannot harm the run."""
+    if not names:
+        yield
+        return
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ToolError(f"{' and '.join(missing)}: not installed; {sys.executable} -m pip install {' '.join(missing)}")
+    log = log_of(env)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begin = log.stat().st_size if log.exists() else 0
+    mirror = subprocess.Popen([sys.executable, "-m", "tools.mirror", str(log), *names, f"--follow={begin}"], cwd=ROOT,
+                              env=dict(env), stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert mirror.stdin is not None
+        mirror.stdin.close()  # the run has ended
+        try:
+            mirror.wait(MIRROR_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"launch: the mirror goes on by itself after {MIRROR_SECONDS} s", file=sys.stderr)
+
+
+def train(env: dict[str, str], comes_back: bool = False) -> int:
+    """Train and score; returns the trainer's exit status.
+
+    This process becomes the trainer, and does not return, where nothing is to be done afterwards.
+    """
+    count = processes(env)
+    switches = {name: env.get(name) or "0" for name in ("AUDIT", *MIRRORS)}
+    for name, value in switches.items():
+        if value not in ("0", "1"):
+            raise ToolError(f"{name}={value}: expected 0 or 1")
+    env = with_threads({name: value for name, value in env.items() if name not in foreign.LAUNCHER}, count)
+    follow = [service for name, service in MIRRORS.items() if switches[name] == "1"]
+    sys.stdout.flush()
+    if not (comes_back or follow or switches["AUDIT"] == "1"):
+        os.execve(sys.executable, command(count), env)
+    env["RUN_ID"] = run_id(env)
+    with mirrored(env, follow):
+        status = forwarded(command(count), env)
+    if status == 0 and switches["AUDIT"] == "1":
+        status = forwarded([sys.executable, "-m", "tools.audit", str(artifact_of(env)), f"LOG={log_of(env)}"], env)
+    return status
+
+
+def demo(env: dict[str, str]) -> int:
+    """Prepare the demo's data, train, and show what came out."""
+    env = {**env, "PRESET": env.get("PRESET") or "demo"}
+    env["RUN_ID"] = run_id(env)
+    status = forwarded([sys.executable, "-m", "data.prepare", "demo"], env) or train(env, comes_back=True)
+    if status:
+        return status
+    print(flush=True)
+    forwarded([sys.executable, "-m", "tools.show", str(log_of(env))], env)
+    print(f"""
+Next: ./run.sh knobs                                       every knob
+      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    the demo with other values
+      EVAL_ONLY={artifact_of(env)} ./run.sh train    score the same artifact again
+      ./run.sh data text FILES... --name mine              your own text""")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status of the trainer, or of the audit after it."""
+    verb, *rest = arguments
+    env, warnings = knobs_of(rest, os.environ)
+    for text in warnings:
+        print(f"launch: {text}", file=sys.stderr)
+    return {"train": train, "demo": demo}[verb](env)
+
+
+if __name__ == "__main__":
+    sys.exit(program(main, "launch"))
