@@ -85,15 +85,10 @@ class DivergedError(UserError):
 class LocalError(UserError):
     """A mistake that this rank alone knows of: it prints the line itself."""
 
-def require(ok: bool, message: str) -> None:
-    """Raises `UserError(message)` unless `ok`."""
+def require(ok: bool, message: str, kind: type = UserError):
+    """Raises `kind(message)` unless `ok`; an AssertionError says that a promise of ours is broken."""
     if not ok:
-        raise UserError(message)
-
-def ensure(ok: bool, message: str) -> None:
-    """Raises `AssertionError(message)` unless `ok`: a promise of ours is broken. Unlike `assert`, never left out."""
-    if not ok:
-        raise AssertionError(message)
+        raise kind(message)
 
 def one_line(text: object) -> str:
     """Text of a foreign file as it may be shown: no control characters, 300 characters at most."""
@@ -111,6 +106,13 @@ NonNegative = Annotated[float, Bound("0 or more", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Bound("a positive number", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, Bound("a fraction, 0..1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Bound("0 <= value < 1", lambda x: 0 <= x < 1)]
+Period = Annotated[str, Bound("seconds such as 60, or steps such as 500steps",
+                              re.compile(r"\d+(\.\d+)?|\d+steps").fullmatch)]
+
+def some_of(*names: str) -> Bound:
+    """A list of different ones of these names, with commas between them; it may be empty."""
+    return Bound(f"some of {','.join(names)}", lambda text: not text or len(parts := text.split(",")) == len(
+        set(parts) & set(names)))
 
 kinds = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))  # class -> {field: annotation}
 
@@ -136,11 +138,15 @@ def expectation(kind: Any) -> str:
 class Knobs:
     """Settings that are held against their annotations when they are made."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for name, kind in kinds(type(self)).items():
             value, choices, bounds = getattr(self, name), typing.get_args(kind), getattr(kind, "__metadata__", ())
             fits = value in choices if typing.get_origin(kind) is Literal else all(b.holds(value) for b in bounds)
-            require(fits, f"{name.upper()}={show(value)}: expected {expectation(kind)}")
+            self.expect(name, fits, expectation(kind))
+
+    def expect(self, name: str, ok: bool, text: str):
+        """Raises `UserError` with the knob's name, its value and what was expected, unless `ok`."""
+        require(ok, f"{name.upper()}={show(getattr(self, name))}: expected {text}")
 
 @dataclass(frozen=True, kw_only=True)
 class RunKnobs(Knobs):
@@ -156,7 +162,7 @@ class RunKnobs(Knobs):
     attention: Literal["auto", "sdpa", "varlen", "fa3", "fa4"] = "auto"  # auto: the fastest here (section 5)
     kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP and loss; auto: Triton's on a GPU in bfloat16
     dist_timeout_seconds: Positive = 900.0  # a collective that takes longer ends the run
-    checkpoint_every: str = "0"  # seconds (60) or steps (500steps) between checkpoints; 0: only on SIGTERM and SIGINT
+    checkpoint_every: Period = "0"  # seconds (60) or steps (500steps) between checkpoints; 0: only on a signal
     resume: Literal["0", "1", "auto"] = "0"  # go on with the training of RUN_ID; auto: where it has a checkpoint
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +189,6 @@ class ModelKnobs(Knobs):
     mlp_rank: Count = 0  # each MLP matrix is a product of two of this rank; 0: whole
     mlp_slope: Share = 0.5  # slope below zero of LeakyReLU(x)^2 (#493, #549)
     ln_scale: bool = True  # the inputs of block i are scaled by 1/sqrt(i+1) (#315)
-    attn_windows: str = "0"  # tokens that attention sees in blocks 0, 1, ..., over and over (512,512,0); 0: all
     rope_base: Positive = 10_000.0  # base of the rotary frequencies
     rope_dims: Count = 16  # dimensions of each head that rotate (partial RoPE, #315); 0: none
     qk_gain_init: NonNegative = 5.0  # initial learned gain of each query head after QK norm (#1413)
@@ -202,29 +207,22 @@ class ModelKnobs(Knobs):
     bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
     bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
-        require(self.model_dim % (2 * self.num_heads) == 0,
-                f"MODEL_DIM={self.model_dim}: expected a multiple of 2 * NUM_HEADS = {2 * self.num_heads}")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"NUM_KV_HEADS={self.num_kv_heads}: expected a divisor of NUM_HEADS={self.num_heads}")
-        require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-                f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {self.head_dim}")
-        require(self.mlp_dim >= 2, f"MLP_MULT={self.mlp_mult}: the MLP would have fewer than two units")
-        require(self.mlp_rank <= self.model_dim,
-                f"MLP_RANK={self.mlp_rank}: expected 0 (whole matrices) or at most MODEL_DIM={self.model_dim}")
-        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-                f"LOOP_START={self.loop_start} LOOP_END={self.loop_end}: expected 0 <= start <= end < NUM_LAYERS="
-                f"{self.num_layers}; NUM_LOOPS=0 turns the recurrence off")
-        require(self.parallel_residual == "none" or self.parallel_start_layer < self.num_layers,
-                f"PARALLEL_START_LAYER={self.parallel_start_layer}: expected 0..{self.num_layers - 1} (NUM_LAYERS="
-                f"{self.num_layers}); PARALLEL_RESIDUAL=none turns parallel residuals off")
-        require(self.parallel_residual != "two" or self.num_loops == 0
-                or not self.loop_start < self.parallel_start_layer <= self.loop_end,
-                f"PARALLEL_START_LAYER={self.parallel_start_layer} lies inside the loop {self.loop_start}.."
-                f"{self.loop_end}: two lanes cannot be left again; move one of them")
-        require(re.fullmatch(r"\d{1,6}(,\d{1,6})*", self.attn_windows) is not None,
-                f"ATTN_WINDOWS={self.attn_windows}: expected numbers of tokens such as 512,512,0")
+        heads, layers, head_dim = self.num_heads, self.num_layers, self.head_dim
+        self.expect("model_dim", self.model_dim % (2 * heads) == 0, f"a multiple of 2 * NUM_HEADS = {2 * heads}")
+        self.expect("num_kv_heads", heads % self.num_kv_heads == 0, f"a divisor of NUM_HEADS={heads}")
+        self.expect("rope_dims", self.rope_dims % 2 == 0 and self.rope_dims <= head_dim,
+                    f"an even number up to the head width {head_dim}")
+        self.expect("mlp_mult", self.mlp_dim >= 2, "an MLP of at least two units")
+        self.expect("mlp_rank", self.mlp_rank <= self.model_dim, f"at most MODEL_DIM={self.model_dim}; 0: no rank")
+        self.expect("loop_start", self.num_loops == 0 or self.loop_start <= self.loop_end < layers,
+                    f"start <= LOOP_END={self.loop_end} < NUM_LAYERS={layers}; NUM_LOOPS=0 turns the recurrence off")
+        self.expect("parallel_start_layer", self.parallel_residual == "none" or self.parallel_start_layer < layers,
+                    f"less than NUM_LAYERS={layers}; PARALLEL_RESIDUAL=none turns parallel residuals off")
+        inside = self.loop_start < self.parallel_start_layer <= self.loop_end and self.num_loops > 0
+        self.expect("parallel_start_layer", not inside or self.parallel_residual != "two",
+                    f"a block outside the loop {self.loop_start}..{self.loop_end}: two lanes cannot be left again")
 
     @property
     def head_dim(self) -> int:
@@ -233,11 +231,6 @@ class ModelKnobs(Knobs):
     @property
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def gate_channels(self) -> int:
-        """Channels that SmearGate and the output and sparse gates read: 12, as in every record."""
-        return min(12, self.model_dim)
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerKnobs(Knobs):
@@ -293,14 +286,14 @@ class EvalKnobs(Knobs):
     """Evaluation: how the score is taken"""
     eval_seq_len: Size = 2048  # longest context of a scored token
     eval_stride: Count = 64  # sliding windows advance by so many targets (#122); 0: whole windows
-    diagnostic_evals: str = "ema,quantized"  # scores for comparison, outside the budget: any of ema, quantized, sliding
+    diagnostic_evals: Annotated[str, some_of("ema", "quantized", "sliding")] = "ema,quantized"  # outside the budget
     eval_seconds_budget: Positive = 600.0  # from opening the artifact; nothing adapts while the projected end is later
     val_batch_tokens: Size = 524_288  # ids of one evaluation batch over eight devices; a device takes an eighth
     ttt: Literal["none", "lora", "sgd"] = "lora"  # adaptation: adapters a document (#1530), or the whole model (#549)
     ttt_context: Literal["recompute", "cache"] = "recompute"  # lora: run the context again, or keep keys, values
     ttt_chunk_size: Size = 48  # lora: targets scored before each step of the adapters
     ttt_batch_size: Size = 64  # lora: most documents side by side on one device; changes speed only
-    ttt_lora_on: str = "q,k,v,o,mlp,head"  # lora: what gets adapters
+    ttt_lora_on: Annotated[str, some_of("q", "k", "v", "o", "mlp", "head")] = "q,k,v,o,mlp,head"  # lora: adapted parts
     ttt_lora_rank: Size = 80  # lora: rank of the adapters
     ttt_lora_alpha: NonNegative = 144.0  # lora: adapters are multiplied by this over their rank
     ttt_lora_lr: NonNegative = 0.0001  # lora: rate of the adapters' AdamW
@@ -323,7 +316,7 @@ NO_RESULT = frozenset("run_id log_dir data_dir data_path tokenizer_path eval_onl
 
 # The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
 # and a hashed bigram table teaches it most of what three minutes can; figures in docs/LOG.md (2026-11-22).
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict] = {
     "record": {},
     "demo": dict(
         data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
@@ -346,38 +339,28 @@ KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_
 class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, DataKnobs, RunKnobs):
     """Every knob of a run. Build it with `Config.from_env`; it never changes afterwards."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__post_init__()
-        require(not self.n_int6_layers or self.matrix_bits > 2, f"N_INT6_LAYERS={self.n_int6_layers}: the others get "
-                f"one bit less than MATRIX_BITS={self.matrix_bits}, and 2 is the least")
-        require(self.qat_start == 1 or self.quant == "sdclip" and not self.n_int6_layers,
-                f"QAT_START={self.qat_start}: knows the scales of QUANT=sdclip N_INT6_LAYERS=0 alone; set these, or 1")
-        require(self.train_batch_tokens % self.train_seq_len == 0,
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}; "
-                f"nearest: {max(1, round(self.train_batch_tokens / self.train_seq_len)) * self.train_seq_len}")
-        require(self.micro_batch_tokens >= self.train_seq_len,
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} holds no row of TRAIN_SEQ_LEN={self.train_seq_len}")
-        require(self.eval_stride <= self.eval_seq_len,
-                f"EVAL_STRIDE={self.eval_stride}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}")
-        for name, allowed in (("diagnostic_evals", "ema,quantized,sliding"), ("ttt_lora_on", "q,k,v,o,mlp,head")):
-            parts = [part for part in getattr(self, name).split(",") if part]
-            require(set(parts) <= set(allowed.split(",")) and len(set(parts)) == len(parts),
-                    f"{name.upper()}={getattr(self, name)}: expected some of {allowed}")
-        require(self.ttt_lora_on.strip(",") != "", "TTT_LORA_ON=: expected some of q,k,v,o,mlp,head; TTT=none adapts "
-                "nothing")
-        require(self.ttt_chunk_size <= self.eval_seq_len or self.ttt != "lora", f"TTT_CHUNK_SIZE="
-                f"{self.ttt_chunk_size}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}, one forward")
+        rows, wallclock = self.train_seq_len, self.max_wallclock_seconds
+        self.expect("n_int6_layers", not self.n_int6_layers or self.matrix_bits > 2, f"0 with MATRIX_BITS="
+                    f"{self.matrix_bits}: the others get one bit less, and 2 is the least")
+        self.expect("qat_start", self.qat_start == 1 or self.quant == "sdclip" and not self.n_int6_layers,
+                    "1 unless QUANT=sdclip N_INT6_LAYERS=0, whose scales training knows")
+        self.expect("train_batch_tokens", self.train_batch_tokens % rows == 0, f"a multiple of TRAIN_SEQ_LEN={rows}, "
+                    f"such as {max(1, round(self.train_batch_tokens / rows)) * rows}")
+        self.expect("micro_batch_tokens", self.micro_batch_tokens >= rows, f"at least one row of TRAIN_SEQ_LEN={rows}")
+        self.expect("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        self.expect("ttt_lora_on", bool(self.ttt_lora_on), "some of q,k,v,o,mlp,head; TTT=none adapts nothing")
+        self.expect("ttt_chunk_size", self.ttt_chunk_size <= self.eval_seq_len or self.ttt != "lora",
+                    f"at most EVAL_SEQ_LEN={self.eval_seq_len}, one forward")
         ngram_rules(self.ngram_rules)
-        require(re.fullmatch(r"\d+(\.\d+)?|\d+steps", self.checkpoint_every) is not None, f"CHECKPOINT_EVERY="
-                f"{self.checkpoint_every}: expected seconds such as 60, or steps such as 500steps")
         most = len(NEWTON_SCHULZ[self.muon_coefficients])
-        require(self.muon_backend_steps <= most, f"MUON_BACKEND_STEPS={self.muon_backend_steps}: expected at most "
-                f"{most} with MUON_COEFFICIENTS={self.muon_coefficients}")
-        require(self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
-                f"{self.max_wallclock_seconds:g} to train in")
-        require(self.resume == "0" or bool(self.run_id) and not self.eval_only, f"RESUME={self.resume}: set RUN_ID to "
-                f"the run whose training goes on; EVAL_ONLY scores an artifact from the start")
+        self.expect("muon_backend_steps", self.muon_backend_steps <= most, f"at most {most} with MUON_COEFFICIENTS="
+                    f"{self.muon_coefficients}")
+        self.expect("gptq_reserve_seconds", wallclock == 0 or self.gptq_reserve_seconds < wallclock,
+                    f"less than MAX_WALLCLOCK_SECONDS={wallclock:g}: something to train in")
+        self.expect("resume", self.resume == "0" or bool(self.run_id) and not self.eval_only,
+                    "RUN_ID of the run whose training goes on; EVAL_ONLY scores an artifact from the start")
 
     @property
     def dataset_dir(self) -> Path:
@@ -391,22 +374,17 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         return self.train_batch_tokens // self.train_seq_len
 
     @property
-    def eval_rows(self) -> int:
-        """Rows of one evaluation forward on one device."""
-        return max(1, self.val_batch_tokens // 8 // self.eval_seq_len)
-
-    @property
     def stride(self) -> int:
         """Targets by which sliding windows advance; whole windows where EVAL_STRIDE=0."""
         return self.eval_stride or self.eval_seq_len
 
-    def grid(self, family: str) -> tuple[int, float]:
+    def grid(self, family: str) -> tuple:
         """(bits, clip in standard deviations) of SDClip's codes of one family of matrices: attn, mlp or embed."""
         return {"attn": (self.matrix_bits, self.attn_clip_sigmas), "mlp": (self.matrix_bits, self.mlp_clip_sigmas),
                 "embed": (self.embed_bits, self.embed_clip_sigmas)}[family]
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, Any] | None = None) -> Config:
+    def from_env(cls, env: Mapping, stored: Mapping | None = None) -> Config:
         """The config of a preset, then what an artifact has `stored` (EVAL_ONLY), then variables.
 
         Raises `UserError` for a value that does not parse, an impossible combination, and a variable that looks
@@ -427,7 +405,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
                     f"{name.upper()}={show(typed[name])}: the artifact was made with {show(stored[name])}; unset it")
         return cls(**{**PRESETS[preset], **stored, "preset": preset, **typed})
 
-def ngram_rules(rules: str) -> list[tuple[int, float, int]]:
+def ngram_rules(rules: str) -> list[tuple]:
     """NGRAM_RULES as (context length, least share, least count)."""
     try:
         parsed = [(int(n), float(share), int(count)) for n, share, count in (r.split(":") for r in rules.split(","))]
@@ -467,7 +445,7 @@ def help_text() -> str:
 class Ranks:
     """This process among the others, and what they say to each other. Raises `LocalError` for a rank without a GPU."""
 
-    def __init__(self, cfg: Config, env: Mapping[str, str]) -> None:
+    def __init__(self, cfg, env: Mapping):
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.is_main, self.is_cuda, self.device = self.rank == 0, False, torch.device("cpu")
         if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
@@ -485,30 +463,29 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo", store=store, rank=self.rank,
                                     world_size=self.world, timeout=limit)
 
+        else:  # every collective is the identity
+            self.all_reduce = self.broadcast = self.broadcast_object = lambda value: value
+            self.reduce_scatter = self.all_gather = lambda value: lambda: value
+            self.all_gather_object = lambda value: [value]
+
     def all_reduce(self, t: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(t)
+        dist.all_reduce(t)
         return t
 
     def broadcast(self, t: Tensor) -> Tensor:
         """Rank 0's values on every rank, in place."""
-        if self.world > 1:
-            dist.broadcast(t, src=0)
+        dist.broadcast(t, src=0)
         return t
 
     def reduce_scatter(self, full: Tensor) -> Callable:
         """Starts to sum `full` [W*k, ...] over ranks; the function returned waits for this rank's k rows."""
-        if self.world == 1:
-            return lambda: full
         own = torch.empty_like(full[:full.size(0) // self.world])
         work = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, full, async_op=True)
         return lambda: (work.wait(), own)[1]
 
     def all_gather(self, own: Tensor) -> Callable:
         """Starts to gather [k, ...] of each rank; the function returned waits for all [W*k, ...]."""
-        if self.world == 1:
-            return lambda: own
         full = own.new_empty(self.world * own.size(0), *own.shape[1:])
         work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(full, own.contiguous(), async_op=True)
         return lambda: (work.wait(), full)[1]
@@ -516,15 +493,13 @@ class Ranks:
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's Python object on every rank (small things: names, messages, a file's bytes)."""
         box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list:
         """Every rank's Python object, in the order of ranks, on every rank."""
         boxes = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value)
         return boxes
 
 def format_value(value: Any) -> str:
@@ -536,7 +511,7 @@ def format_value(value: Any) -> str:
 class Run(Ranks):
     """Ranks, device, phase clock and log of this process. Use as a context manager."""
 
-    def __init__(self, cfg: Config, env: Mapping[str, str], log: bool = True) -> None:
+    def __init__(self, cfg, env: Mapping, log: bool = True):
         """`log`: open the log files; a test or a bench may do without."""
         super().__init__(cfg, env)
         self.started = self.charged_until = time.perf_counter()
@@ -561,7 +536,7 @@ class Run(Ranks):
         """One of this run's files."""
         return self.folder / f"{self.run_id}{suffix}"
 
-    def open_log(self, cfg: Config) -> None:
+    def open_log(self, cfg: Config):
         """Opens both log files, or raises `UserError`. RESUME continues a log; none is overwritten."""
         stem, checkpoint, artifact = self.run_id, self.path(".ckpt"), self.path(".bin")
         self.resumes = cfg.resume != "0" and checkpoint.exists()
@@ -584,13 +559,13 @@ class Run(Ranks):
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def on_signal(self, number: int, frame: object) -> None:
+    def on_signal(self, number: int, frame: object):
         """In the training loop the run ends after the step, with a checkpoint; elsewhere, or asked twice, at once."""
         asked, self.stop = self.stop, number
         if asked or not self.can_wait:
             self.end_by_signal()
 
-    def end_by_signal(self) -> None:
+    def end_by_signal(self):
         """Ends the run by the signal that asked for it, with the exit status that a shell expects."""
         error = UserError(f"{signal.Signals(self.stop).name} in phase {self.status}{self.how_to_resume()}")
         error.exit_code = 128 + self.stop
@@ -601,7 +576,7 @@ class Run(Ranks):
         path = self.path(".ckpt")
         return f"; RESUME=1 RUN_ID={self.run_id} goes on from {path}" * path.exists()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object):
         if error is not None:
             self.log("error", kind=type(error).__name__, text=str(error))
         for file in self.files:
@@ -609,16 +584,15 @@ class Run(Ranks):
                 file.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.world > 1:
-            if error is not None:  # torchrun ends the others; NCCL would wait for what they never join
-                print(f"train_gpt.py: rank {self.rank} failed in phase {self.status}: {type(error).__name__}",
-                      file=sys.stderr, flush=True)
-            else:
-                dist.barrier()  # a process that ends early may take its peers' connections with it
-                dist.destroy_process_group()
+        if error is not None and (not isinstance(error, UserError) or isinstance(error, LocalError)):
+            print(f"train_gpt.py: rank {self.rank} failed in phase {self.status}: {type(error).__name__}",
+                  file=sys.stderr, flush=True)  # torchrun ends the others
+        if error is None and self.world > 1:
+            dist.barrier()  # a process that ends early may take its peers' connections with it
+            dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def phase(self, name: str, budget: str = "none") -> Iterator[None]:
+    def phase(self, name: str, budget: str = "none") -> Iterator:
         """Everything inside is timed as `name` and charged to `budget`: train, eval or none."""
         self.spent(budget)
         outer, self.status, self.budget = (self.status, self.budget), name, budget
@@ -636,12 +610,12 @@ class Run(Ranks):
         self.charged_until = now
         return self.charged[budget]
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         """Waits for the GPU (nothing to wait for on a CPU)."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
-    def log(self, event: str, **values: Any) -> None:
+    def log(self, event: str, **values: Any):
         """One event: a line `seconds event name=value ...` on screen and in the log, an object in the JSON lines."""
         if not self.is_main:
             return
@@ -652,13 +626,13 @@ class Run(Ranks):
         self.append(0, line)
         self.record(event, values)
 
-    def record(self, event: str, values: Mapping[str, Any]) -> None:
+    def record(self, event: str, values: Mapping):
         """One object in the JSON lines alone; a number that is not finite becomes null."""
         seconds = round(time.perf_counter() - self.started, 3)
         finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.append(1, json.dumps({"seconds": seconds, "event": event, **dict.fromkeys(values), **finite}))
 
-    def append(self, number: int, line: str) -> None:
+    def append(self, number: int, line: str):
         """One line to a log file. A full disk ends no run: the line stays in the file's buffer until there is room."""
         for file in self.files[number:number + 1]:
             try:
@@ -677,10 +651,10 @@ class Run(Ranks):
         """`function` as one compiled graph where this run compiles, else itself."""
         if not self.compiles:
             return function
-        torch._dynamo.config.recompile_limit = 64  # a graph for every stage and row length
+        torch._dynamo.config.recompile_limit = 64  # a graph for every stage
         return torch.compile(function, dynamic=False, fullgraph=True)
 
-def write_whole(path: Path, write: Callable) -> None:
+def write_whole(path: Path, write: Callable):
     """`write(temporary)`, flushed to the disk, becomes `path`; or nothing changes."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
@@ -691,14 +665,14 @@ def write_whole(path: Path, write: Callable) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, tensors: Mapping, state: Mapping):
     """Writes tensors and JSON values to `path`, whole or not at all: SHA-256, then safetensors (nothing could run)."""
     from safetensors.torch import save
     text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     blob = save({"state": text, **{name: t.detach().cpu().contiguous() for name, t in tensors.items()}})
     write_whole(path, lambda temporary: temporary.write_bytes(hashlib.sha256(blob).digest() + blob))
 
-def load_checkpoint(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_checkpoint(path: Path, like: Mapping) -> tuple:
     """(state, CPU tensors) of a checkpoint; `UserError` unless names, types and shapes are those of `like`."""
     from safetensors.torch import load
     blob = path.read_bytes()
@@ -743,7 +717,7 @@ def open_shard(path: Path) -> np.ndarray:
 class TokenStream:
     """The shards `<prefix>_*.bin` of a folder in name order, read as one sequence of ids."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(self, folder: Path, prefix: str):
         require(folder.is_dir(), f"{folder}: no such dataset folder; make one with ./run.sh data (download, demo, "
                 f"text), or set DATA_PATH")
         self.paths = sorted(p for p in folder.glob(f"{prefix}_*.bin") if p.is_file() and
@@ -767,7 +741,7 @@ class TokenStream:
             start, first = end, first + 1
         return np.concatenate(parts)
 
-    def check(self, vocab_size: int) -> None:
+    def check(self, vocab_size: int):
         """Looks at each shard's beginning for ids beyond the vocabulary, and for a BOS; `verify` reads them whole."""
         for path, shard in zip(self.paths, self.shards):
             top = int(shard[:1 << 20].max(initial=0))
@@ -793,11 +767,9 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
-def batch_of_segments(rows: Sequence[Sequence[np.ndarray]], num_rows: int, seq_len: int) -> Batch:
+def batch_of_segments(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     """Rows of segments -> `Batch`. A segment of n + 1 ids is n inputs and, one later, their targets.
-
-    What is missing of num_rows rows of seq_len inputs is padding: segments of their own, without targets.
-    """
+    What is missing of num_rows rows of seq_len inputs is padding: segments of their own, without targets."""
     ids = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
     targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
     starts = np.zeros((num_rows, seq_len), dtype=bool)
@@ -818,7 +790,7 @@ def batch_of_segments(rows: Sequence[Sequence[np.ndarray]], num_rows: int, seq_l
     cu_seqlens[:len(begins)] = begins
     return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
 
-def make_batch(rows: Sequence[np.ndarray], num_rows: int, seq_len: int) -> Batch:
+def make_batch(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     """Rows of at most seq_len + 1 ids each -> `Batch`; a segment starts at each row's start and at each BOS in it."""
     split = []
     for row in rows:
@@ -835,7 +807,7 @@ def random_batch(num_rows: int, cfg: Config) -> Batch:
 class TrainData:
     """The training stream as numbered rows: row i is the same on every rank and in every run with this seed."""
 
-    def __init__(self, cfg: Config, run: Run) -> None:
+    def __init__(self, cfg, run):
         self.cfg, self.run = cfg, run
         self.stream = TokenStream(cfg.dataset_dir, "fineweb_train")
         self.stream.check(cfg.vocab_size)
@@ -844,9 +816,7 @@ class TrainData:
                 f"{cfg.train_seq_len} and its target")
         beginning = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
         self.corpus = f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {beginning}"
-        self.starts = np.zeros(1, dtype=np.int64)
-        if cfg.shuffle == "document":
-            self.starts = self.stream.document_starts()
+        self.starts = self.stream.document_starts() if cfg.shuffle == "document" else np.zeros(1, dtype=np.int64)
         # A shuffled phase may leave one row less, so one is never used.
         spare = cfg.shuffle in ("window", "coprime")
         self.rows_per_epoch = max(1, (len(self.stream) - 1) // cfg.train_seq_len - spare)
@@ -855,7 +825,7 @@ class TrainData:
         self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)  # of one forward on this device
         self.num_micro = -(-rows // self.micro_rows)  # forwards of one optimizer step, the same on every rank
 
-    def plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def plan_epoch(self, epoch: int) -> tuple:
         """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
 
         Documents and windows are permuted; `coprime` steps through the windows by a random stride that shares no
@@ -863,12 +833,11 @@ class TrainData:
         the stream into windows at a random phase, so that epochs cut it differently.
         """
         order, seq_len, tokens = self.cfg.shuffle, self.cfg.train_seq_len, len(self.stream)
-        rng, phase = np.random.default_rng([self.cfg.seed, epoch]), 0
+        rng = np.random.default_rng([self.cfg.seed, epoch])
         if order == "document":
             documents = rng.permutation(len(self.starts))
             return documents, np.cumsum(np.diff(np.append(self.starts, tokens))[documents])
-        if order != "none":
-            phase = int(rng.integers(0, min(seq_len, tokens - seq_len)))
+        phase = 0 if order == "none" else int(rng.integers(0, min(seq_len, tokens - seq_len)))
         rows = np.arange((tokens - 1 - phase) // seq_len)
         if order == "window":
             rows = rng.permutation(len(rows))
@@ -905,7 +874,7 @@ class TrainData:
             batches = [Batch(*(t.pin_memory() for t in batch)) for batch in batches]
         return batches
 
-    def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, first: int = 0) -> Iterator:
         """(step, its micro-batches) from `first` on; the next two are built by a thread while the device works."""
 
         with ThreadPoolExecutor(1) as pool:
@@ -948,7 +917,7 @@ class ValData(NamedTuple):
         """[documents]: where each document's targets end."""
         return np.append(self.starts[1:], self.num_targets)
 
-def manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
+def manifest(folder: Path, name: str = "manifest.json") -> dict:
     """A JSON object beside the shards, or {} where the export has none (the published ones)."""
     path = folder / name
     if not path.is_file():
@@ -980,11 +949,9 @@ def shards_sha256(folder: Path) -> str:
             digest.update(file.read(4096))
     return digest.hexdigest()
 
-def check_stamp(cfg: Config, run: Run) -> None:
+def check_stamp(cfg: Config, run: Run):
     """Refuses data whose validation documents are trained on, by what `./run.sh data verify` wrote of these shards.
-
-    Validation itself stays closed until the artifact is written.
-    """
+    Validation itself stays closed until the artifact is written."""
     folder, command = cfg.dataset_dir, f"./run.sh data verify {cfg.dataset_dir}"
     stamp = manifest(folder, "verified.json")
     if not stamp:
@@ -1053,9 +1020,7 @@ class TokenBytes(NamedTuple):
             piece = sp.id_to_piece(i)
             space[i] = piece.startswith("\u2581")
             text = piece[int(space[i]):].replace("\u2581", " ")  # a mark inside a piece is one byte, too
-            base[i] = len(text.encode("utf-8"))
-            if sp.is_byte(i):  # "<0xE2>"
-                base[i] = 1
+            base[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))  # "<0xE2>" is a byte
         return cls(base, space, boundary)
 
     def of_targets(self, ids: np.ndarray) -> np.ndarray:
@@ -1080,23 +1045,23 @@ class Ledger:
     """
     BASE, SCORE, UPDATE = -1, 0, 1
 
-    def __init__(self, num_targets: int, starts: np.ndarray) -> None:
+    def __init__(self, num_targets: int, starts: np.ndarray):
         self.nats = torch.zeros(num_targets, dtype=torch.float32)
         self.times = torch.zeros(num_targets, dtype=torch.uint8)
         self.starts = starts
         self.phase, self.sequence, self.learned_in = 0, 0, -1
         self.events = [np.empty((0, 6), dtype=np.int64)]
 
-    def record(self, targets: Tensor, nats: Tensor) -> None:
+    def record(self, targets: Tensor, nats: Tensor):
         """Writes the losses of the targets with these numbers (int64). A second write is a bug and raises."""
         self.times.index_add_(0, targets, torch.ones(len(targets), dtype=torch.uint8))
-        ensure(bool((self.times[targets] == 1).all()), "a target was scored twice")
+        require(bool((self.times[targets] == 1).all()), "a target was scored twice", AssertionError)
         self.nats[targets] = nats.detach().float().cpu()
 
-    def note(self, kind: int, states: Any, begins: Any, ends: Any) -> None:
+    def note(self, kind: int, states: Any, begins: Any, ends: Any):
         """Adds simultaneous events: numbers or arrays of one length. An update of BASE ends the scores of its phase."""
-        ensure(kind != self.SCORE or self.learned_in < self.phase, "targets were scored after the shared weights had "
-               "learned from their phase")
+        require(kind != self.SCORE or self.learned_in < self.phase, "targets were scored after the shared weights had "
+               "learned from their phase", AssertionError)
         columns = np.broadcast_arrays(*(np.asarray(x, dtype=np.int64).reshape(-1)
                                         for x in (self.phase, self.sequence, kind, states, begins, ends)))
         if kind == self.UPDATE and np.any(columns[3] == self.BASE):
@@ -1104,20 +1069,19 @@ class Ledger:
         self.events.append(np.stack(columns, axis=1))
         self.sequence += 1
 
-    def close(self, target_bytes: np.ndarray, run: Run) -> tuple[Score, str]:
+    def close(self, target_bytes: np.ndarray, run: Run) -> tuple:
         """(totals over all ranks, digest of the events); raises unless scores and updates are legal (`violations`).
-
-        Summed in stream order in float64, so that the total does not depend on who scored what; nor does the digest.
-        """
+        Summed in stream order in float64, so that the total does not depend on who scored what; nor does the digest."""
         self.nats = nats = run.all_reduce(self.nats.to(run.device, copy=True)).cpu()
         times = run.all_reduce(self.times.to(run.device, torch.int32)).cpu()
-        ensure(bool((times == 1).all()), f"{int((times != 1).sum())} targets were not scored exactly once")
+        missed = int((times != 1).sum())
+        require(missed == 0, f"{missed} targets were not scored exactly once", AssertionError)
         own = np.concatenate(self.events)
         if not run.is_main:  # all ranks made the same updates of the shared weights
             own = own[(own[:, 2] == self.SCORE) | (own[:, 3] != self.BASE)]
         events = np.concatenate(run.all_gather_object(own))
         broken = violations(events, self.starts, len(nats))
-        ensure(not broken, "; ".join(broken))
+        require(not broken, "; ".join(broken), AssertionError)
         logical = events[:, [4, 5, 2, 3, 0]]  # without sequence numbers, which tell ranks and batches apart
         digest = hashlib.sha256(logical[np.lexsort(logical.T[::-1])].tobytes()).hexdigest()
         total, text_bytes = float(nats.double().sum()), int(target_bytes.sum(dtype=np.int64))
@@ -1164,7 +1128,7 @@ def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list
         "C1: a document was not scored from left to right while its adapters learned": backwards.any()}
     return [text for text, broken in tests.items() if broken]
 
-def by_place(nats: np.ndarray, target_bytes: np.ndarray, val: ValData) -> dict[str, dict[str, list[float]]]:
+def by_place(nats: np.ndarray, target_bytes: np.ndarray, val: ValData) -> dict:
     """Targets, nats and bytes of a scored stream [T] by octaves: entry k has the 2^k-th to (2^(k+1) - 1)-th target of
     every document (position), or the documents of 2^k to 2^(k+1) - 1 targets (length)."""
     lengths = val.stops - val.starts
@@ -1186,9 +1150,7 @@ class Attention(NamedTuple):
     """One attention kernel: `prepare` once a batch, then `run` once a layer."""
     name: str
     prepare: Callable  # Batch -> whatever `run` needs to know about the segments
-    # q [R,T,N,H], k and v [R,T,K,H], prepared, window -> [R,T,N,H]; scale 1/sqrt(H). A window of w lets a token see
-    # itself and the w - 1 before it, 0 all of its segment.
-    run: Callable
+    run: Callable  # q [R,T,N,H], k and v [R,T,K,H], prepared -> [R,T,N,H]; scale 1/sqrt(H)
 
 def segment_mask(batch: Batch) -> Tensor:
     """[R, 1, T, T] bool: which keys a query sees, by segments and causality."""
@@ -1196,13 +1158,8 @@ def segment_mask(batch: Batch) -> Tensor:
     back = column[:, None] - column[None, :]  # how far back the key lies; negative: in the future
     return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int = 0) -> Tensor:
-    """Reference: q [R,T,N,H] on k, v [R,S,K,H] where mask (broadcast to [R,1,T,S]) allows it, and the window.
-
-    The queries are the last T of the S keys.
-    """
-    if window:
-        mask = mask & mask.new_ones(mask.shape[-2:]).triu(mask.size(-1) - mask.size(-2) + 1 - window)
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Reference: q [R,T,N,H] on k, v [R,S,K,H] where mask (broadcast to [R,1,T,S]) allows it."""
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                        enable_gqa=True)
     return y.transpose(1, 2)
@@ -1217,10 +1174,10 @@ def varlen_attention(name: str) -> Attention:
     if name != "varlen":
         activate_flash_attention_impl(name.upper())
 
-    def run(q, k, v, segments, window=0):
-        starts_q, starts_k, longest = segments  # (window - 1, 0): (-1, 0) is all of the segment before a token
+    def run(q, k, v, segments):
+        starts_q, starts_k, longest = segments
         return varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts_q, starts_k, longest, longest,
-                           window_size=(window - 1, 0), enable_gqa=True).view_as(q)
+                           window_size=(-1, 0), enable_gqa=True).view_as(q)  # all of a segment up to the token
 
     # Two tensors: an autograd.Function under `fullgraph` refuses the same one twice.
     return Attention(name, lambda batch: (batch.cu_seqlens, batch.cu_seqlens.clone(), batch.ids.size(1)), run)
@@ -1248,10 +1205,6 @@ def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     if isinstance(gain, Tensor):
         gain = gain.to(x.dtype)
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS) * gain
-
-def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    """max(x, slope*x)^2 (#493, #549); its derivative is 2x above zero and 2*slope^2*x below."""
-    return F.leaky_relu(x, slope).square()
 
 def softcapped_cross_entropy(logits_MV: Tensor, targets_M: Tensor, softcap: float) -> Tensor:
     """Nats of each target under softmax(c*tanh(z/c)), in fp32; 0 where the target is IGNORE."""
@@ -1323,9 +1276,7 @@ def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K:
 @functools.cache
 def triton_mlp() -> Callable:
     """The MLP in one operator that keeps one activation of width F; `ImportError` where there is no Triton.
-
-    x [..., D], up [F, D], down [D, F], slope -> [..., D]. A compiler puts it into its graph without looking inside.
-    """
+    x [..., D], up [F, D], down [D, F], slope -> [..., D]. A compiler puts it into its graph without looking inside."""
     global tl
     import triton
     import triton.language as tl
@@ -1376,9 +1327,7 @@ class Kernels(NamedTuple):
 
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
     """The kernels of this run: Triton's on a GPU; a compiler fuses the references, and eager runs have their own norm.
-
-    Raises `UserError` where KERNELS=triton cannot be had.
-    """
+    Raises `UserError` where KERNELS=triton cannot be had."""
     kernels = Kernels(pick_attention(cfg.attention, run.device, run.dtype))
     if not run.compiles:
         kernels = kernels._replace(rms_norm=EagerRmsNorm.apply, fused="by hand")
@@ -1410,7 +1359,6 @@ class Layer(NamedTuple):
     skip_from: int | None  # number of the layer whose output is mixed in before this one (U-Net skip)
     skip_slot: int | None  # row of the skip weights: the place in the decoder half
     lanes: str  # `none`: attention, then MLP; `single`: both read one lane; `two`: two lanes
-    window: int  # tokens that attention sees, the own one included; 0: the whole document
 
 def unroll_layers(cfg: ModelKnobs, looped: bool) -> tuple[Layer, ...]:
     """The order in which stored blocks run: pure data, printed in the log.
@@ -1427,10 +1375,8 @@ def unroll_layers(cfg: ModelKnobs, looped: bool) -> tuple[Layer, ...]:
         inner = slice(cfg.loop_start, cfg.loop_end + 1)
         blocks[inner] = blocks[inner] * (cfg.num_loops + 1)
     encoder = len(blocks) // 2
-    windows = [int(window) for window in cfg.attn_windows.split(",")]
     lanes = {False: "none", True: cfg.parallel_residual}
-    layers = [Layer(i, block, None, None, lanes[block >= cfg.parallel_start_layer], windows[block % len(windows)])
-              for i, block in enumerate(blocks)]
+    layers = [Layer(i, block, None, None, lanes[block >= cfg.parallel_start_layer]) for i, block in enumerate(blocks)]
     for slot in range(encoder):
         layers[encoder + slot] = layers[encoder + slot]._replace(skip_from=encoder - 1 - slot, skip_slot=slot)
     return tuple(layers)
@@ -1459,11 +1405,9 @@ MATRICES = {
     "down_in": Matrix("mlp_down_in_bank", 0, "down_in", (),         "rank", "F",  None,         False),
 }
 
-def matrix_shapes(cfg: ModelKnobs) -> dict[str, tuple[slice, int]]:
+def matrix_shapes(cfg: ModelKnobs) -> dict:
     """Of each matrix that a model has: (rows of its product's output that it makes, its inputs).
-
-    Dr and Fr are the rank where the MLP is low-rank, else D and F; only then there are `up_in` and `down_in`.
-    """
+    Dr and Fr are the rank where the MLP is low-rank, else D and F; only then there are `up_in` and `down_in`."""
     rank = cfg.mlp_rank
     size = {"D": cfg.model_dim, "KV": cfg.num_kv_heads * cfg.head_dim, "F": cfg.mlp_dim, "rank": rank,
             "Dr": rank or cfg.model_dim, "Fr": rank or cfg.mlp_dim}
@@ -1477,7 +1421,7 @@ class Weights:
     """How a block reads its matrices: cast once a forward, parts of a product joined, channel scales multiplied in."""
     plain = True  # its products may be fused with what surrounds them: nobody listens to `linear` or adds to it
 
-    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+    def __init__(self, model, dtype):
         layers, self.dtype, self.table = model.cfg.num_layers, dtype, model.tok_emb
         parts, matrices = collections.defaultdict(list), [MATRICES[name] for name in matrix_shapes(model.cfg)]
         banks = {bank: self.cast(bank, getattr(model, bank)).unbind() for bank in {m.bank for m in matrices}}
@@ -1500,9 +1444,7 @@ class Weights:
 
     def linear(self, name: str, layer: Layer | None, x: Tensor, side: Tensor | None = None) -> Tensor:
         """x [..., I] times the matrix's transpose -> [..., O]; the head belongs to no layer.
-
-        `side`: the sublayer's input, for products whose adapter reads that instead of x.
-        """
+        `side`: the sublayer's input, for products whose adapter reads that instead of x."""
         return F.linear(x, self.matrices[name, layer.block if layer else 0])
 
     def mlp(self, n: Tensor, layer: Layer, model: GPT) -> Tensor:
@@ -1511,7 +1453,7 @@ class Weights:
         if fused is not None and self.plain:
             return fused(n, self.matrices["up", layer.block], self.matrices["down", layer.block], cfg.mlp_slope)
         narrow = self.linear("up_in", layer, n) if cfg.mlp_rank else n
-        post = leaky_relu_squared(self.linear("up", layer, narrow), cfg.mlp_slope)
+        post = F.leaky_relu(self.linear("up", layer, narrow), cfg.mlp_slope).square()  # LeakyReLU(x)^2 (#493, #549)
         narrow = self.linear("down_in", layer, post) if cfg.mlp_rank else post
         return self.linear("down", layer, narrow, side=n)
 
@@ -1523,7 +1465,7 @@ class RecordingWeights(Weights):
     """
     plain = False
 
-    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+    def __init__(self, model, dtype):
         super().__init__(model, dtype)
         new, (vocab, dim) = functools.partial(torch.zeros, device=self.table.device), self.table.shape
         self.gram = {key: new(m.size(1), m.size(1)) for key, m in self.matrices.items()}
@@ -1566,7 +1508,7 @@ class AdaptedWeights(Weights):
     """
     plain = False
 
-    def __init__(self, base: Weights, model: GPT, layers: Sequence[Layer], rows: int, cfg: Config) -> None:
+    def __init__(self, base: Weights, model, layers: Sequence, rows: int, cfg):
         self.dtype, self.table, self.matrices = base.dtype, base.table, base.matrices
         self.scales = {m.product: getattr(model, m.scale).detach() for m in MATRICES.values() if m.scale}
         dim, rank, shapes = model.cfg.model_dim, cfg.ttt_lora_rank, matrix_shapes(model.cfg)
@@ -1587,19 +1529,14 @@ class AdaptedWeights(Weights):
         self.parameters = [t for site in self.sites.values() for _, a, b in site for t in (a, b)]
 
     def linear(self, name: str, layer: Layer | None, x: Tensor, side: Tensor | None = None) -> Tensor:
-        y = super().linear(name, layer, x)
-        source, parts, at = x if side is None else side, [], 0
+        y, source = super().linear(name, layer, x), x if side is None else side
         for rows, a, b in self.sites.get((name, layer.number if layer else 0), ()):
             b = b * self.alpha
             if name in self.scales:
                 b = b * self.scales[name][layer.block].unsqueeze(1)
-            parts += [y.new_zeros(*y.shape[:-1], rows.start - at)] * (rows.start > at)
-            parts.append(torch.bmm(torch.bmm(source, a.to(self.dtype).mT), b.to(self.dtype).mT))
-            at = rows.stop
-        if not parts:
-            return y
-        parts += [y.new_zeros(*y.shape[:-1], y.size(-1) - at)] * (at < y.size(-1))
-        return y + (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+            change = torch.bmm(torch.bmm(source, a.to(self.dtype).mT), b.to(self.dtype).mT)
+            y = y + F.pad(change, (rows.start, y.size(-1) - rows.stop))
+        return y
 
 class NoCache:
     """Every token's context is in the batch."""
@@ -1609,9 +1546,9 @@ class NoCache:
         return kernels.attention.prepare(batch)
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
-        return kernels.attention.run(q, k, v, segments, layer.window)
+        return kernels.attention.run(q, k, v, segments)
 
-    def advance(self, size: int) -> None:
+    def advance(self, size: int):
         """The last scored chunk, of `size` tokens, is the past of the next one."""
 
 NO_CACHE = NoCache()
@@ -1624,7 +1561,7 @@ class KeyValueCache(NoCache):
     """
     prefix = 1
 
-    def __init__(self, cache_len: int) -> None:
+    def __init__(self, cache_len: int):
         self.cache_len, self.length, self.past, self.new = cache_len, 0, {}, {}  # layer number -> (keys, values)
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
@@ -1637,9 +1574,9 @@ class KeyValueCache(NoCache):
         if layer.number in self.past:
             k, v = (torch.cat([past, now], dim=1) for past, now in zip(self.past[layer.number], (k, v)))
         self.new[layer.number] = (k[:, -self.cache_len:].detach(), v[:, -self.cache_len:].detach())
-        return masked_attention(q, k, v, segments, layer.window)
+        return masked_attention(q, k, v, segments)
 
-    def advance(self, size: int) -> None:
+    def advance(self, size: int):
         self.past, self.new, self.length = self.new, {}, self.length + size
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1652,13 +1589,13 @@ def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def exclusive(y_RTNH: Tensor, v_RTKH: Tensor) -> Tensor:
     """XSA (#265): takes from each head's output its component along the token's own value vector.
-
-    y - (y.v / v.v) v: the same as with a normalised v, without a normalised copy.
-    """
+    y - (y.v / v.v) v: the same as with a normalised v, without a normalised copy."""
     y = y_RTNH.unflatten(2, (v_RTKH.size(2), -1))
     v = v_RTKH.unsqueeze(3)
     share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-6)
     return (y - share * v).flatten(2, 3)
+
+GATE_CHANNELS = 12  # that SmearGate and the output and sparse gates read, as in every record
 
 class NoGate(nn.Module):
     """Attention output passes unchanged."""
@@ -1669,7 +1606,7 @@ class NoGate(nn.Module):
 class HeadGate(nn.Module):
     """Multiplies each head's output by outer * sigmoid(inner * (w . n[:G] + b)) of the layer's normed input n."""
 
-    def __init__(self, weight: Tensor, outer: float = 1.0, inner: float = 1.0, bias: float = 0.0) -> None:
+    def __init__(self, weight: Tensor, outer: float = 1.0, inner: float = 1.0, bias: float = 0.0):
         """weight: [L, N, G] initial values, which a bias replaces: weights then start at zero."""
         super().__init__()
         self.outer, self.inner = outer, inner
@@ -1686,7 +1623,7 @@ def head_gate(cfg: ModelKnobs) -> nn.Module:
     shape = (cfg.num_layers, cfg.num_heads)
     if cfg.attn_gate == "dense":  # reads the whole width (#1736, after Qwen's gated attention)
         return HeadGate(0.01 * torch.randn(*shape, cfg.model_dim), bias=cfg.gated_attn_bias)
-    zeros = torch.zeros(*shape, cfg.gate_channels)
+    zeros = torch.zeros(*shape, min(GATE_CHANNELS, cfg.model_dim))
     gates = {"none": NoGate, "output": functools.partial(HeadGate, zeros, outer=2.0),  # starts as the identity (#1667)
              "sparse": functools.partial(HeadGate, zeros, inner=0.5)}  # starts at one half (#1787)
     return gates[cfg.attn_gate]()
@@ -1698,7 +1635,7 @@ class BigramHash(nn.Module):
     orthogonal: were both zero, neither would ever get a gradient.
     """
 
-    def __init__(self, cfg: ModelKnobs) -> None:
+    def __init__(self, cfg):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(cfg.bigram_buckets, cfg.bigram_dim))
         self.proj = nn.Parameter(nn.init.orthogonal_(torch.empty(cfg.model_dim, cfg.bigram_dim)))
@@ -1721,11 +1658,9 @@ class ForwardContext(NamedTuple):
 
 class GPT(nn.Module):
     """The language model: parameters in fp32, activations in the dtype of the forward.
+    Parameter count of record #1855: 35,945,671."""
 
-    Parameter count of record #1855: 35,945,671.
-    """
-
-    def __init__(self, cfg: ModelKnobs) -> None:
+    def __init__(self, cfg: ModelKnobs):
         super().__init__()
         self.cfg, self.kernels = cfg, Kernels()  # the references; `pick_kernels` has faster ones
         layers, dim, ones = cfg.num_layers, cfg.model_dim, torch.ones
@@ -1744,7 +1679,7 @@ class GPT(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim)) if cfg.skip_gates_enabled else None
         self.gate = head_gate(cfg)
         if cfg.smear_gate_enabled:
-            self.smear_gate = nn.Parameter(torch.zeros(1, cfg.gate_channels))
+            self.smear_gate = nn.Parameter(torch.zeros(1, min(GATE_CHANNELS, dim)))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.bigram = BigramHash(cfg) if cfg.bigram_buckets else None
         if cfg.parallel_residual == "two":
@@ -1752,11 +1687,9 @@ class GPT(nn.Module):
             self.parallel_post_lambdas = nn.Parameter(ones(layers, 2, 2))
         self.row_codes = {}  # scale codes of the matrices that QAT left on their codes' grid
 
-    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+    def tensors(self) -> Iterator:
         """(name, values, parameter it belongs to) of all that an artifact holds; banks are split into matrices.
-
-        A matrix is named blocks.<i>.<its row in MATRICES>.
-        """
+        A matrix is named blocks.<i>.<its row in MATRICES>."""
         layers = self.cfg.num_layers
         parts = {(m.bank, m.index): name for name, m in MATRICES.items()}
         for name, parameter in self.named_parameters():
@@ -1766,7 +1699,7 @@ class GPT(nn.Module):
             for row, matrix in enumerate(parameter.detach().unbind()):
                 yield f"blocks.{row % layers}.{parts[name, row // layers]}", matrix, name
 
-    def rotary(self, positions_RT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions_RT: Tensor, dtype: torch.dtype) -> tuple:
         """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its segment."""
         dims = self.cfg.rope_dims
         exponent = torch.arange(0, dims, 2, device=positions_RT.device) / max(1, dims)
@@ -1777,7 +1710,7 @@ class GPT(nn.Module):
         """[R, T, D]: token embedding, smeared with its predecessor's (never across a segment's start), then normed."""
         e = w.embed(batch.ids)
         if self.cfg.smear_gate_enabled:
-            logit = F.linear(e[..., :self.cfg.gate_channels], self.smear_gate.to(e.dtype))
+            logit = F.linear(e[..., :GATE_CHANNELS], self.smear_gate.to(e.dtype))
             gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(logit)
             e = e + gate * e.roll(1, dims=1) * (batch.positions > 0).unsqueeze(-1).to(e.dtype)
         if self.bigram is not None:
@@ -1805,7 +1738,7 @@ class GPT(nn.Module):
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[layer.skip_slot]).to(x.dtype))
 
-    def forward(self, batch: Batch, layers: Sequence[Layer], w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
+    def forward(self, batch: Batch, layers: Sequence, w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
         """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
         norm, positions = self.kernels.rms_norm, batch.positions[:, cache.prefix:]
         context = ForwardContext(w, cache, cache.prepare(self.kernels, batch), *self.rotary(positions, w.dtype))
@@ -1837,7 +1770,7 @@ class GPT(nn.Module):
             x = 0.5 * (x + lane)
         return norm(x)
 
-    def total_loss(self, batch: Batch, layers: Sequence[Layer], dtype: torch.dtype,
+    def total_loss(self, batch: Batch, layers: Sequence, dtype: torch.dtype,
                    weights: Callable = Weights) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
         w = weights(self, dtype)
@@ -1895,7 +1828,7 @@ ROUTES = (
 def route(name: str) -> Route:
     """The one row of ROUTES for a parameter; a parameter with none or several is a bug."""
     rows = [r for r in ROUTES if any(fnmatch.fnmatchcase(name, p) for p in r.patterns.split())]
-    ensure(len(rows) == 1, f"parameter {name} matches {len(rows)} rows of ROUTES, expected exactly one")
+    require(len(rows) == 1, f"parameter {name} matches {len(rows)} rows of ROUTES, expected one", AssertionError)
     return rows[0]
 
 # Coefficients (a, b, c) of each Newton-Schulz step. Five of Polar Express (Amsel et al. 2025; #1344) take singular
@@ -1909,15 +1842,12 @@ NEWTON_SCHULZ = {
               (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
 }
 
-def orthogonalize(g_KOI: Tensor, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
+def orthogonalize(g_KOI: Tensor, steps: Sequence, dtype: torch.dtype) -> Tensor:
     """Approximates U V^T of each matrix of a stack [K, O, I] by Newton-Schulz, computed and returned in `dtype`.
-
-    Cost: len(steps) * (4 m^2 n + 2 m^3) FLOPs a matrix, m = min(O, I), n = max(O, I).
-    """
+    Cost: len(steps) * (4 m^2 n + 2 m^3) FLOPs a matrix, m = min(O, I), n = max(O, I)."""
     x = g_KOI.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    if tall:  # the Gram matrix is taken on the short side
-        x = x.mT
+    x = x.mT if tall else x  # the Gram matrix is taken on the short side
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in steps:
         gram = x @ x.mT
@@ -1925,7 +1855,7 @@ def orthogonalize(g_KOI: Tensor, steps: Sequence[tuple[float, float, float]], dt
     return x.mT if tall else x
 
 def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | None, mu: float, beta2: float,
-                row_normalize: bool, steps: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
+                row_normalize: bool, steps: Sequence, dtype: torch.dtype) -> Tensor:
     """Muon's direction for a stack of matrices, in units of spectral norm; the two states change in place.
 
     Nesterov momentum, rows normalised (MuonEq-R, #1217), orthogonalised, scaled by sqrt(max(1, O/I)). With a second
@@ -1943,7 +1873,7 @@ def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | Non
         x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
     return x * math.sqrt(max(1.0, x.size(-2) / x.size(-1)))
 
-def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float):
     """Scales gradients of this global norm (a scalar) down to `limit`, in place; 0: no limit."""
     if limit:
         torch._foreach_mul_(list(gradients), (limit / norm.clamp_min(1e-12)).clamp_max(1.0))
@@ -1953,7 +1883,7 @@ ADAM_BETA1, ADAM_EPS = 0.9, 1e-8
 class ShardedOptimizer:
     """Muon for the banks, sharded over ranks by slices; AdamW for the rest, replicated."""
 
-    def __init__(self, model: GPT, cfg: Config, run: Run) -> None:
+    def __init__(self, model, cfg, run):
         self.cfg, self.run = cfg, run
         named = {name: p for name, p in model.named_parameters() if p.numel()}  # there may be no skips
         self.banks = {name: p for name, p in named.items() if route(name).rule == "muon"}
@@ -1966,7 +1896,7 @@ class ShardedOptimizer:
              for (lr, wd), params in groups.items()], betas=(ADAM_BETA1, cfg.beta2), eps=ADAM_EPS, fused=True)
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self):
         """Forgets all momentum, as before the first step."""
         for p in self.small.values():  # as AdamW makes them in its first step: a checkpoint finds them in any step
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
@@ -1979,7 +1909,7 @@ class ShardedOptimizer:
             if self.cfg.normuon_beta2:
                 self.second[name] = bank.new_zeros(slices, bank.size(1), 1)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def state(self) -> tuple:
         """(what is the same on all ranks, this rank's slices of the rest), by name: views of the live tensors."""
         replicas = {f"adam.{kind}.{name}": value for name, p in self.small.items()
                     for kind, value in self.adam.state[p].items()}
@@ -1987,13 +1917,13 @@ class ShardedOptimizer:
                   for name, own in of.items() if own is not None}
         return {"skipped": self.skipped, **replicas}, shards
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict:
         """All state by name, whole on every rank (a collective), for a checkpoint that any number of ranks can read."""
         replicas, shards = self.state()
         return {**replicas, **{name: self.run.all_gather(own)()[:self.banks[name.split(".", 2)[2]].size(0)]
                                for name, own in shards.items()}}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping):
         """Goes on with the state that `tensors` gave, maybe with other ranks."""
         replicas, shards = self.state()
         for name, value in replicas.items():
@@ -2010,7 +1940,7 @@ class ShardedOptimizer:
         """
         cfg, run, small = self.cfg, self.run, list(self.small.values())
         for name, p in {**self.banks, **self.small}.items():
-            ensure(p.grad is not None, f"no gradient reached {name}")
+            require(p.grad is not None, f"no gradient reached {name}", AssertionError)
         scattered = {name: run.reduce_scatter(padded(bank.grad, run.world)) for name, bank in self.banks.items()}
         flat = run.all_reduce(torch.cat([p.grad.flatten() for p in small]))
         grads = {name: wait() for name, wait in scattered.items()}
@@ -2046,18 +1976,18 @@ def padded(bank: Tensor, world: int) -> Tensor:
 class Ema:
     """Exponential moving average of all parameters, fp32, started at the initial weights (#287)."""
 
-    def __init__(self, model: GPT, decay: float) -> None:
+    def __init__(self, model, decay: float):
         self.decay = decay
         self.live = list(model.parameters())
         self.average = [p.detach().clone() for p in self.live]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self):
         """average <- decay*average + (1-decay)*weights."""
         torch._foreach_lerp_(self.average, self.live, 1 - self.decay)
 
     @torch.no_grad()
-    def load_into_model(self) -> None:
+    def load_into_model(self):
         """The live weights become the averaged ones."""
         torch._foreach_copy_(self.live, self.average)
 
@@ -2106,8 +2036,8 @@ class TrainClock:
     MAX_WALLCLOCK_SECONDS=0 the fraction is step / ITERATIONS.
     """
 
-    def __init__(self, cfg: Config, run: Run, step: int = 0, elapsed: float = 0.0,
-                 now: Callable = time.perf_counter) -> None:
+    def __init__(self, cfg, run, step: int = 0, elapsed: float = 0.0,
+                 now: Callable = time.perf_counter):
         """`step` and `elapsed` seconds: where a checkpoint goes on; `now`: the clock, which a test simulates."""
         self.cfg, self.run, self.now = cfg, run, now
         self.budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
@@ -2135,7 +2065,7 @@ class TrainClock:
         return max(float(over), used / self.budget)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Iterator:
         """Time inside is not charged (validation in the middle of training)."""
         start = self.seconds()
         yield
@@ -2162,13 +2092,9 @@ ROW_OFFSET = 64  # this code is a scale of 1, so that codes reach from 2^-24 to 
 GPTQ_DAMP = 0.01  # damping of a Hessian as a fraction of its mean diagonal
 ROW_SOFTNESS = 0.7  # exponent of the rows' Fisher information: it is an estimate from few tokens (LOG 2026-11-22)
 
-def row_scales(codes: Tensor, global_scale: float) -> Tensor:
-    """fp32 scales of rows with these codes."""
-    return (global_scale * SCALE_TABLE.to(codes.device)[codes.long() - ROW_OFFSET + 256]).float()
-
-def column_scales(codes: Tensor) -> Tensor:
-    """fp32 factors of columns with these codes."""
-    return SCALE_TABLE.to(codes.device)[codes.long() + 256].float()
+def scales_of(codes: Tensor, global_scale: float = 1.0, offset: int = ROW_OFFSET) -> Tensor:
+    """fp32 scales of rows with these codes, or of columns (offset 0)."""
+    return (global_scale * SCALE_TABLE.to(codes.device)[codes.long() - offset + 256]).float()
 
 def scale_codes(scales: Tensor, offset: int, rounding: Callable = torch.round) -> Tensor:
     """int8 codes of the nearest scales (relative error at most 4.4 %), or of the next larger ones (`torch.ceil`)."""
@@ -2187,32 +2113,30 @@ class Quantized(NamedTuple):
         if self.rows is None:
             return self.codes.float()
         if self.columns is None:
-            return self.codes.float() * row_scales(self.rows, 1.0).unsqueeze(-1)
-        return self.codes.float() * row_scales(self.rows, global_scale).unsqueeze(-1) * column_scales(self.columns)
+            return self.codes.float() * scales_of(self.rows).unsqueeze(-1)
+        return self.codes.float() * scales_of(self.rows, global_scale).unsqueeze(-1) * scales_of(self.columns, 1.0, 0)
 
 def inverse_factor(gram_KCC: Tensor, log: Callable = lambda *a, **k: None) -> Tensor:
     """[K, C, C] upper Cholesky factor U of the damped inverse, (gram + damp * mean diagonal)^-1 = U^T U.
 
     Compensated by all later ones, an error e in entry c costs (e / U_cc)^2. Entries never seen get the mean diagonal;
-    where a matrix fails, its damping grows tenfold. `LocalError` where that does not help.
+    where a matrix fails, the damping grows tenfold. `LocalError` where that does not help.
     """
     h = gram_KCC.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     alive = (~dead).sum(-1, keepdim=True).clamp_min(1)
     diagonal.copy_(torch.where(dead, (diagonal.sum(-1, keepdim=True) / alive).clamp_min(1e-30), diagonal))
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(h.size(-1), device=h.device)
-    damps = torch.full_like(mean, GPTQ_DAMP)
-    while float(damps.max()) < 1e4:
-        lower, failed = torch.linalg.cholesky_ex(h + (damps * mean)[:, None, None] * eye)
+    for damp in (GPTQ_DAMP * 10 ** k for k in range(7)):
+        lower, failed = torch.linalg.cholesky_ex(h + damp * mean * eye)
         lower = torch.where((failed != 0)[:, None, None], eye, lower)
         upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        bad = (failed != 0) | (failed_inverse != 0)
-        if not bool(bad.any()):
+        bad = int(((failed != 0) | (failed_inverse != 0)).sum())
+        if not bad:
             return upper
-        log("gptq_damping", failed=int(bad.sum()), damp=float(damps[bad].max()), next=10 * float(damps[bad].max()))
-        damps = torch.where(bad, 10 * damps, damps)
+        log("gptq_damping", failed=bad, damp=damp, next=10 * damp)
     raise LocalError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
 
 SEGMENT = 64  # columns that one path through the trellis covers; each starts in state 0
@@ -2289,9 +2213,7 @@ def gptq(weight_KRC: Tensor, hessian_factor: Tensor, row_KR: Tensor, column_KC: 
 
 def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
     """[M] ids drawn from the model: the gradients' squares then are the true Fisher information.
-
-    Drawn by row, so that the number of ranks does not change what is drawn.
-    """
+    Drawn by row, so that the number of ranks does not change what is drawn."""
     capped = cfg.logit_softcap * torch.tanh(logits_MV.float() / cfg.logit_softcap)
     uniform = np.stack([np.random.default_rng([cfg.seed, i]).random(cfg.train_seq_len) for i in rows])
     thresholds = torch.from_numpy(uniform.astype(np.float32)).to(logits_MV.device).view(-1, 1)
@@ -2299,9 +2221,7 @@ def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
 
 def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> RecordingWeights:
     """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device.
-
-    Returns the recorded sums of all ranks, `gram` divided by the number of inputs.
-    """
+    Returns the recorded sums of all ranks, `gram` divided by the number of inputs."""
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
     mine = range(first_row + run.rank, first_row + rows, run.world)
     model.requires_grad_(False)
@@ -2324,7 +2244,7 @@ def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run
     run.all_reduce(w.input_gram), run.all_reduce(w.input_rows)
     return w
 
-def error_cost(name: str, sums: RecordingWeights, model: GPT) -> tuple[Tensor, Tensor]:
+def error_cost(name: str, sums: RecordingWeights, model: GPT) -> tuple:
     """(Hessian [C, C], Fisher information of each row [R]) of an error in a stored matrix."""
     if name == "tok_emb":  # the embedding is read at both ends: mix the costs of both uses
         gram = sums.gram["head", 0]
@@ -2341,7 +2261,7 @@ def error_cost(name: str, sums: RecordingWeights, model: GPT) -> tuple[Tensor, T
         fisher = fisher * scale * scale
     return sums.gram[key], fisher
 
-def waterfill_scales(cost_KR: Tensor, factor_KC: Tensor) -> tuple[Tensor, Tensor]:
+def waterfill_scales(cost_KR: Tensor, factor_KC: Tensor) -> tuple:
     """(row scales [K, R], column scales [K, C]) at which every matrix loses equally much to rounding.
 
     An error e in row r and column c costs cost_r (e / factor_c)^2. Reverse water-filling (Cover and Thomas, 10.3.3)
@@ -2360,31 +2280,29 @@ def sdclip_codes(weights: Tensor, bits: int, sigmas: float) -> Tensor:
     largest = torch.maximum(sigmas * weights.std(dim=-1), weights.square().mean(-1).sqrt())
     return scale_codes(largest / (2 ** (bits - 1) - 1), ROW_OFFSET)
 
-def snap_to_grid(weights: Tensor, bits: int, sigmas: float) -> tuple[Tensor, Tensor]:
+def snap_to_grid(weights: Tensor, bits: int, sigmas: float) -> tuple:
     """(`weights` rounded to SDClip's codes, scale codes of their rows)."""
     rows, top = sdclip_codes(weights, bits, sigmas), 2 ** (bits - 1) - 1
-    scales = row_scales(rows, 1.0).unsqueeze(-1)
+    scales = scales_of(rows).unsqueeze(-1)
     return (weights / scales).round().clamp(-top, top) * scales, rows
 
-def bank_grids(model: GPT, cfg: Config) -> dict[str, tuple[int, float]]:
+def bank_grids(model: GPT, cfg: Config) -> dict:
     """(bits, clip) of the codes of every bank."""
     routes = {name: route(name) for name, _ in model.named_parameters()}
     return {name: cfg.grid(row.stored.removeprefix("gptq:")) for name, row in routes.items() if row.rule == "muon"}
 
 class RoundedWeights(Weights):
     """Plain weights whose banks are read as the artifact will hold them; gradients pass straight through (QAT).
+    The straight-through estimator of Bengio et al. 2013. Scales are SDClip's of the current weights."""
 
-    The straight-through estimator of Bengio et al. 2013. Scales are SDClip's of the current weights.
-    """
-
-    def __init__(self, grids: Mapping[str, tuple[int, float]], model: GPT, dtype: torch.dtype) -> None:
+    def __init__(self, grids: Mapping, model, dtype):
         self.grids = grids
         super().__init__(model, dtype)
 
     def cast(self, name: str, bank: Tensor) -> Tensor:
         return (snap_to_grid(bank.detach(), *self.grids[name])[0] + (bank - bank.detach())).to(self.dtype)
 
-def snap_banks(model: GPT, cfg: Config) -> None:
+def snap_banks(model: GPT, cfg: Config):
     """Moves the banks to what `RoundedWeights` reads of them; GPTQ will find them on its grid."""
     grids = bank_grids(model, cfg)
     for name, values, parameter in model.tensors():
@@ -2393,7 +2311,7 @@ def snap_banks(model: GPT, cfg: Config) -> None:
             values.copy_(on_grid)
 
 @contextlib.contextmanager
-def snapped(model: GPT, cfg: Config) -> Iterator[None]:
+def snapped(model: GPT, cfg: Config) -> Iterator:
     """`snap_banks` for a while."""
     originals = {name: model.get_parameter(name).detach().clone() for name in bank_grids(model, cfg)}
     snap_banks(model, cfg)
@@ -2415,7 +2333,7 @@ class MatrixGroup(NamedTuple):
 class Quantizer:
     """Turns the model's tensors into codes, as often as the packer asks; what costs time is kept between calls."""
 
-    def __init__(self, model: GPT, sums: RecordingWeights, cfg: Config, run: Run) -> None:
+    def __init__(self, model, sums: RecordingWeights, cfg, run):
         self.model, self.sums, self.cfg, self.run = model, sums, cfg, run
         self.states = {"waterfill": cfg.trellis_states, "sdclip": 1}[cfg.quant]
         self.trellis = Trellis.of(self.states, run.device)
@@ -2431,7 +2349,7 @@ class Quantizer:
                 groups[values.shape, stored, name in fewer].append((name, values))
             elif stored == "int8":
                 rows = scale_codes(values.abs().amax(-1) / 127, ROW_OFFSET, torch.ceil)
-                codes = (values / row_scales(rows, 1.0).unsqueeze(-1)).round().clamp(-127, 127)
+                codes = (values / scales_of(rows).unsqueeze(-1)).round().clamp(-127, 127)
                 self.plain[name] = Quantized(stored, codes.to(torch.int16).cpu(), rows.cpu())
             else:
                 self.plain[name] = Quantized(stored, values.half().cpu())
@@ -2440,7 +2358,7 @@ class Quantizer:
         self.groups = [self.prepare(stored, group[run.rank::run.world], int(less))
                        for (_, stored, less), group in groups.items() if group[run.rank::run.world]]
 
-    def prepare(self, stored: str, group: Sequence[tuple[str, Tensor]], less: int = 0) -> MatrixGroup:
+    def prepare(self, stored: str, group: Sequence, less: int = 0) -> MatrixGroup:
         """Factors and scale codes of matrices (name, values) of one shape, with `less` bits than SDClip's knobs say."""
         names, weights = [name for name, _ in group], torch.stack([values for _, values in group])
         grams, costs = map(torch.stack, zip(*(error_cost(name, self.sums, self.model) for name in names)))
@@ -2466,14 +2384,14 @@ class Quantizer:
 
     def nearest(self, group: MatrixGroup, global_scale: float) -> Tensor:
         """int16 codes by rounding alone, at the steps between codes of one parity: about as large to pack as GPTQ's."""
-        grid = row_scales(group.rows, global_scale * self.trellis.density).unsqueeze(-1) * \
-            column_scales(group.columns).unsqueeze(1)
+        grid = scales_of(group.rows, global_scale * self.trellis.density).unsqueeze(-1) * \
+            scales_of(group.columns, 1.0, 0).unsqueeze(1)
         return (group.weights / grid).round_().clamp_(-group.top, group.top).to(torch.int16)
 
     def solved(self, group: MatrixGroup, global_scale: float) -> Tensor:
         """int16 codes by GPTQ."""
-        codes = gptq(group.weights, group.hessian_factor, row_scales(group.rows, global_scale),
-                     column_scales(group.columns), self.trellis, group.top)
+        codes = gptq(group.weights, group.hessian_factor, scales_of(group.rows, global_scale),
+                     scales_of(group.columns, 1.0, 0), self.trellis, group.top)
         return codes.gather(2, group.order.argsort(-1).unsqueeze(1).expand_as(codes))
 
     def bits(self, global_scale: float) -> float:
@@ -2490,9 +2408,9 @@ class Quantizer:
         logs = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for group in self.groups:
             least = 1e-3 * group.weights.square().mean((1, 2), keepdim=True).sqrt() + 1e-30
-            rows = row_scales(group.rows, float(self.trellis.density))
+            rows = scales_of(group.rows, float(self.trellis.density))
             ratios = group.weights.abs().clamp_min(least).log2() - rows.log2().unsqueeze(-1) - \
-                column_scales(group.columns).log2().unsqueeze(1)
+                scales_of(group.columns, 1.0, 0).log2().unsqueeze(1)
             logs += ratios.masked_fill(group.weights == 0, 0.0).sum(dtype=torch.float64)
         # Gaussian codes of deviation s: log2 s + 2.05 bits, and the mean of log2 |code| is log2 s - 0.92.
         guess = float(self.run.all_reduce(logs)) / self.weights + 2.97 - bits / self.weights
@@ -2506,11 +2424,9 @@ class Quantizer:
         return high
 
     @torch.no_grad()
-    def quantize(self, global_scale: float, rounding: Callable) -> dict[str, Quantized]:
+    def quantize(self, global_scale: float, rounding: Callable) -> dict:
         """Every tensor as it will be stored; each rank does its share of the matrices.
-
-        `rounding`: `solved` or `nearest`.
-        """
+        `rounding`: `solved` or `nearest`."""
         own = {}
         for group in self.groups:
             parts = rounding(group, global_scale).cpu(), group.rows.cpu(), group.columns.cpu()
@@ -2536,6 +2452,7 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
 WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
 
+@functools.lru_cache(maxsize=8)  # streams without codes stay as they are while `fit_to_cap` searches
 def brotli_pack(data: bytes) -> bytes:
     """Brotli at quality 11 with the largest window."""
     import brotli
@@ -2556,7 +2473,7 @@ def brotli_unpack(data: bytes, size: int) -> bytes:
     require(len(out) == size and reader.is_finished(), f"a stream does not hold the {size} bytes it claims")
     return bytes(out)
 
-def stream_parts(stored: str, shape: Sequence[int]) -> list[tuple[str, int]]:
+def stream_parts(stored: str, shape: Sequence[int]) -> list:
     """(stream, raw bytes) that one tensor contributes, in the order in which they are written."""
     count, rows = math.prod(shape), math.prod(shape[:-1])
     if stored == "fp16":
@@ -2583,14 +2500,14 @@ def unzigzag(values: np.ndarray) -> np.ndarray:
     """Inverse of `zigzag`."""
     return ((values.astype(np.int32) >> 1) ^ -(values.astype(np.int32) & 1)).astype(np.int16)
 
-def to_streams(matrices: Sequence[np.ndarray], fill: int, states: int) -> np.ndarray:
+def to_streams(matrices: Sequence, fill: int, states: int) -> np.ndarray:
     """Matrices [R, C] as [T, parallel streams]: each is one path through the trellis, or without one a single entry."""
     if states == 1:
         return np.concatenate([matrix.reshape(-1) for matrix in matrices])[None]
     padded = [np.pad(m, ((0, 0), (0, -m.shape[1] % SEGMENT)), constant_values=fill) for m in matrices]
     return np.ascontiguousarray(np.concatenate([m.reshape(-1, SEGMENT) for m in padded]).T)
 
-def from_streams(streams: np.ndarray, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
+def from_streams(streams: np.ndarray, shapes: Sequence, states: int) -> list:
     """Inverse of `to_streams`."""
     widths = [cols + (-cols % SEGMENT) * (states > 1) for _, cols in shapes]
     ends = np.cumsum([rows * width for (rows, _), width in zip(shapes, widths)])
@@ -2600,7 +2517,7 @@ def from_streams(streams: np.ndarray, shapes: Sequence[Sequence[int]], states: i
 class TrellisState:
     """Paths through the trellis abreast, as a decoder takes them. A code is density * symbol + the parity."""
 
-    def __init__(self, paths: int, states: int) -> None:
+    def __init__(self, paths: int, states: int):
         trellis = Trellis.of(states)
         self.following, self.density = trellis.following.numpy().astype(np.int8), trellis.density
         self.state = np.zeros(paths, np.int8)
@@ -2611,11 +2528,9 @@ class TrellisState:
         self.state = self.following[self.state, symbols & 1]
         return codes.astype(np.int16)
 
-    def by_context(self, classes: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    def by_context(self, classes: np.ndarray, num_classes: int) -> tuple:
         """(order of the paths by context, number of paths of each context, last of those that only fill).
-
-        A context is the class of a code (num_classes: filling) and, along a trellis, its parity.
-        """
+        A context is the class of a code (num_classes: filling) and, along a trellis, its parity."""
         contexts = np.minimum(classes * self.density + (self.state & 1), num_classes * self.density)
         return np.argsort(contexts, kind="stable"), np.bincount(contexts, minlength=num_classes * self.density + 1)
 
@@ -2629,7 +2544,7 @@ def magnitudes(codes: np.ndarray) -> bytes:
     means = np.concatenate([size.mean(1), size.mean(0), [size.mean()]])
     return np.clip(np.rint(4 * np.log2(means + 1 / 64)), -128, 127).astype(np.int8).tobytes()
 
-def expected_classes(logs: bytes, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def expected_classes(logs: bytes, shapes: Sequence) -> list:
     """[R, C] int16 class of every code of each matrix: the magnitude that its row and its column let expect."""
     ends = np.cumsum([rows + cols + 1 for rows, cols in shapes])
     classes = []
@@ -2655,7 +2570,7 @@ def histogram(table: np.ndarray) -> Any:
         return None
     return constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
 
-def range_pack(matrices: Sequence[np.ndarray], states: int) -> bytes:
+def range_pack(matrices: Sequence, states: int) -> bytes:
     """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude (and parity).
 
     Rows' and columns' mean magnitudes travel as side information; histograms are integers, so that both ends compute
@@ -2667,8 +2582,6 @@ def range_pack(matrices: Sequence[np.ndarray], states: int) -> bytes:
     classes = to_streams(expected_classes(logs, [matrix.shape for matrix in matrices]), FILLING, states)
     present, counts = np.unique(classes[classes != FILLING], return_counts=True)
     frequent = present[counts >= min(LEAST_IN_CLASS, counts.max())]
-    if counts.max() < LEAST_IN_CLASS:
-        frequent = frequent[:1]
     symbols = to_streams(matrices, 0, states) >> (states > 1)  # the parity is known: what is left to say
     state = TrellisState(symbols.shape[1], states)
     turns, tables = [], np.zeros((len(frequent) * state.density, ESCAPE + 1), dtype=np.int64)
@@ -2697,7 +2610,7 @@ def range_pack(matrices: Sequence[np.ndarray], states: int) -> bytes:
     words = coder.get_compressed().astype("<u4").tobytes()
     return struct.pack("<7I", *map(len, side), len(frequent), len(escapes), len(words)) + b"".join(side) + words
 
-def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
+def range_unpack(data: bytes, shapes: Sequence, states: int) -> list:
     """Inverse of `range_pack`, given the matrices' shapes; `UserError` for anything it could not have written."""
     try:
         import constriction
@@ -2741,12 +2654,12 @@ def range_unpack(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> l
     require(taken == num_escapes, "a range-coded stream has the wrong number of large codes")
     return from_streams(streams, shapes, states)
 
-def brotli_codes(matrices: Sequence[np.ndarray], states: int) -> bytes:
+def brotli_codes(matrices: Sequence, states: int) -> bytes:
     """int16 matrices by Brotli: transposed (columns first), zigzag, high bytes before low bytes."""
     flat = np.concatenate([zigzag(matrix >> (states > 1)).T.reshape(-1) for matrix in matrices])
     return brotli_pack(split_bytes(flat.tobytes()))
 
-def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]], states: int) -> list[np.ndarray]:
+def brotli_uncodes(data: bytes, shapes: Sequence, states: int) -> list:
     """Inverse of `brotli_codes`."""
     sizes = [rows * cols for rows, cols in shapes]
     flat = unzigzag(np.frombuffer(join_bytes(brotli_unpack(data, 2 * sum(sizes))), dtype="<u2"))
@@ -2756,7 +2669,7 @@ def brotli_uncodes(data: bytes, shapes: Sequence[Sequence[int]], states: int) ->
     return from_streams(np.stack([state.codes(line) for line in symbols]), shapes, states)
 
 # How the codes of GPTQ's matrices are packed, and read again.
-CODERS: dict[str, tuple[Callable, Callable]] = {
+CODERS: dict = {
     "range": (range_pack, range_unpack), "brotli": (brotli_codes, brotli_uncodes)}
 TRY_BROTLI = 1 << 20  # codes of a stream that Brotli is also tried on (4 s a million): it finds the rows of unused ids
 
@@ -2766,9 +2679,7 @@ class Stream(NamedTuple):
     raw_bytes: int
     data: bytes
 
-packed_once = functools.lru_cache(maxsize=4)(brotli_pack)  # streams without codes stay while `fit_to_cap` searches
-
-def pack_streams(tensors: Mapping[str, Quantized], states: int, coders: Sequence[str]) -> dict[str, Stream]:
+def pack_streams(tensors: Mapping, states: int, coders: Sequence[str]) -> dict:
     """Tensors as streams by name; `states` of the trellis; of several coders small streams take the smaller result."""
     raw = collections.defaultdict(bytearray)
     matrices = collections.defaultdict(list)
@@ -2784,7 +2695,7 @@ def pack_streams(tensors: Mapping[str, Quantized], states: int, coders: Sequence
             matrices[q.stored].append(q.codes.numpy())
     if "fp16" in raw:
         raw["fp16"] = bytearray(split_bytes(bytes(raw["fp16"])))
-    streams = {name: Stream("brotli", len(data), packed_once(bytes(data))) for name, data in raw.items()}
+    streams = {name: Stream("brotli", len(data), brotli_pack(bytes(data))) for name, data in raw.items()}
 
     def pack_codes(stack):
         size = sum(matrix.size for matrix in stack)
@@ -2795,7 +2706,7 @@ def pack_streams(tensors: Mapping[str, Quantized], states: int, coders: Sequence
     with ThreadPoolExecutor() as pool:  # both coders leave the interpreter's lock while they work
         return {**streams, **dict(zip(matrices, pool.map(pack_codes, matrices.values())))}
 
-def pack(streams: Mapping[str, Stream], global_scale: float, states: int, model: ModelKnobs, preset: str) -> bytes:
+def pack(streams: Mapping, global_scale: float, states: int, model: ModelKnobs, preset: str) -> bytes:
     """The artifact's bytes; the streams hold a model's tensors in the order of `GPT.tensors`."""
     header = json.dumps({
         "preset": preset, "global_scale": global_scale, "trellis": states,
@@ -2810,10 +2721,10 @@ class Artifact(NamedTuple):
     """What an artifact holds."""
     model: ModelKnobs
     preset: str
-    tensors: dict[str, Tensor]  # stored name -> fp32 values
-    streams: dict[str, tuple[int, int]]  # name -> (values, packed bytes)
+    tensors: dict  # stored name -> fp32 values
+    streams: dict  # name -> (values, packed bytes)
 
-def read_header(blob: bytes) -> tuple[Any, ...]:
+def read_header(blob: bytes) -> tuple:
     """Checks magic, version, digest and header of an artifact before anything of its size is allocated.
 
     Returns (model, preset, global scale, trellis states, tensors [(name, stored, shape)], streams [(name, coder, raw
@@ -2895,7 +2806,7 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
         raise UserError(f"{source}: {one_line(error)}") from None
 
 @torch.no_grad()
-def load_tensors(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(model: GPT, tensors: Mapping):
     """Copies an artifact's tensors into a model of the same knobs."""
     for name, values, _ in model.tensors():
         values.copy_(tensors[name])
@@ -3037,9 +2948,7 @@ class Window(NamedTuple):
 
 def plan_windows(val: ValData, seq_len: int, stride: int) -> list[Window]:
     """Windows of at most seq_len inputs that score every target of every document once, `stride` at a time.
-
-    Each but a document's first has seq_len - stride inputs of context before its first scored one.
-    """
+    Each but a document's first has seq_len - stride inputs of context before its first scored one."""
     windows = []
     for begin, end in zip(val.starts.tolist(), val.stops.tolist()):
         stop = min(begin + seq_len, end)
@@ -3049,7 +2958,7 @@ def plan_windows(val: ValData, seq_len: int, stride: int) -> list[Window]:
             windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))
     return windows
 
-def pack_rows(windows: Sequence[Window], seq_len: int) -> list[list[Window]]:
+def pack_rows(windows: Sequence, seq_len: int) -> list[list[Window]]:
     """Windows dealt into rows of seq_len inputs, longest first, each into the fullest row that still has room."""
     rows = []
     room = []  # (free inputs, row), sorted
@@ -3065,8 +2974,8 @@ def pack_rows(windows: Sequence[Window], seq_len: int) -> list[list[Window]]:
             bisect.insort(room, (free - length, row))
     return rows
 
-def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: int, seq_len: int
-                 ) -> tuple[Batch, Tensor, Tensor]:
+def window_batch(rows: Sequence, ids: np.ndarray, num_rows: int, seq_len: int
+                 ) -> tuple:
     """(batch, flat positions that are scored, their target numbers) of some packed rows."""
     segments = [[ids[window.begin:window.end + 1] for window in row] for row in rows]
     where, numbers = [], []
@@ -3079,11 +2988,9 @@ def window_batch(rows: Sequence[Sequence[Window]], ids: np.ndarray, num_rows: in
     return (batch_of_segments(segments, num_rows, seq_len), torch.from_numpy(np.concatenate(where)),
             torch.from_numpy(np.concatenate(numbers)))
 
-def context_numbers(ids: Tensor, length: int, halves: dict[int, Tensor]) -> Tensor:
+def context_numbers(ids: Tensor, length: int, halves: dict) -> Tensor:
     """[N] int32, equal for equal contexts ids[t-length+1..t] (t >= length-1); exact: nothing is hashed.
-
-    `halves` keeps the numbers of lengths that are powers of two; halves[1] are the ids themselves.
-    """
+    `halves` keeps the numbers of lengths that are powers of two; halves[1] are the ids themselves."""
     if length not in halves:
         half = 1 << (length - 1).bit_length() - 1  # two overlapping halves cover the context
         part = context_numbers(ids, half, halves)
@@ -3094,11 +3001,9 @@ def context_numbers(ids: Tensor, length: int, halves: dict[int, Tensor]) -> Tens
         halves[length] = numbers
     return halves[length]
 
-def best_continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: int) -> tuple:
     """For each t of `order`, what followed earlier occurrences of its context: (best id, its count, number of them).
-
-    The best is the id that first reached the highest count, as in #1514's tables. All [len(order)], in that order.
-    """
+    The best is the id that first reached the highest count, as in #1514's tables. All [len(order)], in that order."""
     follower = F.pad(ids[1:].int(), (0, 1))[order]  # the last t has none: it is the last of its group, so none sees it
     group = number[order]
     index = torch.arange(len(order), device=ids.device, dtype=torch.int32)
@@ -3120,7 +3025,7 @@ def best_continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: i
     earlier = index - last_place(group[1:] != group[:-1])
     return follower[leader], count[leader] * (earlier > 0), earlier
 
-def ngram_hints(ids: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+def ngram_hints(ids: Tensor, cfg: Config) -> tuple:
     """The hint of every target: the continuation that its longest trusted context had most often before (#1420).
 
     NGRAM_RULES are tried longest context first; one applies where the best continuation has its least share and the
@@ -3156,12 +3061,12 @@ def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: 
 class Scorer:
     """Turns hidden states into ledger entries: the one place where a score is made."""
 
-    def __init__(self, val: ValData, cfg: Config, run: Run, hints: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, val, cfg, run, hints: tuple | None = None):
         """`hints`: ids and strengths for all targets (`ngram_hints`), or None: no tilt."""
         self.val, self.cfg, self.run, self.hints = val, cfg, run, hints
         self.ledger = Ledger(val.num_targets, val.starts)
 
-    def nats(self, model: GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    def nats(self, model: GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: Weights) -> tuple:
         """(scores, losses to learn from), flat [M]: of targets with these numbers, given hidden [..., D]."""
         softcap, targets = model.cfg.logit_softcap, targets.flatten()
         logits = w.linear("head", None, hidden).flatten(0, -2)
@@ -3174,17 +3079,17 @@ class Scorer:
             return tilted(nats, logits, targets, hints.long(), betas, softcap), nats
 
 @torch.no_grad()
-def score_windows(model: GPT, windows: Sequence[Window], scorer: Scorer, name: str) -> None:
+def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str):
     """Scores windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
     cfg, run = scorer.cfg, scorer.run
     w, layers = Weights(model, run.dtype), unroll_layers(model.cfg, looped=True)
-    forward = run.compiled(model.forward)
+    forward, batch_rows = run.compiled(model.forward), max(1, cfg.val_batch_tokens // 8 // cfg.eval_seq_len)
     mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]
     chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
     with run.progress(len(mine), name, "row") as bar:
-        for at in range(0, len(mine), cfg.eval_rows):
-            part = mine[at:at + cfg.eval_rows]
-            num_rows = cfg.eval_rows if run.compiles else len(part)  # a compiled graph has one shape
+        for at in range(0, len(mine), batch_rows):
+            part = mine[at:at + batch_rows]
+            num_rows = batch_rows if run.compiles else len(part)  # a compiled graph has one shape
             batch, where, numbers = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
             batch, where = batch.to(run.device), where.to(run.device)
             hidden, targets = forward(batch, layers, w).flatten(0, 1), batch.targets.flatten()
@@ -3238,7 +3143,7 @@ def plan_batches(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world:
                                  int(longest * STEP_TOKENS + len(rows) * row_cost[longest]))
                    for longest, rows in batches[1:]), key=lambda batch: (-batch.cost, batch.documents))
 
-def assign_to_ranks(batches: Sequence[DocumentBatch], world: int) -> list[list[DocumentBatch]]:
+def assign_to_ranks(batches: Sequence, world: int) -> list:
     """Batches to ranks: the costliest first, each to the rank with the least work so far (Graham 1969)."""
     assigned = [[] for _ in range(world)]
     load = [0] * world
@@ -3256,12 +3161,12 @@ class EvalBudget:
     """
     LEAST_SECONDS = 5.0  # work before the first projection: the first steps load kernels and say little
 
-    def __init__(self, total_cost: float, cfg: Config, run: Run) -> None:
+    def __init__(self, total_cost: float, cfg, run):
         self.cfg, self.run, self.total, self.done, self.busy = cfg, run, max(1.0, total_cost), 0.0, 0.0
         self.used, self.started, self.cut = run.spent("eval"), time.perf_counter(), False
 
     @contextlib.contextmanager
-    def work(self, cost: float) -> Iterator[None]:
+    def work(self, cost: float) -> Iterator:
         """What happens inside is work of this cost, in the unit of `total_cost`."""
         start = time.perf_counter()
         yield
@@ -3279,7 +3184,7 @@ class EvalBudget:
         self.cut |= late
         return not late
 
-def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, budget: EvalBudget, name: str) -> None:
+def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, budget: EvalBudget, name: str):
     """Scores whole documents, each with adapters that learn from its own chunks once these are scored."""
     val, run = scorer.val, scorer.run
     batches = plan_batches(documents, (val.stops - val.starts)[documents], scorer.cfg, run.world)
@@ -3296,7 +3201,7 @@ def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, budget: E
 class DocumentRows:
     """The documents of one batch on the device, padded to its last chunk: the inputs and targets of any chunk."""
 
-    def __init__(self, batch: DocumentBatch, val: ValData, device: torch.device) -> None:
+    def __init__(self, batch: DocumentBatch, val, device: torch.device):
         self.documents, self.total = np.array(batch.documents), batch.edges[-1]
         self.begins = val.starts[self.documents]
         self.lengths = val.stops[self.documents] - self.begins
@@ -3316,7 +3221,7 @@ class DocumentRows:
         starts = torch.arange(0, window.numel() + 1, window.size(1), device=window.device, dtype=torch.int32)
         return Batch(window, window, positions.int().expand(len(window), -1), starts)
 
-    def note(self, ledger: Ledger, kind: int, live: np.ndarray, begin: int, end: int) -> None:
+    def note(self, ledger: Ledger, kind: int, live: np.ndarray, begin: int, end: int):
         """Tells the ledger that the documents `live` (bool) score, or learn from, their targets [begin, end)."""
         ledger.note(kind, self.documents[live], self.begins[live] + begin,
                     self.begins[live] + np.minimum(end, self.lengths[live]))
@@ -3360,12 +3265,10 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
 
 class SharedSgd:
     """SGD of the shared weights on stretches of the stream, over all ranks (momentum 0.9, batches of 32 rows).
-
-    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it.
-    """
+    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it."""
     MOMENTUM, BATCH_ROWS, CLIP = 0.9, 32, 1.0  # as in #549, #1413 and #1626
 
-    def __init__(self, model: GPT, ids: np.ndarray, cfg: Config, run: Run) -> None:
+    def __init__(self, model, ids: np.ndarray, cfg, run):
         self.model, self.ids, self.cfg, self.run, layers = model, ids, cfg, run, unroll_layers(model.cfg, looped=True)
         self.loss = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype))
         self.micro = max(1, min(-(-self.BATCH_ROWS // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
@@ -3373,16 +3276,14 @@ class SharedSgd:
             self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
         self.forget()
 
-    def forget(self) -> None:
+    def forget(self):
         """Begins with fresh momentum."""
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=self.MOMENTUM)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def learn(self, first: int, stop: int, lr: float) -> None:
+    def learn(self, first: int, stop: int, lr: float):
         """One step a batch of rows over targets [first, stop), each with the mean loss of its batch.
-
-        Gradients are summed over ranks in one message and clipped.
-        """
+        Gradients are summed over ranks in one message and clipped."""
         seq_len, run, parameters = self.cfg.train_seq_len, self.run, list(self.model.parameters())
         spans = [(at, min(at + seq_len, stop)) for at in range(first, stop, seq_len)]
         self.optimizer.param_groups[0]["lr"] = lr
@@ -3406,12 +3307,10 @@ def cosine(i: int, count: int) -> float:
     """From 1 at i = 0 to 0 at the last of `count`."""
     return 0.5 * (1 + math.cos(math.pi * i / max(1, count - 1)))
 
-def score_and_learn(score: Callable, learn: Callable, spans: Sequence[tuple[int, int]],
-                    scorer: Scorer, budget: EvalBudget) -> None:
+def score_and_learn(score: Callable, learn: Callable, spans: Sequence,
+                    scorer: Scorer, budget: EvalBudget):
     """Scores each part, then lets the shared weights learn: the one order of everything that adapts.
-
-    After `score(i)`, `learn(i)` learns from targets spans[i] = (begin, end); begin = end: nothing is learned.
-    """
+    After `score(i)`, `learn(i)` learns from targets spans[i] = (begin, end); begin = end: nothing is learned."""
     for i, (begin, end) in enumerate(spans):
         score(i)
         if begin < end and scorer.run.broadcast_object(budget.allows()):
@@ -3419,7 +3318,7 @@ def score_and_learn(score: Callable, learn: Callable, spans: Sequence[tuple[int,
             scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)
         scorer.ledger.phase += 1
 
-def chunked_sgd(model: GPT, scorer: Scorer) -> None:
+def chunked_sgd(model: GPT, scorer: Scorer):
     """Scores windows of TTT_CHUNK_TOKENS targets, from which the whole model then learns (#1413, #549).
 
     A window belongs to the chunk of its first scored target. Momentum runs on; the rate falls as a cosine over chunks.
@@ -3443,7 +3342,7 @@ def chunked_sgd(model: GPT, scorer: Scorer) -> None:
     spans = list(zip(edges, edges[1:-1])) + [(0, 0)]  # nothing is scored after the last one
     score_and_learn(score, learn, spans, scorer, budget)
 
-def phased_lora(model: GPT, scorer: Scorer) -> None:
+def phased_lora(model: GPT, scorer: Scorer):
     """Scores documents with adapters of their own; after each phase the shared weights learn from all of them so far.
 
     The phases end at equal shares of the first PHASED_TTT_PREFIX_DOCS documents of the stream (#1610, which took the
@@ -3471,11 +3370,9 @@ def phased_lora(model: GPT, scorer: Scorer) -> None:
 
     score_and_learn(score, learn, spans, scorer, budget)
 
-def adapted_score(model: GPT, scorer: Scorer) -> tuple[Score, str]:
+def adapted_score(model: GPT, scorer: Scorer) -> tuple:
     """(score of the validation stream with everything the knobs ask for, the ledger's digest), in the stream's order.
-
-    The shared weights of `model` change.
-    """
+    The shared weights of `model` change."""
     val, cfg = scorer.val, scorer.cfg
     if cfg.ttt == "none":
         score_windows(model, plan_windows(val, cfg.eval_seq_len, cfg.stride), scorer, "score")
@@ -3501,12 +3398,10 @@ def backward(loss: Tensor) -> Tensor:
     loss.backward()
     return loss.detach()
 
-def warmup(losses: Mapping[Stage, Callable], optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
-           run: Run) -> None:
+def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
+           run: Run):
     """Runs every graph on random tokens and the optimizer at learning rate 0, then forgets its momentum.
-
-    Compilation and allocation happen here, outside the clock; the weights do not change by a bit.
-    """
+    Compilation and allocation happen here, outside the clock; the weights do not change by a bit."""
     for loss in losses.values():
         for _ in range(cfg.warmup_steps):
             backward(loss(random_batch(data.micro_rows, cfg)))
@@ -3516,26 +3411,28 @@ def warmup(losses: Mapping[Stage, Callable], optimizer: ShardedOptimizer, data: 
 class Checkpoints:
     """Saves training when CHECKPOINT_EVERY says so or a signal asks to stop, and goes on from what was saved."""
 
-    def __init__(self, model: GPT, optimizer: ShardedOptimizer, average: Ema, data: TrainData, cfg: Config, run: Run
-                 ) -> None:
+    def __init__(self, model, optimizer, average, data, cfg, run
+                 ):
         self.model, self.optimizer, self.average, self.data = model, optimizer, average, data
         self.cfg, self.run, self.path, self.written = cfg, run, run.path(".ckpt"), time.perf_counter()
         number, by_step = float(cfg.checkpoint_every.removesuffix("steps")), cfg.checkpoint_every.endswith("steps")
         self.seconds, self.steps = number * (not by_step), int(number * by_step)
 
-    def knobs(self) -> dict[str, Any]:
+    def knobs(self) -> dict:
         """What must be the same in the run that goes on: the corpus, and every knob that decides how training does."""
-        later = NO_RESULT | {*kinds(EvalKnobs), *kinds(RunKnobs), *kinds(QuantKnobs), "micro_batch_tokens",
-                             "warmup_steps", "train_log_every", "val_loss_every"}
+        later = NO_RESULT | {*kinds(EvalKnobs), *kinds(RunKnobs), "micro_batch_tokens", "warmup_steps",
+                             "train_log_every", "val_loss_every"}
+        if self.cfg.qat_start == 1:
+            later |= set(kinds(QuantKnobs))
         names = set(kinds(Config)) - later | {"seed"}
         return {"corpus": self.data.corpus, **{name: getattr(self.cfg, name) for name in sorted(names)}}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict:
         """Everything that training changes, by name (a collective); weights and averages are the live ones."""
         return {**{f"weights.{name}": p.detach() for name, p in self.model.named_parameters()},
                 **{f"average.{i}": values for i, values in enumerate(self.average.average)}, **self.optimizer.tensors()}
 
-    def save(self, step: int, clock: TrainClock) -> None:
+    def save(self, step: int, clock: TrainClock):
         """Writes the state before `step`; a disk that is full ends no run."""
         tensors, self.written = self.tensors(), time.perf_counter()
         if self.run.is_main:
@@ -3547,15 +3444,16 @@ class Checkpoints:
 
     def after(self, step: int, clock: TrainClock) -> bool:
         """Saves if that is due or asked for, once `step` steps are done; returns whether the run is to stop."""
-        if step % (self.steps or clock.every):
+        by_step = self.steps > 0 and step % self.steps == 0
+        if step % clock.every and not by_step:
             return False
-        due = self.steps > 0 or 0 < self.seconds <= time.perf_counter() - self.written
+        due = by_step or 0 < self.seconds <= time.perf_counter() - self.written
         due, self.run.stop = self.run.broadcast(torch.tensor([due, self.run.stop])).tolist()
         if due or self.run.stop:
             self.save(step, clock)
         return self.run.stop > 0
 
-    def restore(self) -> tuple[int, float]:
+    def restore(self) -> tuple:
         """(step, seconds of the budget used) with which training begins, or goes on after RESUME."""
         if not self.run.resumes:
             return 0, 0.0
@@ -3580,22 +3478,18 @@ MAX_SKIPPED_STEPS = 3  # a gradient that is not finite counts as zero; after mor
 class Report:
     """The log lines of training: the first steps, then every TRAIN_LOG_EVERY; and validation of the live weights."""
 
-    def __init__(self, model: GPT, optimizer: ShardedOptimizer, cfg: Config, run: Run, clock: TrainClock, step: int
-                 ) -> None:
+    def __init__(self, model, optimizer, cfg, run, clock, step
+                 ):
         self.model, self.optimizer, self.cfg, self.run, self.clock = model, optimizer, cfg, run, clock
         self.logged, self.stage, self.val = (step, clock.seconds()), None, None
 
-    def begin(self, step: int, progress: float, stage: Stage) -> None:
-        """Notes where training is, and what it runs from here on if that is new."""
-        self.run.status = f"train step {step + 1}"
-        if stage != self.stage:
-            self.stage = stage
-            self.run.log("stage", step=step, progress=progress, rounded=stage.rounded,
-                         layers=len(unroll_layers(self.cfg, stage.looped)))
-
-    def end(self, step: int, progress: float, loss: Tensor, norm: Tensor) -> None:
+    def step(self, step: int, progress: float, stage: Stage, loss: Tensor, norm: Tensor):
         """Logs `step` steps done, if it is time to; `loss` is this rank's share. Raises `DivergedError`."""
         cfg, run = self.cfg, self.run
+        if stage != self.stage:
+            self.stage = stage
+            run.log("stage", step=step - 1, progress=progress, rounded=stage.rounded,
+                    layers=len(unroll_layers(cfg, stage.looped)))
         if step <= 5 or step % cfg.train_log_every == 0:
             total, seconds, skipped = float(run.all_reduce(loss.clone())), self.clock.seconds(), self.optimizer.skipped
             each = (seconds - self.logged[1]) / (step - self.logged[0])
@@ -3607,14 +3501,14 @@ class Report:
                 raise DivergedError(f"loss or gradient is not finite at step {step}, in {int(skipped)} steps so far; "
                                     f"lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            as_stored = snapped(self.model, cfg) if self.stage.rounded else contextlib.nullcontext()
+            as_stored = snapped(self.model, cfg) if stage.rounded else contextlib.nullcontext()
             with self.clock.pause(), run.phase("val_probe"), as_stored:
                 self.val = self.val or ValData.load(cfg, run)
                 score = score_fixed(self.model, self.val, cfg.eval_seq_len, cfg, run, "probe")
             run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
             self.logged = (step, self.clock.seconds())
 
-def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
+def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
     """Trains within the budget and leaves the averaged weights in the model; returns figures for the verdict."""
     losses = {stage: stage_loss(model, stage, cfg, run) for stage in stages(cfg)}
     with run.phase("warmup"):
@@ -3632,12 +3526,12 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
             if progress >= 1:
                 break
             bar.update(100 * progress - bar.n)
+            run.status = f"train step {step + 1}"
             stage = stage_at(cfg, progress)  # loop on or off, rounded or not: one compiled graph each
-            report.begin(step, progress, stage)
             loss = sum(backward(losses[stage](batch)) for batch in batches)
             norm = optimizer.step(lr_scale(cfg, progress), muon_momentum(cfg, step))
             average.update()
-            report.end(step + 1, progress, loss, norm)
+            report.step(step + 1, progress, stage, loss, norm)
             if checkpoints.after(step + 1, clock):  # saves when due or asked to stop; true: stop
                 run.end_by_signal()
         run.can_wait = False
@@ -3654,7 +3548,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict[str, Any]:
         snap_banks(model, cfg)
     return figures
 
-def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple[bytes, dict[str, Any]]:
+def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple:
     """Trains, quantizes, packs and writes: (the artifact as read back from disk, figures for the verdict)."""
     with run.phase("load_train"):
         data, said = TrainData(cfg, run), cfg.dataset_dir / "manifest.json"
@@ -3675,7 +3569,7 @@ def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple[
         run.path(".ckpt").unlink(missing_ok=True)  # nothing goes on from it any more
     return run.broadcast_object(blob), figures
 
-def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run: Run, figures: dict[str, Any]) -> None:
+def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run: Run, figures: dict):
     """Scores the artifact's bytes and logs the verdict; `average`: the weights before quantization, for comparison."""
     path = cfg.eval_only or str(run.path(".bin"))
     with run.phase("load_artifact", "eval"):
@@ -3691,12 +3585,11 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
     diagnostics = {}
     candidates = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
-                  "sliding": (model, cfg.stride)}
+                  "sliding": (model, cfg.stride), "": (None, 0)}
     for name in cfg.diagnostic_evals.split(","):
-        weights, stride = candidates.get(name, (None, 0))
-        if weights is not None:
+        if candidates[name][0] is not None:
             with run.phase(f"score_{name}"):
-                score = score_fixed(weights, val, stride, cfg, run, name)
+                score = score_fixed(candidates[name][0], val, candidates[name][1], cfg, run, name)
             run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
             diagnostics[name] = score.val_bpb
     hints = None
@@ -3709,8 +3602,7 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     with run.phase("score", "eval"):
         scorer = Scorer(val, cfg, run, hints)
         score, digest = adapted_score(model, scorer)
-    if run.is_main:
-        run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val))
+    run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val))
     name = {"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) + "+ngram" * (hints is not None)
     run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
     run.log("verdict", **{of: getattr(score, of) for of in ("val_bpb", "val_loss", "tokens", "bytes")},
@@ -3721,12 +3613,10 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
             parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed, run_id=run.run_id,
             ledger_sha256=digest, order="stream", **figures)
 
-def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run) -> None:
+def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     """Opens the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
-    versions = {}
-    for name in ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    installed = ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton")
+    versions = {name: importlib.metadata.version(name) for name in installed if importlib.util.find_spec(name)}
     decisive = {name: value for name, value in vars(cfg).items() if name not in NO_RESULT}
     device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
     run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
@@ -3751,7 +3641,7 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run) -> None:
             f"{code_bytes} bytes")
 
 @contextlib.contextmanager
-def out_of_memory(cfg: Config, run: Run) -> Iterator[None]:
+def out_of_memory(cfg: Config, run: Run) -> Iterator:
     """What says inside that there is no memory becomes one line: phase, and the knob to lower."""
     try:
         yield
@@ -3764,12 +3654,11 @@ def out_of_memory(cfg: Config, run: Run) -> Iterator[None]:
         raise LocalError(f"out of memory in phase {run.status}: lower {knob.upper()}={getattr(cfg, knob)} "
                          f"({one_line(error)}){run.how_to_resume()}") from error
 
-def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
+def main(arguments: Sequence[str], env: Mapping) -> int:
     """The whole program; returns the exit status (0 done, 2 user error, 3 diverged, 128 + the signal that ended it)."""
     if set(arguments) & {"--help", "-h"}:
         print(help_text())
         return 0
-    run: Run | None = None
     try:
         require(not arguments, f"{' '.join(arguments)}: knobs are environment variables, such as SEED=42 python "
                 f"train_gpt.py; the only argument is --help")

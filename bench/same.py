@@ -10,6 +10,7 @@ defect.
 """
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -95,8 +96,8 @@ def numbers(tree: Path, case: str, data: Mapping[str, str], logs: Path) -> dict[
     env = {name: value for name, value in env.items() if re.search(rf"^    {name.lower()}: ", source, re.MULTILINE)}
     if env.get("ARTIFACT_BYTES_CAP", "").startswith("code+"):
         env["ARTIFACT_BYTES_CAP"] = str(int(call(tree, {}, "-c", CODE_BYTES)) + int(env["ARTIFACT_BYTES_CAP"][5:]))
-    launcher = () if processes == "1" else ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    call(tree, env, *launcher, "train_gpt.py")
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    call(tree, env, *launcher[:0 if processes == "1" else None], "train_gpt.py")
     log = Path(env["LOG_DIR"]) / f"{env['RUN_ID']}.jsonl"
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     verdict = next(event for event in events if event["event"] == "verdict")
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str]) -> int:
         knobs = {name.upper(): value for name, value in text_dataset(data).items()}
         for case in cases:
             trees = [ROOT] if case in before else [ROOT, other]
-            results = list(pool.map(lambda tree: numbers(tree, case, knobs, Path(folder) / "logs"), trees))
+            run = functools.partial(numbers, case=case, data=knobs, logs=Path(folder) / "logs")
+            results = list(pool.map(run, trees))
             now, before[case] = results[0], before.get(case, results[-1])
             apart = [name for name, value in before[case].items() if value != now[name]]
             different += bool(apart)
@@ -144,4 +146,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    program(main, "same")
+    sys.exit(program(main, "same"))
