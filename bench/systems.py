@@ -21,7 +21,7 @@ from typing import Any
 
 import train_gpt as tg
 from bench.common import ROOT, Row, show, small_data
-from tools import launch, predict
+from tools import knobs, launch, predict
 from tools.common import program
 from tools.logs import events, last
 
@@ -44,7 +44,7 @@ def ran(knobs: Mapping[str, str], logs: Path) -> list[dict[str, Any]]:
 
 def measured(name: str, more: Mapping[str, str], logs: Path) -> Row:
     """One row of the table."""
-    system = launch.config_env(ROOT / "records" / name, {knob.name for knob in tg.knobs()})
+    system = launch.config_env(ROOT / "records" / name, {knob.name for knob in knobs.read()})
     code_bytes = len(tg.shipped_source(Path(tg.__file__)))
     predicted = code_bytes + sum(predict.predicted_bytes(tg, tg.Config.from_env(system), code_bytes).values())
     log = ran({**system, **SMALL, **more, "RUN_ID": name}, logs)

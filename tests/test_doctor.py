@@ -144,21 +144,21 @@ def test_missing_data_comes_with_the_command_that_gets_it(knobs, remedy, run, tm
 
 
 def test_predicted_steps_are_the_seconds_of_each_stage():
-    """100 s: 10 at 0.1 s a step, 20 at 0.2, 70 at 0.5 with the loop."""
-    cfg = tiny(max_wallclock_seconds=110, gptq_reserve_seconds=10, enable_looping_at=0.3, iterations=10 ** 6,
-               train_seq_schedule="16@0.1,32@1")
-    each = {"0@16@0": 0.1, "0@32@0": 0.2, "1@32@0": 0.5}
+    """100 s: 10 at 0.1 s a step, 20 with the loop at 0.2, 70 rounded at 0.5."""
+    cfg = tiny(max_wallclock_seconds=110, gptq_reserve_seconds=10, enable_looping_at=0.1, iterations=10 ** 6,
+               quant="sdclip", qat_start=0.3)
+    each = {"loop off": 0.1, "loop on": 0.2, "loop on, weights rounded": 0.5}
     assert doctor.predicted_steps(tg, cfg, each) == (100 + 100 + 140, 100.0)
-    assert doctor.predicted_steps(tg, tiny(iterations=7), {"0@32@0": 1.0, "1@32@0": 1.0})[0] == 7
+    assert doctor.predicted_steps(tg, tiny(iterations=7), {"loop off": 1.0, "loop on": 1.0})[0] == 7
 
 
 def test_the_probe_times_every_stage_and_leaves_nothing(run, monkeypatch):
     """Its clock is the run's: a step that sleeps is measured as that long."""
-    cfg = tiny(train_seq_schedule="16@0.1,32@1", quant="sdclip", qat_start=0.8)
+    cfg = tiny(quant="sdclip", qat_start=0.8)
     step = tg.ShardedOptimizer.step
     monkeypatch.setattr(tg.ShardedOptimizer, "step", lambda *a: (doctor.time.sleep(0.05), step(*a))[1])
     found = doctor.measure(tg, cfg, run, 0.3)
-    assert set(found) == {doctor.stage_name(at) for at in tg.stages(cfg)} and len(found) == 4
+    assert set(found) == {doctor.stage_name(at) for at in tg.stages(cfg)} and len(found) == 3
     assert all(seconds > 0.05 for seconds in found.values())
 
 

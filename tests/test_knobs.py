@@ -1,4 +1,6 @@
 """docs/knobs.md and what the tools read without torch are the trainer's own knobs."""
+import dataclasses
+
 import pytest
 from conftest import ROOT
 
@@ -6,6 +8,7 @@ import train_gpt as tg
 from tools import knobs
 
 SOURCE = '''
+Rate = Annotated[float, Bound("0 or more", lambda x: x >= 0)]
 class ToyKnobs:
     """Toy: what it is for"""
     first_rate: Rate = 1e-3  # how fast, in # of steps (#12)
@@ -21,15 +24,18 @@ PRESETS: dict = {"record": {}, "demo": dict(mode="b", big=5)}
 
 def test_knobs_are_read_from_a_source():
     first, mode, big = knobs.read(SOURCE)
-    assert first == ("Toy: what it is for", "FIRST_RATE", "Rate", 1e-3, "how fast, in # of steps (#12)")
-    assert mode[1:4] == ("MODE", "Literal['a', 'b']", "a") and big == ("Toy: what it is for", "BIG", "int", 1000, "")
+    assert first == ("Toy: what it is for", "FIRST_RATE", "0 or more", 1e-3, "how fast, in # of steps (#12)")
+    assert mode[1:4] == ("MODE", "a, b", "a") and big == ("Toy: what it is for", "BIG", "an integer", 1000, "")
     assert knobs.preset("demo", SOURCE) == {"MODE": "b", "BIG": 5} and knobs.preset("record", SOURCE) == {}
 
 
 def test_they_are_those_of_the_trainer():
-    assert [(k.name, k.default) for k in knobs.read()] == [(k.name, k.default) for k in tg.knobs()]
+    fields = [field for group in tg.GROUPS for field in dataclasses.fields(group)]
+    assert [(k.name.lower(), k.default) for k in knobs.read()] == [(f.name, f.default) for f in fields]
+    kinds = tg.kinds(tg.Config)
+    assert all(k.kind == tg.expectation(kinds[k.name.lower()]).removeprefix("one of ") for k in knobs.read())
     assert knobs.preset("demo") == {name.upper(): value for name, value in tg.PRESETS["demo"].items()}
-    assert all(knobs.typed_text(k.default) == tg.show(k.default) for k in tg.knobs())
+    assert all(knobs.typed_text(k.default) == tg.show(k.default) for k in knobs.read())
 
 
 def test_the_table_of_knobs_is_that_of_the_source():

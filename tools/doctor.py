@@ -232,8 +232,8 @@ def overlap_line(tg: Any, cfg: Any) -> Line:
 
 
 def stage_name(at: Any) -> str:
-    """Key of a stage in what `measure` returns: loop@row length@rounded."""
-    return f"{at.looped:d}@{at.seq_len}@{at.rounded:d}"
+    """Key of a stage in what `measure` returns."""
+    return f"loop {'on' if at.looped else 'off'}{', weights rounded' * at.rounded}"
 
 
 def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
@@ -252,7 +252,7 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
             start = time.perf_counter()
             for _ in range(count):
                 for _ in range(-(-rows // micro)):
-                    (loss(batch.to(run.device).in_rows(at.seq_len)) / cfg.train_batch_tokens).backward()
+                    (loss(batch.to(run.device)) / cfg.train_batch_tokens).backward()
                 optimizer.step(0.0, 0.0)
                 ema.update()
             run.synchronize()
@@ -267,9 +267,9 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
 def predicted_steps(tg: Any, cfg: Any, each: Mapping[str, float]) -> tuple[int, float]:
     """(steps, seconds of training they have): what fits into the budget, stage by stage, at most ITERATIONS."""
     budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds else 600.0
-    ends, steps = [*tg.stage_starts(cfg), 1.0], 0.0
+    ends, steps = sorted({0.0, min(cfg.enable_looping_at, 1.0), cfg.qat_start, 1.0}), 0.0
     for begin, end in zip(ends, ends[1:]):
-        steps += (end - begin) * budget / each[stage_name(tg.stage(cfg, begin))]
+        steps += (end - begin) * budget / each[stage_name(tg.stage_at(cfg, begin))]
     return min(int(steps), cfg.iterations), budget
 
 
@@ -287,11 +287,7 @@ def speed_line(tg: Any, cfg: Any, env: Mapping[str, str], processes: int) -> Lin
         return Line("failure", "speed", f"training steps fail: {(memory or text[-1]).strip()[:300]}", remedy)
     told = json.loads(lines[-1])
     steps, budget = predicted_steps(tg, cfg, told["seconds"])
-    stages = []
-    for name, seconds in told["seconds"].items():
-        looped, length, rounded = name.split("@")
-        loop = ", loop on" if looped == "1" else ", loop off" if cfg.num_loops else ""
-        stages.append(f"{1e3 * seconds:.1f} ms with rows of {length}{loop}{', weights rounded' * (rounded == '1')}")
+    stages = [f"{1e3 * seconds:.1f} ms with {name}" for name, seconds in told["seconds"].items()]
     return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
                 f"{', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, "
                 f"{600 / budget * steps:,.0f} in 600 s")

@@ -23,8 +23,11 @@ preset `record`; where `PRESET=demo` has another, it stands in brackets. Made fr
 `.venv/bin/python -m tools.knobs --markdown > docs/knobs.md`; a test compares the two."""
 
 
+WORDS = {"bool": "0 or 1", "int": "an integer", "float": "a number", "str": "text"}
+
+
 class Knob(NamedTuple):
-    """One knob as the source has it; `name` is the environment variable, `kind` the annotation."""
+    """One knob as the source has it; `name` is the environment variable, `kind` says what it takes."""
     group: str
     name: str
     kind: str
@@ -45,19 +48,37 @@ def typed_text(value: Any) -> str:
     return str(value)
 
 
+def kind_text(annotation: ast.expr, aliases: dict[str, ast.expr]) -> str:
+    """What an annotation allows, in words: a bound's text, the choices of a Literal, or the plain type's."""
+    if isinstance(annotation, ast.Name):
+        if annotation.id in aliases:
+            return kind_text(aliases[annotation.id], aliases)
+        return WORDS.get(annotation.id, annotation.id)
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
+        if annotation.value.id == "Literal":
+            choices = ast.literal_eval(annotation.slice)
+            return ", ".join(map(str, choices if isinstance(choices, tuple) else (choices,)))
+        bound = next((node for node in ast.walk(annotation) if isinstance(node, ast.Call)), None)
+        if annotation.value.id == "Annotated" and bound is not None:
+            return ast.literal_eval(bound.args[0])
+    return ast.unparse(annotation)
+
+
 def read(source: str | None = None) -> list[Knob]:
     """All knobs, in the order of the source."""
     source = TRAINER.read_text(encoding="utf-8") if source is None else source
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}
-    knobs = []
-    for group in ast.parse(source).body:
+    knobs, tree = [], ast.parse(source)
+    aliases = {node.targets[0].id: node.value for node in tree.body
+               if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    for group in tree.body:
         if not isinstance(group, ast.ClassDef) or not group.name.endswith("Knobs"):
             continue
         for field in group.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
                 knobs.append(Knob((ast.get_docstring(group) or group.name).splitlines()[0], field.target.id.upper(),
-                                  ast.unparse(field.annotation), ast.literal_eval(field.value),
+                                  kind_text(field.annotation, aliases), ast.literal_eval(field.value),
                                   comments.get(field.end_lineno or field.lineno, "")))
     return knobs
 
@@ -82,11 +103,11 @@ def markdown() -> str:
     for knob in read():
         if knob.group != group:
             group = knob.group
-            lines += ["", f"## {group}", "", "| knob | value | type | meaning |", "|---|---|---|---|"]
+            lines += ["", f"## {group}", "", "| knob | value | expected | meaning |", "|---|---|---|---|"]
         value = f"`{typed_text(knob.default)}`" if knob.default != "" else ""
         if demo.get(knob.name, knob.default) != knob.default:
             value += f" [`{typed_text(demo[knob.name])}`]"
-        kind, doc = (text.replace("|", "\\|") for text in (knob.kind.replace("'", ""), knob.doc))
+        kind, doc = (text.replace("|", "\\|") for text in (knob.kind, knob.doc.replace("<", "&lt;")))
         lines.append(f"| `{knob.name}` | {value} | {kind} | {doc} |")
     return "\n".join(lines) + "\n"
 

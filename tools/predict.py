@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools import launch
+from tools import knobs, launch
 from tools.common import ToolError, program
 
 MIB = 1 << 20
@@ -113,7 +113,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
              "quantize": 3 * weights + 3 * hessians + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
              "evaluate": 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits}
     if cfg.ttt == "lora":
-        chunk = max(int(part.split(":")[-1]) for part in cfg.ttt_chunk_size.split(","))
+        chunk = cfg.ttt_chunk_size
         run_tokens = chunk if cfg.ttt_context == "cache" else cfg.eval_seq_len
         outputs = dict(q=dim, k=kv_dim, v=kv_dim, o=dim, mlp=dim, head=vocab)
         sites = [(dim + outputs[p]) * (1 if p == "head" else layers) for p in cfg.ttt_lora_on.split(",") if p]
@@ -174,7 +174,7 @@ def token_counts(tg: Any, cfg: Any) -> dict[str, int]:
 
 def lines(tg: Any, cfg: Any, run: Any, processes: int) -> Iterator[str]:
     """All that can be said of a run before it."""
-    changed = [f"{knob.name}={tg.show(getattr(cfg, knob.name.lower()))}" for knob in tg.knobs()
+    changed = [f"{knob.name}={tg.show(getattr(cfg, knob.name.lower()))}" for knob in knobs.read()
                if getattr(cfg, knob.name.lower()) != knob.default]
     yield "knobs that differ from the preset record: " + (" ".join(changed) or "none")
     for looped in (False, True) if cfg.num_loops else (False,):
