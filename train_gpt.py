@@ -109,10 +109,12 @@ Decay = Annotated[float, Bound("0 <= value < 1", lambda x: 0 <= x < 1)]
 Period = Annotated[str, Bound("seconds such as 60, or steps such as 500steps",
                               re.compile(r"\d+(\.\d+)?|\d+steps").fullmatch)]
 
-def some_of(*names: str) -> Bound:
-    """A list of different ones of these names, with commas between them; it may be empty."""
-    return Bound(f"some of {','.join(names)}", lambda text: not text or len(parts := text.split(",")) == len(
-        set(parts) & set(names)))
+def some_of(names: str) -> Callable:
+    """A test for lists of different ones of these names, with commas between them; they may be empty."""
+    return lambda text: not text or len(parts := text.split(",")) == len(set(parts) & set(names.split(",")))
+
+Evals = Annotated[str, Bound("some of ema,quantized,sliding", some_of("ema,quantized,sliding"))]
+Sites = Annotated[str, Bound("some of q,k,v,o,mlp,head", some_of("q,k,v,o,mlp,head"))]
 
 kinds = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))  # class -> {field: annotation}
 
@@ -160,7 +162,7 @@ class RunKnobs(Knobs):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on CUDA and CPUs with AMX
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA (a CPU needs minutes for a graph)
     attention: Literal["auto", "sdpa", "varlen", "fa3", "fa4"] = "auto"  # auto: the fastest here (section 5)
-    kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP and loss; auto: Triton's on a GPU in bfloat16
+    kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP; auto: Triton's on a GPU in bfloat16
     dist_timeout_seconds: Positive = 900.0  # a collective that takes longer ends the run
     checkpoint_every: Period = "0"  # seconds (60) or steps (500steps) between checkpoints; 0: only on a signal
     resume: Literal["0", "1", "auto"] = "0"  # go on with the training of RUN_ID; auto: where it has a checkpoint
@@ -286,14 +288,14 @@ class EvalKnobs(Knobs):
     """Evaluation: how the score is taken"""
     eval_seq_len: Size = 2048  # longest context of a scored token
     eval_stride: Count = 64  # sliding windows advance by so many targets (#122); 0: whole windows
-    diagnostic_evals: Annotated[str, some_of("ema", "quantized", "sliding")] = "ema,quantized"  # outside the budget
+    diagnostic_evals: Evals = "ema,quantized"  # scores for comparison, outside the budget; sliding is the third
     eval_seconds_budget: Positive = 600.0  # from opening the artifact; nothing adapts while the projected end is later
     val_batch_tokens: Size = 524_288  # ids of one evaluation batch over eight devices; a device takes an eighth
     ttt: Literal["none", "lora", "sgd"] = "lora"  # adaptation: adapters a document (#1530), or the whole model (#549)
     ttt_context: Literal["recompute", "cache"] = "recompute"  # lora: run the context again, or keep keys, values
     ttt_chunk_size: Size = 48  # lora: targets scored before each step of the adapters
     ttt_batch_size: Size = 64  # lora: most documents side by side on one device; changes speed only
-    ttt_lora_on: Annotated[str, some_of("q", "k", "v", "o", "mlp", "head")] = "q,k,v,o,mlp,head"  # lora: adapted parts
+    ttt_lora_on: Sites = "q,k,v,o,mlp,head"  # lora: what gets adapters
     ttt_lora_rank: Size = 80  # lora: rank of the adapters
     ttt_lora_alpha: NonNegative = 144.0  # lora: adapters are multiplied by this over their rank
     ttt_lora_lr: NonNegative = 0.0001  # lora: rate of the adapters' AdamW

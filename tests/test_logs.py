@@ -44,7 +44,7 @@ def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOG_DIR", "mine")
     with pytest.raises(ToolError, match="mine/: no run yet"):
         show.main([])
-    log = [dict(event="artifact", weight_bytes=1000, code_bytes=200, bytes_gptq_mlp=600, values_gptq_mlp=1600),
+    log = [dict(event="artifact", weight_bytes=1000, code_bytes=200, streams={"gptq:mlp": [1600, 600]}),
            dict(event="verdict", diagnostic_evals={"ema": 1.0, "quantized": 1.01, "lora+ngram": 0.9}, val_bpb=0.9,
                 artifact_bytes=1200, cap_bytes=2000, weight_bytes=1000, code_bytes=200, parameters=12_345,
                 total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)]

@@ -52,6 +52,7 @@ FIXED: dict[str, tuple[str, str]] = {
     "SMEAR_GATE_WIDTH": ("12", "gates read 12 channels"),
     "GATED_ATTN_INIT_STD": ("0.01", "the dense gate starts with this spread"),
     "SPARSE_ATTN_GATE_SCALE": ("0.5", "the sparse gate has this factor"),
+    "ATTN_WINDOWS": ("0", "attention sees the whole document"),
     "MAX_SKIPS": ("64", "every U-Net skip is there"),
     "PARALLEL_FINAL_LANE": ("mean", "two lanes end in their mean"),
     "CAUTIOUS_WD": ("0", "weights decay whatever the sign of their update"),

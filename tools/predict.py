@@ -49,7 +49,7 @@ def forward_flops(cfg: Any, layers: Sequence[Any], context: float) -> float:
     q, k, v, o, MLP, head and the bigram's projection, and attention's two; not norms, gates (0.1 %) and optimizer.
     """
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-    keys = sum(min(context, layer.window or context) for layer in layers)
+    keys = context * len(layers)
     mlp = cfg.mlp_rank * (dim + cfg.mlp_dim) if cfg.mlp_rank else dim * cfg.mlp_dim
     products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * mlp
     bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)

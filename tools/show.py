@@ -35,9 +35,7 @@ class Stream(NamedTuple):
 
 def streams(artifact: Mapping[str, Any]) -> list[Stream]:
     """Return the streams of an `artifact` event, and what else the file holds."""
-    names = [name.removeprefix("bytes_") for name in artifact if name.startswith("bytes_")]
-    parts = [Stream(name.removeprefix("gptq_"), artifact[f"bytes_{name}"], artifact.get(f"values_{name}", 0))
-             for name in names]
+    parts = [Stream(name.removeprefix("gptq:"), size, values) for name, (values, size) in artifact["streams"].items()]
     return [*parts, Stream("header", artifact["weight_bytes"] - sum(part.size for part in parts), 0)]
 
 
