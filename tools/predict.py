@@ -25,20 +25,13 @@ MEMORY_KNOBS = {"train": "micro_batch_tokens", "quantize": "micro_batch_tokens",
                 "adapt": "ttt_batch_size", "shared_sgd": "micro_batch_tokens"}
 
 
-def shapes_of(tg: Any, cfg: Any) -> Any:
-    """A model that takes no memory: names and shapes of its parameters."""
-    with tg.torch.device("meta"):
-        return tg.GPT(cfg)
-
-
 def plan_text(layers: Sequence[Any]) -> str:
-    """One line for the unrolled layers: block, a mark for its lanes, `<layer` for a skip, `@tokens` for a window."""
+    """One line for the unrolled layers: block, a mark for its lanes and `<layer` for a skip."""
     mark = {"none": "", "single": "/", "two": "="}
     parts = []
     for layer in layers:
         skip = "" if layer.skip_from is None else f"<{layer.skip_from}"
-        window = f"@{layer.window}" if layer.window else ""
-        parts.append(f"{layer.block}{mark[layer.lanes]}{skip}{window}")
+        parts.append(f"{layer.block}{mark[layer.lanes]}{skip}")
     return " ".join(parts)
 
 
@@ -49,11 +42,10 @@ def forward_flops(cfg: Any, layers: Sequence[Any], context: float) -> float:
     q, k, v, o, MLP, head and the bigram's projection, and attention's two; not norms, gates (0.1 %) and optimizer.
     """
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-    keys = context * len(layers)
     mlp = cfg.mlp_rank * (dim + cfg.mlp_dim) if cfg.mlp_rank else dim * cfg.mlp_dim
     products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * mlp
     bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
-    return len(layers) * products + 4 * dim * keys + 2 * dim * cfg.vocab_size + bigram
+    return len(layers) * products + 4 * dim * context * len(layers) + 2 * dim * cfg.vocab_size + bigram
 
 
 def bits_per_code(cfg: Any, family: str) -> float:
@@ -69,7 +61,7 @@ def bits_per_code(cfg: Any, family: str) -> float:
 def predicted_bytes(tg: Any, cfg: Any, code_bytes: int) -> dict[str, int]:
     """Estimated packed bytes of the weights by kind: attn, mlp, embed (codes), scales, int8, fp16."""
     total: dict[str, float] = dict.fromkeys(("attn", "mlp", "embed", "scales", "int8", "fp16"), 0.0)
-    for name, p in shapes_of(tg, cfg).named_parameters():
+    for name, p in tg.shapes_of(cfg).named_parameters():
         stored = tg.route(name).stored
         matrices, (rows, columns) = (1, (*p.shape, 1)[:2]) if p.dim() < 3 else (p.shape[0], p.shape[1:])
         if stored == "fp16":
@@ -95,7 +87,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
     Exact are weights, optimizer and adapters; activations are elements kept of a token and layer, as counted on a CPU
     (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept).
     """
-    parameters = dict(shapes_of(tg, cfg).named_parameters())
+    parameters = dict(tg.shapes_of(cfg).named_parameters())
     weights = 4 * sum(p.numel() for p in parameters.values())
     banks = 4 * sum(p.numel() for name, p in parameters.items() if tg.route(name).rule == "muon")
     hessians = 4 * sum(p.shape[0] * (p.shape[1] ** 2 + p.shape[2] ** 2) for p in parameters.values() if p.dim() == 3)
@@ -128,7 +120,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
 
 def checkpoint_bytes(tg: Any, cfg: Any) -> int:
     """Size of a checkpoint: weights, average, and one (Muon) or two (AdamW) states of each."""
-    sizes = {name: 4 * p.numel() for name, p in shapes_of(tg, cfg).named_parameters()}
+    sizes = {name: 4 * p.numel() for name, p in tg.shapes_of(cfg).named_parameters()}
     return sum(size * (3 if tg.route(name).rule == "muon" else 4) for name, size in sizes.items()) + (1 << 16)
 
 
@@ -180,10 +172,10 @@ def lines(tg: Any, cfg: Any, run: Any, processes: int) -> Iterator[str]:
     for looped in (False, True) if cfg.num_loops else (False,):
         layers = tg.unroll_layers(cfg, looped)
         tflop = 3e-12 * cfg.train_batch_tokens * forward_flops(cfg, layers, cfg.train_seq_len / 2)
-        yield f"layers, loop {'on' if looped else 'off'} (block<skip@window, / single lane, = two lanes): " \
+        yield f"layers, loop {'on' if looped else 'off'} (block<skip, / single lane, = two lanes): " \
               f"{plan_text(layers)}; {tflop:.3g} TFLOP a step"
     yield "parameter, shape, update, rate, decay, stored as"
-    parameters = dict(shapes_of(tg, cfg).named_parameters())
+    parameters = dict(tg.shapes_of(cfg).named_parameters())
     for name, p in parameters.items():
         r = tg.route(name)
         yield f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}"
