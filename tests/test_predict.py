@@ -58,7 +58,7 @@ def test_memory_grows_with_what_each_knob_holds(run):
                            "adapt": dict(ttt_batch_size=4096)}.items():
         assert predict.predicted_memory(tg, tiny(**knobs), run, 1000)[stretch] > base[stretch]
         assert predict.MEMORY_KNOBS[stretch] in knobs
-    weights = 4 * sum(p.numel() for p in predict.shapes_of(tg, tiny()).parameters())
+    weights = 4 * sum(p.numel() for p in tg.shapes_of(tiny()).parameters())
     assert 3 * weights < predict.checkpoint_bytes(tg, tiny()) < 4 * weights + (1 << 17)
 
 
