@@ -59,7 +59,6 @@ CASES: dict[str, dict[str, str]] = {
     "output gate, normuon": dict(ATTN_GATE="output", NORMUON_BETA2="0.95", MUON_ROW_NORMALIZE="0"),
     "dense gate, classic": dict(ATTN_GATE="dense", MUON_COEFFICIENTS="classic", GRAD_CLIP_NORM="0"),
     "dense gate with bias": dict(ATTN_GATE="dense", GATED_ATTN_BIAS="2", SMEAR_GATE_ENABLED="0", ROPE_DIMS="0"),
-    "row lengths": dict(TRAIN_SEQ_SCHEDULE="16@0.5,32@1", ATTN_WINDOWS="8,0", TTT="lora"),
     "bound by the cap": dict(ARTIFACT_BYTES_CAP="code+30000", NUM_LAYERS="5"),
     "two ranks": dict(TTT="lora", PROCESSES="2"),
     "two ranks, sgd": dict(TTT="sgd", PROCESSES="2"),
