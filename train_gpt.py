@@ -968,7 +968,8 @@ def check_stamp(cfg: Config, run: Run):
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
     tied = manifest(cfg.dataset_dir).get("tokenizer") or {}
-    require(isinstance(tied, dict) and all(isinstance(text, str) and len(text) < 256 for text in tied.values()),
+    require(isinstance(tied, dict) and all(isinstance(text := tied.get(key, ""), str) and len(text) < 256
+                                           for key in ("path", "sha256")),
             f"{cfg.dataset_dir}/manifest.json: `tokenizer` must hold a path and a sha256; prepare the dataset again")
     path = Path(cfg.data_dir) / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
     if "path" in tied or cfg.tokenizer_path:
