@@ -1,7 +1,7 @@
 """
 caseops.py -- write capitals as operators, without loss, so that a word has one piece whatever its case.
 
-    from data.caseops import VERSIONS                        # data/ must be on the path
+    from data.caseops import VERSIONS
     ids, sizes = VERSIONS["v2"].tokenize(sp, text)      # what a shard and its byte side file hold
     text == VERSIONS["v2"].decode(VERSIONS["v2"].encode(text))
 
@@ -11,7 +11,7 @@ caseops.py -- write capitals as operators, without loss, so that a word has one 
 
 v1 is the published `lossless_caps_caseops_v1` (tokenizer `fineweb_8192_bpe_lossless_caps_caseops_v1_reserved`), for
 data made with it. v2 needs fewer tokens: " The" keeps the piece of " the", and its operators are ordinary characters,
-which join the punctuation before them (the piece ".^" ends one sentence and begins another). Figures in bench/LOG.md.
+which join the punctuation before them (the piece ".^" ends one sentence and begins another). Figures in docs/LOG.md.
 Only ASCII letters change: of the capitals in web text, about one in 600 is another.
 Safe to change: nothing of v1; of v2 nothing once data are made with it. A new version is a new entry of VERSIONS.
 """
