@@ -36,9 +36,6 @@ SIDES = ("train", "val")
 MAX_DOCUMENT_BYTES = 32_000_000
 """Longest document, in UTF-8 bytes; SentencePiece takes about 33 bytes of memory for each."""
 
-TRANSFORMS = ("none", "caseops_v1", "caseops_v2")
-"""What is done to a text before SentencePiece sees it; the last two are data/caseops.py."""
-
 
 def require(ok: bool, message: str) -> None:
     """Raise ToolError(message) unless `ok`: one line with what is wrong, what was expected, the remedy."""
@@ -59,25 +56,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# ----------------------------------------------------------------------------------------------------
-# 1 Documents
-#
+# -- documents --------------------------------------------------------------------------------------
 # A document is identified by the hash of its cleaned text; everything that looks random (side, sample, order) is a
 # keyed hash of that hash. So a text lands on one side wherever it stands and however often, and adding documents moves
 # none of the others. Bytes that are not UTF-8 and lone surrogates become U+FFFD, which the normaliser drops; such
 # documents are counted, not refused.
 # Not safe to change: `clean`, `content_hash`, `draw`; each redraws every split ever made.
-# ----------------------------------------------------------------------------------------------------
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
 
 class Document(NamedTuple):
-    """One cleaned text and where it comes from."""
+    """A cleaned text."""
 
-    place: str  # for messages: "corpus.jsonl:17"
     text: str
-    repaired: bool = False  # something in it was not Unicode
+    repaired: bool  # something in it was not Unicode
 
 
 def clean(text: str) -> str:
@@ -86,7 +76,7 @@ def clean(text: str) -> str:
 
 
 def document(place: str, content: bytes | str, text_field: str | None = None) -> Document:
-    """Clean what a file holds. With `text_field` the content is a JSON object that holds the text in that field.
+    """Clean what a file holds at a place ("corpus.jsonl:17"); with `text_field` it is a JSON object with that field.
 
     Raises ToolError if there is no text in it, or too much.
     """
@@ -106,12 +96,11 @@ def document(place: str, content: bytes | str, text_field: str | None = None) ->
         if not isinstance(content, str):
             fields = ", ".join(map(repr, itertools.islice(row, 8)))
             raise ToolError(f"{place}: no string in field {text_field!r} (fields: {fields}); see --text-field")
-    if LONE_SURROGATE.search(content):
-        content, repaired = LONE_SURROGATE.sub("\ufffd", content), True
-    text = clean(content)
+    whole = re.sub("[\ud800-\udfff]", "\ufffd", content)
+    text = clean(whole)
     if len(text) > MAX_DOCUMENT_BYTES // 4:  # only then can it be too long
         refuse_long(place, len(text.encode()))
-    return Document(place, text, repaired)
+    return Document(text, repaired or whole != content)
 
 
 def refuse_long(place: str, num_bytes: int) -> None:
@@ -131,12 +120,9 @@ def draw(digest: bytes, seed: int) -> tuple[int, int]:
     return int.from_bytes(drawn[:8], "big"), int.from_bytes(drawn[8:], "big")
 
 
-# ----------------------------------------------------------------------------------------------------
-# 2 Files
-#
+# -- files ------------------------------------------------------------------------------------------
 # A file that ends too early is an error: half a corpus must not pass for a whole one.
 # Safe to change: a new suffix is one reader and one row of READERS.
-# ----------------------------------------------------------------------------------------------------
 
 
 def read_txt(path: Path, text_field: str) -> Iterator[Document]:
@@ -229,16 +215,12 @@ OWN_TEXT = "prepare text of your own: ./run.sh data text INPUT... --name NAME"
 def stdlib_sources() -> list[Path]:
     """Sources of the running Python's standard library, by name. ToolError if it has none."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-
-    def is_source(path: Path) -> bool:
-        name = path.relative_to(root)
-        # Written by the build: full of the paths and flags of one machine.
-        of_build = name.name.startswith("_sysconfigdata") or name.parts[0].startswith("config-")
-        # The same words as the topics, once more: a topic that validates would be trained on.
-        return not (left_out & set(name.parts[:-1]) or of_build or name.as_posix() == "pydoc_data/topics.py")
-
-    sources = sorted(filter(is_source, root.rglob("*.py")), key=Path.as_posix)
+    # What the build writes is full of the paths and flags of one machine; pydoc_data/topics.py has the words of the
+    # topics once more, so that a topic that validates would be trained on.
+    left_out = re.compile(r"config-|pydoc_data/topics\.py$|(.*/)?(_sysconfigdata[^/]*$|"
+                          r"(site-packages|dist-packages|__pycache__|test|tests|idle_test)/)")
+    sources = [path for path in root.rglob("*.py") if not left_out.match(path.relative_to(root).as_posix())]
+    sources.sort(key=Path.as_posix)
     require(bool(sources), f"{root} holds no Python sources; {OWN_TEXT}")
     return sources
 
@@ -255,9 +237,7 @@ def demo_documents() -> Iterator[Document]:
         yield document(str(path), path.read_bytes())
 
 
-# ----------------------------------------------------------------------------------------------------
-# 3 Ids: what a worker process makes of a batch of texts
-# ----------------------------------------------------------------------------------------------------
+# -- ids: what a worker process makes of a batch of texts -------------------------------------------
 
 
 class Encoded(NamedTuple):

@@ -7,11 +7,6 @@ on the order of the inputs, nor on the number of workers.
 The inputs are read once. Cleaned texts go to a temporary folder beside the dataset, in 64 parts by their place, which
 is a hash: equal texts meet in one part, the parts in order are the shuffle, and the first training texts in that order
 are the tokenizer's sample. Memory holds the index of one part and the sample, never the text.
-
-  1 Corpus      texts on disk: unique, split, shuffled
-  2 Tokenizer   SentencePiece with the challenge's settings
-  3 Shards      texts -> ids, over processes, in order -> files
-  4 Prepare     the whole story
 """
 
 from __future__ import annotations
@@ -26,7 +21,6 @@ import lzma
 import multiprocessing
 import os
 import platform
-import re
 import signal
 import struct
 import tempfile
@@ -34,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import brotli
 import numpy as np
@@ -44,23 +38,15 @@ from tqdm import tqdm
 
 from data import documents as docs
 from data.documents import SIDES, TRAIN, VAL, Encoded, caseops, require
-from data.verify import FORMAT, damage, documents_of, load_tokenizer, read_manifest, shown, verify
+from data.verify import FORMAT, damage, documents_of, load_tokenizer, read_manifest, shown, write_json
 from tools.common import ToolError
 from train_gpt import BOS_ID, SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, TokenStream, file_sha256
 
-BATCH_BYTES = 1_000_000
-"""Text that one worker takes per task: a quarter of a second of work."""
+BATCH_BYTES = 1_000_000  # text that one worker takes per task: a quarter of a second of work
+PARTS = 64  # files that the corpus is divided into; a place's upper bits name its part
+MAX_COMPRESSED_TEXT_BYTES = 16_000_000  # for xz and brotli: 73 CPU-seconds, 160 MB of memory
 
-PARTS = 64
-"""Files that the corpus is divided into. A power of two: a place's upper bits name its part."""
-
-MAX_COMPRESSED_TEXT_BYTES = 16_000_000
-"""Longest validation text that is given to xz and brotli: at this size 73 CPU-seconds, and 160 MB of memory for xz."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# 1 Corpus
-# ----------------------------------------------------------------------------------------------------
+# -- corpus: texts on disk, unique, split, shuffled -------------------------------------------------
 
 RECORD = np.dtype([("place", "<u8"), ("hash", "S16"), ("number", "<i8"), ("offset", "<i8"), ("size", "<i8"),
                    ("side", "u1")])
@@ -69,20 +55,13 @@ PACK_RECORD = struct.Struct("<Q16sqqqB").pack
 
 
 class Corpus:
-    """Cleaned texts in a folder, in PARTS parts by place, each with an index of RECORDs. Use as a context manager."""
+    """Cleaned texts in a folder, in PARTS parts by place, each with an index of RECORDs."""
 
-    def __init__(self, folder: Path, seed: int, val_share: float | None) -> None:
-        self.seed, self.val_share = seed, val_share
-        self.stack = contextlib.ExitStack()
+    def __init__(self, folder: Path, seed: int, val_share: float) -> None:
+        self.seed, self.val_share, self.stack = seed, val_share, contextlib.ExitStack()
         self.texts, self.indices, self.hashes = (
             [self.stack.enter_context((folder / f"{part:02d}.{kind}").open("w+b")) for part in range(PARTS)]
             for kind in ("texts", "index", "hashes"))
-
-    def __enter__(self) -> Corpus:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     def add(self, number: int, text: str, side: int | None) -> None:
         """Append document `number` of the input; `side` None draws one by the hash of the text."""
@@ -111,7 +90,7 @@ class Corpus:
             records = records[np.lexsort([records["number"], records["hash"], records["place"]])]
             again = np.append(False, records["hash"][1:] == records["hash"][:-1])[:len(records)]
             crossing = np.flatnonzero(again & (records["side"] != np.roll(records["side"], 1)))
-            shared += [self.read(part, records["offset"][i], records["size"][i]) for i in crossing]
+            shared += [self.read(part, records[i]) for i in crossing]
             records = records[~again]
             duplicates += int(again.sum())
             for side, name in enumerate(SIDES):
@@ -125,24 +104,22 @@ class Corpus:
             file.write(records.tobytes())
         require(not shared, f"{len(shared)} documents are in both training and validation, for example"
                 f" {''.join(shared[:1])[:60]!r}; remove them from one of the two")
-        # Over the texts and their sides, in an order that does not depend on the seed.
-        fingerprint = hashlib.sha256()
+        fingerprint = hashlib.sha256()  # of all hashes with their sides, in order of the hash, which no seed changes
         for file in self.hashes:
             file.seek(0)
             fingerprint.update(np.sort(np.frombuffer(file.read(), "S17")).tobytes())
         return documents, {"documents_sha256": fingerprint.hexdigest(), "raw_bytes": raw_bytes,
                            "dropped": {"duplicate": duplicates}}
 
-    def read(self, part: int, offset: int, size: int) -> str:
+    def read(self, part: int, record: np.void) -> str:
         """A text of a part."""
-        self.texts[part].seek(offset)
-        return self.texts[part].read(size).decode()
+        self.texts[part].seek(record["offset"])
+        return self.texts[part].read(record["size"]).decode()
 
     def stream(self) -> Iterator[tuple[int, str]]:
         """(side, text) of every document by place, after `unique`."""
         for part in range(PARTS):
-            for record in self.index(part):
-                yield int(record["side"]), self.read(part, record["offset"], record["size"])
+            yield from ((int(record["side"]), self.read(part, record)) for record in self.index(part))
 
     def sample(self, room: int) -> Iterator[str]:
         """The training texts of lowest place, as many as `room` bytes hold, and at least one."""
@@ -152,9 +129,22 @@ class Corpus:
                 return
             yield text
 
+    def batches(self) -> Iterator[tuple[list[int], list[str]]]:
+        """(sides, texts) of every document by place, about BATCH_BYTES of text at a time."""
+        sides, texts, size = [], [], 0
+        for side, text in self.stream():
+            sides.append(side)
+            texts.append(text)
+            size += len(text)
+            if size >= BATCH_BYTES:
+                yield sides, texts
+                sides, texts, size = [], [], 0
+        if texts:
+            yield sides, texts
+
 
 def progress(title: str, total: int | None = None) -> tqdm:
-    """A bar that counts bytes, with their rate, on a terminal; silence elsewhere."""
+    """A bar that counts bytes on a terminal; silence elsewhere."""
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False, disable=None)
 
 
@@ -162,10 +152,9 @@ def inputs(options: argparse.Namespace) -> Iterator[tuple[docs.Document, int | N
     """Every document that the command names, with its side, or None where that is drawn."""
     if options.verb == "demo":
         yield from ((row, None) for row in docs.demo_documents())
-    side = TRAIN if options.val_files else None
-    files, val_files = docs.input_files(options.inputs), docs.input_files(options.val_files)
-    yield from ((row, side) for row in docs.read_documents(files, options.text_field))
-    yield from ((row, VAL) for row in docs.read_documents(val_files, options.text_field))
+    train, val = docs.input_files(options.inputs), docs.input_files(options.val_files)
+    yield from ((row, TRAIN if val else None) for row in docs.read_documents(train, options.text_field))
+    yield from ((row, VAL) for row in docs.read_documents(val, options.text_field))
 
 
 def fill(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
@@ -174,10 +163,9 @@ def fill(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
     with progress("read") as bar:
         for number, (row, side) in enumerate(inputs(options)):
             repaired += row.repaired
+            empty += not row.text
             if row.text:
                 corpus.add(number, row.text, side)
-            else:
-                empty += 1
             bar.update(len(row.text))
     documents, origin = corpus.unique()
     refuse_empty_sides(documents, options)
@@ -187,38 +175,29 @@ def fill(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_empty_sides(documents: Sequence[int], options: argparse.Namespace) -> None:
     """Raise ToolError if training or validation has no document."""
-    remedy = f"(--val-share {options.val_share}): give more documents, another --val-share, --seed or --val-files"
-    if options.val_files:
-        remedy = "of these files"
-    for side, name in ((TRAIN, "training"), (VAL, "validation")):
-        require(documents[side] > 0, f"no {name} document among {sum(documents):,} {remedy}")
+    for count, name in zip(documents, ("training", "validation")):
+        require(count > 0, f"no {name} document among {sum(documents):,} (--val-share {options.val_share}): give more"
+                " documents, another --val-share or --seed, or other --val-files")
 
 
-# ----------------------------------------------------------------------------------------------------
-# 2 Tokenizer
-#
-# With byte fallback decode(encode(text)) is the normalised text, whatever the text.
-# Not safe to change: ids 0-3; the trainer and every published shard count on BOS = 1.
-# ----------------------------------------------------------------------------------------------------
+# -- tokenizer --------------------------------------------------------------------------------------
 
 TRAINING: Mapping[str, Any] = {
     "model_type": "bpe",
     "character_coverage": 0.999,
-    "byte_fallback": True,
+    "byte_fallback": True,  # decode(encode(text)) is the normalised text, whatever the text
     "split_digits": True,
     "normalization_rule_name": "nmt_nfkc",
     "add_dummy_prefix": False,
-    "pad_id": 0,
+    "pad_id": 0,  # these four are not safe to change: the trainer and every published shard count on BOS = 1
     "bos_id": BOS_ID,
     "eos_id": 2,
     "unk_id": 3,
     "hard_vocab_limit": False,
-    # SentencePiece drops longer sentences silently; a document is one sentence.
-    "max_sentence_length": 2 * docs.MAX_DOCUMENT_BYTES,
-    # The model file records the number of threads, so that another number would be another file.
-    "num_threads": 1,
+    "max_sentence_length": 2 * docs.MAX_DOCUMENT_BYTES,  # it drops longer ones silently; a document is one sentence
+    "num_threads": 1,  # the model file records it, so that another number would be another file
 }
-"""What SentencePiece is trained with, besides the size of the vocabulary and of the sample."""
+"""The challenge's settings of SentencePiece, besides the size of the vocabulary and of the sample."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, transform: str = "none") -> bytes:
@@ -226,8 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transform: str = "non
 
     Raises ToolError if the text has too few or too many different pieces for `vocab_size`.
     """
-    model = io.BytesIO()
-    settings = dict(TRAINING)
+    model, settings = io.BytesIO(), dict(TRAINING)
     if operators := caseops(transform):
         texts = map(operators.encode, texts)
         settings |= operators.training
@@ -237,10 +215,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transform: str = "non
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, minloglevel=2, **settings)
     except RuntimeError as error:
-        if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
-            raise ToolError(f"--vocab-size {vocab_size}: too small for the characters of this text; at least"
-                            f" {least[1]}") from error
-        raise ToolError(f"SentencePiece cannot be trained on this text: {docs.one_line(error)}") from error
+        raise ToolError(f"--vocab-size {vocab_size}: SentencePiece cannot be trained on this text:"
+                        f" {docs.one_line(error)}") from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     require(pieces == vocab_size, f"--vocab-size {vocab_size}: the training text gives only {pieces} pieces;"
             f" use --vocab-size {pieces} or less, or more text")
@@ -253,15 +229,11 @@ def vocab_listing(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
     return "".join(f"{piece}\t{score:g}\n" for piece, score in rows)
 
 
-# ----------------------------------------------------------------------------------------------------
-# 3 Shards
-#
-# The format is train_gpt.py's (`open_shard`). Documents follow one another and may cross from one file into the next.
-# ----------------------------------------------------------------------------------------------------
+# -- shards: the format is train_gpt.py's (`open_shard`) --------------------------------------------
 
 
 class SplitWriter:
-    """Writes ids to `fineweb_<split>_%06d.bin`, a new file every `shard_tokens`."""
+    """Writes ids to `fineweb_<split>_%06d.bin`, a new file every `shard_tokens`, which may fall within a document."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
@@ -287,40 +259,25 @@ class SplitWriter:
         """Write the header of the open file, now that its length is known."""
         if self.file is None:
             return
-        header = np.zeros(SHARD_HEADER_BYTES // 4, "<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, self.files[-1]["tokens"]
         with self.file:
             self.file.seek(0)
-            self.file.write(header.tobytes())
+            self.file.write(np.array([SHARD_MAGIC, SHARD_VERSION, self.files[-1]["tokens"]], "<i4").tobytes())
         self.files[-1]["sha256"] = file_sha256(Path(self.file.name))
         self.file = None
-
-
-def batches(corpus: Corpus) -> Iterator[tuple[list[int], list[str]]]:
-    """(sides, texts) of the corpus in order, about BATCH_BYTES of text at a time."""
-    sides, texts, size = [], [], 0
-    for side, text in corpus.stream():
-        sides.append(side)
-        texts.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield sides, texts
-            sides, texts, size = [], [], 0
-    if texts:
-        yield sides, texts
 
 
 def encoded_batches(corpus: Corpus, model: Path, options: argparse.Namespace) -> Iterator[tuple[list[int], Encoded]]:
     """(sides, ids) of the corpus in order, over processes; a round has a few batches for each of them."""
     docs.worker_tokenizer.cache_clear()  # a run before in this process may have had another model at this path
-    context, rest = multiprocessing.get_context("spawn"), batches(corpus)
-    with ProcessPoolExecutor(options.workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        transform = pool.map if options.workers > 1 else map
+    spawn, rest = multiprocessing.get_context("spawn"), corpus.batches()
+    # Ctrl-C reaches every process of the terminal; only the parent answers.
+    with ProcessPoolExecutor(options.workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        over = pool.map if options.workers > 1 else map
         try:
             while window := list(itertools.islice(rest, 4 * options.workers)):
                 sides, texts = zip(*window)
-                yield from zip(sides, transform(docs.encode_batch, texts, itertools.repeat(str(model)),
-                                                itertools.repeat(options.transform)))
+                yield from zip(sides, over(docs.encode_batch, texts, itertools.repeat(str(model)),
+                                           itertools.repeat(options.transform)))
         except BrokenProcessPool as error:
             raise ToolError("a worker process died (out of memory?); try --workers 1") from error
 
@@ -328,24 +285,24 @@ def encoded_batches(corpus: Corpus, model: Path, options: argparse.Namespace) ->
 def encode(corpus: Corpus, raw_bytes: int, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write the shards. Returns what the manifest says about them, and under "vanished" the number of texts of which
     the normaliser left nothing: zero-width characters, say."""
-    writers = [SplitWriter(folder, split, options.shard_tokens) for split in (*SIDES, "val_bytes")]
+    writers = train, val, side_file = [SplitWriter(folder, split, options.shard_tokens)
+                                       for split in (*SIDES, "val_bytes")]
     vanished = 0
     with progress("encode", raw_bytes) as bar:
         for sides, batch in encoded_batches(corpus, model, options):
-            vanished += int(np.count_nonzero(batch.lengths == 0))
             side_of_id = np.repeat(sides, batch.lengths)
-            for side, writer in enumerate(writers[:2]):
+            for side, writer in ((TRAIN, train), (VAL, val)):
                 own = np.array(sides) == side
-                for key, counts in (("documents", batch.lengths > 0), ("tokens", batch.lengths),
-                                    ("bytes", batch.text_bytes)):
-                    writer.totals[key] += int(counts[own].sum())
+                writer.totals["documents"] += int(np.count_nonzero(batch.lengths[own]))
+                writer.totals["tokens"] += int(batch.lengths[own].sum())
+                writer.totals["bytes"] += int(batch.text_bytes[own].sum())
                 writer.write(batch.ids[side_of_id == side])
             if options.transform != "none":
-                writers[2].write(batch.id_bytes[side_of_id == VAL])
+                side_file.write(batch.id_bytes[side_of_id == VAL])
+            vanished += int(np.count_nonzero(batch.lengths == 0))
             bar.update(int(batch.text_bytes.sum()))
     for writer in writers:
         writer.close()
-    train, val, side_file = writers
     refuse_empty_sides([train.totals["documents"], val.totals["documents"]], options)
     entries = {writer.split: {**writer.totals, "files": writer.files} for writer in (train, val)}
     if side_file.files:
@@ -355,10 +312,7 @@ def encode(corpus: Corpus, raw_bytes: int, model: Path, folder: Path, options: a
 
 def compressors(folder: Path, tokenizer: Any, num_bytes: int, transform: str) -> dict[str, dict[str, float]] | None:
     """What general-purpose compressors make of the very text that is scored: the validation documents, decoded and
-    joined by line ends. None over MAX_COMPRESSED_TEXT_BYTES.
-
-    `num_bytes` is what the score divides by: the documents' bytes without those line ends.
-    """
+    joined by line ends, beside the bytes that the score divides by. None over MAX_COMPRESSED_TEXT_BYTES."""
     if num_bytes > MAX_COMPRESSED_TEXT_BYTES:
         return None
     ids = itertools.chain.from_iterable(documents_of(TokenStream(folder, "fineweb_val")))
@@ -373,73 +327,14 @@ def compressors(folder: Path, tokenizer: Any, num_bytes: int, transform: str) ->
     return {name: {"bytes": size, "bits_per_byte": round(8 * size / num_bytes, 6)} for name, size in sizes.items()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# 4 Prepare
-#
-# read -> (use what is there) -> tokenizer -> encode -> compressors -> verify -> install.
-# Everything is built in a temporary folder beside its destination and moved at the end: a dataset is there whole
-# or not at all.
-# ----------------------------------------------------------------------------------------------------
+# -- the whole story --------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """What `prepare` made, or found."""
+def prepare(options: argparse.Namespace) -> Path:
+    """Make a dataset and its tokenizer, or find it made. On any exception nothing has changed under a final name.
 
-    directory: Path
-    model: Path
-    manifest: dict[str, Any]
-    reused: bool  # it was there already, complete, from the same input and options
-
-
-def expected_manifest(origin: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The part of the manifest that is known before the encoding. If it agrees, so would the shards."""
-    tokenizer: dict[str, Any] = {"training": {**TRAINING, "sample_bytes": options.sample_bytes}}
-    if options.tokenizer:
-        tokenizer = {"training": None, "sha256": file_sha256(options.tokenizer)}
-    manifest = {
-        "format": FORMAT,
-        "name": options.name,
-        "vocab_size": options.vocab_size,
-        "bos_id": BOS_ID,
-        "tokenizer": tokenizer,
-        "shard_tokens": options.shard_tokens,
-        "split": {"method": "files" if options.val_files else "hash", "seed": options.seed, "order": "hash",
-                  "val_share": None if options.val_files else options.val_share},
-        "source": {
-            "python": platform.python_version(),
-            "sentencepiece": sentencepiece.__version__,
-            "brotli": brotli.__version__,
-            "kind": "python" if options.verb == "demo" else "files",
-            "inputs": [path.resolve().name for path in options.inputs],
-            "val_inputs": [path.resolve().name for path in options.val_files],
-            **origin,
-        },
-    }
-    return manifest | ({} if options.transform == "none" else {"transform": options.transform})
-
-
-def flat(value: Any, name: str = "manifest") -> dict[str, Any]:
-    """The entries of nested dictionaries by dotted name.
-
-    >>> flat({"a": {"b": 1}})
-    {'manifest.a.b': 1}
+    Everything is built in a temporary folder beside its destination and moved at the end.
     """
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}").items()}
-
-
-def difference(target: Path, expected: Mapping[str, Any]) -> str:
-    """Why an existing dataset is not the complete dataset that would be made now; "" if it is."""
-    actual = flat(read_manifest(target))
-    for name, value in flat(expected).items():
-        if actual.get(name) != value:
-            return f"{name} is {actual.get(name)!r}, not {value!r}"
-    return damage(target)
-
-
-def prepare(options: argparse.Namespace) -> Result:
-    """Make a dataset and its tokenizer, or find it made. On any exception nothing has changed under a final name."""
     if options.tokenizer:
         options.vocab_size = load_tokenizer(options.tokenizer).vocab_size()
     datasets, tokenizers = options.out / "datasets", options.out / "tokenizers"
@@ -447,18 +342,18 @@ def prepare(options: argparse.Namespace) -> Result:
     home = tokenizers / f"{options.name}_{options.vocab_size}_bpe.model"
     if options.tokenizer and options.tokenizer.resolve().parent == tokenizers.resolve():
         home = tokenizers / options.tokenizer.name  # it is where it belongs
+    if target.exists():
+        if is_made(target, options):
+            say("dataset", f"{shown(target)} was there, complete: used again")
+            return target
+        say("replace", shown(target))
     datasets.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=datasets) as temporary:
         work = Path(temporary)
-        with Corpus(work, options.seed, options.val_share) as corpus:
-            print(f"{'read':<12}{options.name}: hash, split and shuffle the documents", flush=True)
-            expected = expected_manifest(fill(corpus, options), options)
-            if target.exists():
-                if not (reason := replaceable(target, expected, options)):
-                    manifest = read_manifest(target)
-                    return Result(target, Path(os.path.normpath(target / manifest["tokenizer"]["path"])), manifest, True)
-                print(f"{'replace':<12}{shown(target)}: {reason}")
-            manifest = build(corpus, expected, work, home, target, options)
+        corpus = Corpus(work, options.seed, options.val_share)
+        with corpus.stack:
+            say("read", f"{options.name}: hash, split and shuffle the documents")
+            build(corpus, expected_manifest(fill(corpus, options), options), work, home, target, options)
         tokenizers.mkdir(exist_ok=True)
         if not options.tokenizer or options.tokenizer.resolve() != home.resolve():
             os.replace(work / "tokenizer.model", home)
@@ -466,31 +361,55 @@ def prepare(options: argparse.Namespace) -> Result:
         if target.exists():
             os.rename(target, work / "replaced")
         os.rename(work / "dataset", target)  # fails if another process has made it meanwhile
-    return Result(target, home, manifest, False)
+    return target
 
 
-def replaceable(target: Path, expected: Mapping[str, Any], options: argparse.Namespace) -> str:
-    """Why an existing dataset is to be replaced; "" if it is to be used. ToolError if it must not be replaced."""
-    require((target / "manifest.json").is_file(), f"{shown(target)} exists and was not made by `data text`; choose"
-            " another --name")
-    if options.force:
-        return "--force"
-    reason = difference(target, expected)
-    # The demo of another Python is nobody's own text.
-    nobodys = {flat(read_manifest(target)).get("manifest.source.kind"), expected["source"]["kind"]} == {"python"}
-    require(not reason or nobodys, f"{shown(target)} exists and is not what this command makes ({reason}); use --force"
-            " to replace it, or another --name")
-    return reason
+def say(what: str, text: str) -> None:
+    """Print a line of progress."""
+    print(f"{what:<12}{text}", flush=True)
+
+
+def expected_manifest(origin: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The part of the manifest that is known before the encoding; `origin` is what `fill` returns."""
+    tokenizer: dict[str, Any] = {"training": {**TRAINING, "sample_bytes": options.sample_bytes}}
+    if options.tokenizer:
+        tokenizer = {"training": None, "sha256": file_sha256(options.tokenizer)}
+    split = {"method": "hash", "val_share": options.val_share, "seed": options.seed, "order": "hash"}
+    if options.val_files:
+        split |= {"method": "files", "val_share": None}
+    source = {
+        "python": platform.python_version(), "sentencepiece": sentencepiece.__version__, "brotli": brotli.__version__,
+        "kind": "python" if options.verb == "demo" else "files",
+        "inputs": [path.resolve().name for path in options.inputs],
+        "val_inputs": [path.resolve().name for path in options.val_files], **origin,
+    }
+    manifest = {"format": FORMAT, "name": options.name, "vocab_size": options.vocab_size, "bos_id": BOS_ID,
+                "tokenizer": tokenizer, "shard_tokens": options.shard_tokens, "split": split, "source": source}
+    if options.transform != "none":
+        manifest["transform"] = options.transform
+    return manifest
+
+
+def is_made(target: Path, options: argparse.Namespace) -> bool:
+    """Whether an existing dataset is the demo of this Python, whole. ToolError if it must not be replaced."""
+    manifest, expected = read_manifest(target), expected_manifest({}, options)
+    source = manifest.get("source", {})
+    require("python" in source, f"{shown(target)} exists and was not made by `data text`; choose another --name")
+    # The demo of another Python is nobody's own text: it is replaced unasked.
+    require(options.force or options.verb == "demo" and source["kind"] == "python",
+            f"{shown(target)} exists; use --force to replace it, or another --name")
+    same = all(source.get(name) == value for name, value in expected["source"].items())
+    return same and manifest["split"] == expected["split"] and not options.force and not damage(target)
 
 
 def build(corpus: Corpus, expected: dict[str, Any], work: Path, home: Path, target: Path,
-          options: argparse.Namespace) -> dict[str, Any]:
-    """Make tokenizer.model, tokenizer.vocab and dataset/ in the work folder and verify them. Returns the manifest."""
+          options: argparse.Namespace) -> None:
+    """Make tokenizer.model, tokenizer.vocab and dataset/ in the work folder, and verify them."""
     model, dataset = work / "tokenizer.model", work / "dataset"
     if options.tokenizer:
         model.write_bytes(options.tokenizer.read_bytes())
     else:
-        print(f"{'tokenizer':<12}train {options.vocab_size:,} pieces", flush=True)
+        say("tokenizer", f"train {options.vocab_size:,} pieces")
         sample = corpus.sample(options.sample_bytes)
         model.write_bytes(train_tokenizer(sample, options.vocab_size, options.transform))
     tokenizer, digest = load_tokenizer(model), file_sha256(model)
@@ -498,38 +417,30 @@ def build(corpus: Corpus, expected: dict[str, Any], work: Path, home: Path, targ
             f"{shown(home)} exists and is another tokenizer; use --force to replace it, or another --name")
     model.with_suffix(".vocab").write_text(vocab_listing(tokenizer), encoding="utf-8")
     raw_bytes = sum(expected["source"]["raw_bytes"].values())
-    print(f"{'encode':<12}{raw_bytes / 1e6:,.1f} MB, {options.workers} processes", flush=True)
+    say("encode", f"{raw_bytes / 1e6:,.1f} MB, {options.workers} processes")
     dataset.mkdir()
     entries = encode(corpus, raw_bytes, model, dataset, options)
     expected["source"]["dropped"]["empty_after_normalisation"] = entries.pop("vanished")
-    path = Path(os.path.relpath(home, target)).as_posix()
-    manifest = {**expected, **entries, "tokenizer": {**expected["tokenizer"], "path": path, "sha256": digest}}
-    num_bytes = manifest["val"]["bytes"]
-    print(f"{'compressors':<12}xz and brotli on {num_bytes / 1e6:,.1f} MB of validation text", flush=True)
-    manifest["compressors"] = compressors(dataset, tokenizer, num_bytes, options.transform)
-    (dataset / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    print(f"{'verify':<12}read everything back", flush=True)
+    expected["tokenizer"] |= {"path": Path(os.path.relpath(home, target)).as_posix(), "sha256": digest}
+    num_bytes = entries["val"]["bytes"]
+    say("compressors", f"xz and brotli on {num_bytes / 1e6:,.1f} MB of validation text")
+    sizes = compressors(dataset, tokenizer, num_bytes, options.transform)
+    write_json(dataset / "manifest.json", {**expected, **entries, "compressors": sizes})
+    say("verify", "read everything back")
     problem = damage(dataset, model)
     require(not problem, f"{problem}; is this tokenizer of use here?")
-    return manifest
 
 
-def summary(result: Result) -> str:
+def summary(target: Path) -> str:
     """What was made, for people."""
-    manifest = result.manifest
-    lines = []
-    for side in SIDES:
-        part = manifest[side]
-        lines.append(f"{side:<12}{part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes,"
-                     f" {part['bytes'] / part['tokens']:.4f} bytes per token")
+    manifest = read_manifest(target)
+    lines = [f"{side:<12}{part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes"
+             for side, part in ((side, manifest[side]) for side in SIDES)]
     dropped = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in manifest["source"]["dropped"].items())
     lines.append(f"{'dropped':<12}{dropped}; repaired {manifest['source']['repaired']:,}")
     if manifest["compressors"]:
         sizes = [f"{name} {size['bits_per_byte']:.4f}" for name, size in manifest["compressors"].items()]
         lines.append(f"{'to beat':<12}{', '.join(sizes)} bits per byte of the validation text")
-    lines.append(f"{'dataset':<12}{shown(result.directory)}{' (was there, complete: used again)' * result.reused}")
-    lines.append(f"{'tokenizer':<12}{shown(result.model)}")
-    caseops_knob = " CASEOPS_ENABLED=1" * ("transform" in manifest)
-    lines.append(f"{'next':<12}./run.sh train DATA_PATH={shown(result.directory)} VOCAB_SIZE={manifest['vocab_size']}"
-                 f"{caseops_knob}")
-    return "\n".join(lines)
+    knobs = f"DATA_PATH={shown(target)} VOCAB_SIZE={manifest['vocab_size']}"
+    knobs += " CASEOPS_ENABLED=1" * ("transform" in manifest)
+    return "\n".join([*lines, f"{'next':<12}./run.sh train {knobs}"])

@@ -3,7 +3,7 @@ verify.py -- everything a referee would ask of a dataset, recomputed from its fi
 
 Any folder in the challenge's layout will do, with or without a manifest of ours. Shards are read a piece at a time,
 several shards at once; memory does not depend on their number. This is the one place that looks for validation
-documents in the training shards; what it finds is left in verified.json, which training reads.
+documents in the training shards; the count is left in verified.json, which training reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,18 +24,9 @@ import numpy as np
 
 from data.documents import caseops, one_line, require
 from tools.common import ToolError
-from tools.evidence import TOKENS_PER_BYTE, dataset_name
-from train_gpt import (
-    BOS_ID,
-    SHARD_HEADER_BYTES,
-    TokenBytes,
-    TokenStream,
-    UserError,
-    file_sha256,
-    load_sentencepiece,
-    open_shard,
-)
+from train_gpt import BOS_ID, SHARD_HEADER_BYTES, TokenBytes, TokenStream, UserError, file_sha256, load_sentencepiece
 from train_gpt import manifest as read_manifest
+from train_gpt import open_shard
 
 try:
     from train_gpt import shards_sha256
@@ -50,19 +40,14 @@ except ImportError:
                 digest.update(file.read(4096))
         return digest.hexdigest()
 
-FORMAT = 1
-"""Version of manifest.json."""
-
+FORMAT = 1  # of manifest.json
 VAL_DOCUMENTS, VAL_BYTES = 50_000, 151_080_891
 """Of the official validation split; its UTF-8 bytes by a SentencePiece table. A CaseOps side file, which counts the
 text before normalisation, has 151,074,309."""
-
 MAX_SHARED = 0.01
 """Largest share of validation tokens in documents that training has, too. Web text repeats itself a little by nature;
 the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)."""
-
-BATCH_IDS = 1 << 19
-"""Ids that are looked at together."""
+BATCH_IDS = 1 << 19  # that are looked at together
 
 
 class Check(NamedTuple):
@@ -79,9 +64,7 @@ class Shard(NamedTuple):
     tokens: int = 0
     documents: int = 0
     special: int = 0  # ids of pad, EOS and unknown, which no shard holds
-    text_bytes: int = 0  # by the score's table, as if BOS came before
     first: int = BOS_ID
-    last: int = BOS_ID
     problem: str = ""
 
 
@@ -97,6 +80,11 @@ def shown(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.resolve().relative_to(Path.cwd()))
     return str(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read and compare."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -151,25 +139,29 @@ def document_keys(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for piece in itertools.chain(pieces(path), [np.array([BOS_ID])]):  # a BOS ends the last document
         ids = np.append(rest, piece)
         starts = np.flatnonzero(ids == BOS_ID)
-        if len(starts) > 1:
-            sizes = np.diff(starts)
-            whole = ids[starts[0]:starts[-1]]
-            place = 1 + np.arange(len(whole), dtype=np.uint64) - np.repeat(starts[:-1] - starts[0], sizes)
-            keys.append(np.add.reduceat(mix[whole] * place.astype(np.uint64), starts[:-1] - starts[0]))
-            lengths.append(sizes)
         rest = ids[starts[-1]:] if len(starts) else ids[:0]
+        if len(starts) > 1:
+            whole, edges, sizes = ids[starts[0]:starts[-1]], starts[:-1] - starts[0], np.diff(starts)
+            place = 1 + np.arange(len(whole)) - np.repeat(edges, sizes)
+            keys.append(np.add.reduceat(mix[whole] * place.astype(np.uint64), edges))
+            lengths.append(sizes)
     return np.concatenate(keys), np.concatenate(lengths)
 
 
-def leaks(directory: Path) -> dict[str, Any]:
-    """How many validation documents are in the training shards, too, and their share of the validation tokens."""
+def check_leaks(directory: Path) -> Check:
+    """Count the validation documents that are in training, too, and leave the count in verified.json."""
+    train, val = TokenStream(directory, "fineweb_train"), TokenStream(directory, "fineweb_val")
     with ThreadPoolExecutor() as pool:  # the work is in numpy, which releases the GIL
-        val = list(pool.map(document_keys, TokenStream(directory, "fineweb_val").paths))
-        keys, lengths = (np.concatenate(arrays) for arrays in zip(*val))
-        seen = pool.map(lambda path: np.isin(keys, document_keys(path)[0]), TokenStream(directory, "fineweb_train").paths)
+        keys, lengths = map(np.concatenate, zip(*pool.map(document_keys, val.paths)))
+        seen = pool.map(lambda path: np.isin(keys, document_keys(path)[0]), train.paths)
         shared = functools.reduce(np.logical_or, seen)
-    return {"val_documents": len(keys), "shared_documents": int(shared.sum()),
-            "shared_share": float(lengths[shared].sum() / max(1, lengths.sum()))}
+    count, share = int(shared.sum()), float(lengths[shared].sum() / max(1, lengths.sum()))
+    with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
+        write_json(directory / "verified.json", {
+            "shards_sha256": shards_sha256(directory), "val_documents": len(keys), "shared_documents": count,
+            "shared_share": share})
+    wrong = f"at most {MAX_SHARED:.0%} may be" if share > MAX_SHARED else ""
+    return Check("validation in training", f"{count:,} documents, {share:.2%} of the tokens", wrong)
 
 
 # -- checks -----------------------------------------------------------------------------------------
@@ -183,7 +175,7 @@ def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, An
     """
     require(directory.is_dir(), f"{directory}: no such folder")
     manifest = read_manifest(directory) if manifest is None else manifest
-    with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
+    with contextlib.suppress(OSError):
         (directory / "verified.json").unlink()
     try:
         return look(directory, manifest, model or default_tokenizer(directory, manifest))
@@ -209,8 +201,7 @@ def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> Report:
     if manifest and file_sha256(model) != manifest["tokenizer"]["sha256"]:
         return Report([Check(label, shown(model), "SHA-256 is not the manifest's")], {})
     tokenizer = load_tokenizer(model)
-    size, tables = tokenizer.vocab_size(), TokenBytes.build(tokenizer)
-    wrong = ""
+    size, wrong = tokenizer.vocab_size(), ""
     if size != manifest.get("vocab_size", size):
         wrong = f"the manifest says {manifest['vocab_size']}"
     elif tokenizer.is_unknown(tokenizer.piece_to_id("\u2581")):
@@ -220,56 +211,47 @@ def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> Report:
     transform = manifest.get("transform", "caseops_v1" if any(directory.glob("fineweb_val_bytes_*.bin")) else "none")
     splits = {"train": size, "val": size}
     if transform != "none":
-        splits, tables = splits | {"val_bytes": 1 << 16}, None
+        splits["val_bytes"] = 1 << 16
     for split, ids_below in splits.items():
-        rows, totals[split] = check_split(directory, split, manifest, ids_below, tables)
+        rows, totals[split] = check_split(directory, split, manifest, ids_below)
         checks += rows
     # What is wrong with a file ends it here; a wrong count does not.
     if totals["val"].tokens and not any(row.problem for row in checks[1:] if row.what not in totals):
-        checks += check_validation(directory, manifest, totals["val"], tokenizer, transform)
+        checks += check_validation(directory, manifest, tokenizer, transform)
         if totals["train"].tokens:
             checks.append(check_leaks(directory))
     return Report(checks, totals)
 
 
-def check_split(directory: Path, split: str, manifest: Mapping[str, Any], ids_below: int, tables: TokenBytes | None
-                ) -> tuple[list[Check], Shard]:
+def check_split(directory: Path, split: str, manifest: Mapping[str, Any], ids_below: int) -> tuple[list[Check], Shard]:
     """A row for each bad shard of a split, one for all of them; and their sum."""
     listed = {entry["name"]: entry for entry in manifest.get(split, {}).get("files", ())}
-    names = {path.name for path in directory.glob(f"fineweb_{split}_*.bin")}
-    if split == "val":
-        names = {name for name in names if "_bytes_" not in name}
-    unlisted = sorted(names - set(listed)) * bool(listed)
+    names = {path.name for path in directory.glob(f"fineweb_{split}_*.bin")
+             if split == "val_bytes" or "_bytes_" not in path.name}
+    problems = [f"{name} is not in the manifest" for name in sorted(names - set(listed)) if listed]
     names = sorted(names | set(listed))
     if not names:
         return [Check(split, "", f"no fineweb_{split}_*.bin in {shown(directory)}")], Shard()
     with ThreadPoolExecutor() as pool:  # the work is in numpy and hashlib, which release the GIL
-        shards = list(pool.map(lambda name: examine(directory / name, listed.get(name), ids_below, tables), names))
-    rows = [Check(name, "", shard.problem) for name, shard in zip(names, shards) if shard.problem]
-    total = Shard(*(sum(shard[i] for shard in shards) for i in range(4)), shards[0].first, shards[-1].last)
-    where = f"in {len(names)} file(s)"
-    if split == "val_bytes":
-        return [*rows, Check(split, f"{total.tokens:,} entries {where}")], total
-    problems = [f"{name} is not in the manifest" for name in unlisted]
-    if total.first != BOS_ID:
-        problems.append(f"{names[0]} starts with id {total.first}, not with BOS {BOS_ID}")
-    if total.special:
-        problems.append(f"{total.special:,} ids of pad, EOS or unknown")
+        shards = list(pool.map(lambda name: examine(directory / name, listed.get(name), ids_below), names))
+    checks = [Check(name, "", shard.problem) for name, shard in zip(names, shards) if shard.problem]
+    total = Shard(*(sum(shard[i] for shard in shards) for i in range(3)), shards[0].first)
     counts = {"documents": total.documents, "tokens": total.tokens}
-    if tables:  # a space that opens a shard counts unless the shard before ended in a control token
-        openings = sum(int(tables.leading_space[b.first] and not tables.boundary[a.last])
-                       for a, b in itertools.pairwise(shards))
-        total = total._replace(text_bytes=total.text_bytes + openings)
-        counts["bytes"] = total.text_bytes
     said, who = manifest.get(split, {}), "the manifest says"
+    if split == "val_bytes":
+        counts = {"entries": total.tokens}
+    elif total.first != BOS_ID:
+        problems.append(f"{names[0]} starts with id {total.first}, not with BOS {BOS_ID}")
+    elif total.special:
+        problems.append(f"{total.special:,} ids of pad, EOS or unknown")
     if split == "val" and not said:
         said, who = {"documents": VAL_DOCUMENTS}, "the official split has"
     problems += [f"{who} {said[key]:,} {key}" for key, count in counts.items() if said.get(key, count) != count]
     result = ", ".join(f"{count:,} {key}" for key, count in counts.items())
-    return [*rows, Check(split, f"{result} {where}", "; ".join(problems))], total
+    return [*checks, Check(split, f"{result} in {len(names)} file(s)", "; ".join(problems))], total
 
 
-def examine(path: Path, entry: Mapping[str, Any] | None, ids_below: int, tables: TokenBytes | None) -> Shard:
+def examine(path: Path, entry: Mapping[str, Any] | None, ids_below: int) -> Shard:
     """Header, size, ids and, where the manifest lists the file, tokens and SHA-256."""
     try:
         tokens = len(open_shard(path))
@@ -285,31 +267,20 @@ def examine(path: Path, entry: Mapping[str, Any] | None, ids_below: int, tables:
         return Shard(problem="no tokens")
     if np.fromfile(path, "<i4", SHARD_HEADER_BYTES // 4)[3:].any():
         return Shard(problem="the header's unused words are not zero: damaged")
-    documents = special = text_bytes = 0
-    first, before = None, BOS_ID
+    documents = control = 0
     for ids in pieces(path):
         if (highest := int(ids.max())) >= ids_below:
             return Shard(problem=f"id {highest} is outside the vocabulary of {ids_below}")
-        starts = int(np.count_nonzero(ids == BOS_ID))
-        documents += starts
-        special += int(np.count_nonzero(ids < 4)) - starts
-        if tables:
-            text_bytes += int(tables.of_targets(np.append(np.uint16(before), ids)).sum(dtype=np.int64))
-        first, before = int(ids[0]) if first is None else first, int(ids[-1])
-    wrong = ""
+        documents += int(np.count_nonzero(ids == BOS_ID))
+        control += int(np.count_nonzero(ids < 4))
     if entry and "sha256" in entry and file_sha256(path) != entry["sha256"]:
-        wrong = "SHA-256 is not the manifest's"
-    return Shard(tokens, documents, special, text_bytes, first, before, wrong)
+        return Shard(problem="SHA-256 is not the manifest's")
+    return Shard(tokens, documents, control - documents, int(next(pieces(path))[0]))
 
 
-def check_validation(directory: Path, manifest: Mapping[str, Any], total: Shard, tokenizer: Any, transform: str
-                     ) -> list[Check]:
-    """Rows that need all of validation: round trip, bytes by two ways, bytes per token."""
+def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: Any, transform: str) -> list[Check]:
+    """Rows that need all of validation: round trip, the bytes that the score divides by, bytes per token."""
     val, operators = TokenStream(directory, "fineweb_val"), caseops(transform)
-    if operators:
-        side = TokenStream(directory, "fineweb_val_bytes")
-        if [len(shard) for shard in side.shards] != [len(shard) for shard in val.shards]:
-            return [Check("side file", f"{len(side):,} entries", f"validation has {len(val):,} tokens")]
     decoded_bytes, number, odd = 0, 0, []
     for batch in documents_of(val):
         ids = [document.tolist() for document in batch]
@@ -326,40 +297,34 @@ def check_validation(directory: Path, manifest: Mapping[str, Any], total: Shard,
             decoded_bytes, number = decoded_bytes + len(text.encode()), number + 1
     wrong = f"document {odd[0]} decodes to a text that encodes to other ids" if odd else ""
     checks = [Check("round trip", f"{number - len(odd):,} of {number:,} validation documents", wrong)]
-    wrong, counted, by = "", total.text_bytes, "by the score's table"
+    wrong = ""
     if operators:
-        counted, by = sum(int(shard.sum(dtype=np.int64)) for shard in side.shards), "in the side file"
+        source, side = "in the side file", TokenStream(directory, "fineweb_val_bytes")
+        if [len(shard) for shard in side.shards] != [len(shard) for shard in val.shards]:
+            return [*checks, Check("side file", f"{len(side):,} entries", f"validation has {len(val):,} tokens")]
+        counted = sum(int(shard.sum(dtype=np.int64)) for shard in side.shards)
         on_bos = sum(int(np.count_nonzero(b[a == BOS_ID])) for a, b in zip(val.shards, side.shards))
         if on_bos:
             wrong = f"{on_bos:,} BOS have bytes"
         elif abs(counted - decoded_bytes) > 0.01 * decoded_bytes:
             # The side file counts bytes before normalisation, which takes a little; the known mistakes add a sixth.
             wrong = "they differ by more than 1%"
-        elif manifest.get("val", {}).get("bytes", counted) != counted:
-            wrong = f"the manifest says {manifest['val']['bytes']:,}"
-    elif counted != decoded_bytes:
-        wrong = "they differ: the score would divide by wrong bytes"
-    checks.append(Check("bytes", f"{counted:,} {by}, {decoded_bytes:,} decoded", wrong))
-    ratio, wrong = counted / max(1, len(val) - number), ""
-    if manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS:
-        ratio = counted / len(val)
-        published = 1 / TOKENS_PER_BYTE.get(dataset_name(bool(operators), tokenizer.vocab_size()), math.inf)
-        if abs(counted / VAL_BYTES - 1) > 1e-4:
-            wrong = f"the official validation text has {VAL_BYTES:,} bytes"
-        elif published and abs(ratio / published - 1) > 0.005:
-            wrong = f"the records have {published:.4f}"
-    return [*checks, Check("bytes per token", f"{ratio:.4f}", wrong)]
-
-
-def check_leaks(directory: Path) -> Check:
-    """Count the validation documents that are in training, too, and leave the count in verified.json."""
-    counts = leaks(directory)
-    stamp = {"shards_sha256": shards_sha256(directory), **counts}
-    with contextlib.suppress(OSError):  # a folder that may only be read
-        (directory / "verified.json").write_text(json.dumps(stamp, indent=2) + "\n")
-    wrong = f"at most {MAX_SHARED:.0%} may be" if counts["shared_share"] > MAX_SHARED else ""
-    return Check("validation in training",
-                 f"{counts['shared_documents']:,} documents, {counts['shared_share']:.2%} of the tokens", wrong)
+    else:
+        source, table = "by the score's table", TokenBytes.build(tokenizer)
+        edges = [*range(0, len(val), BATCH_IDS), len(val)]
+        counted = sum(int(table.of_targets(val.read(max(0, start - 1), stop)).sum(dtype=np.int64))
+                      for start, stop in itertools.pairwise(edges))
+        if counted != decoded_bytes:
+            wrong = "they differ: the score would divide by wrong bytes"
+    said = manifest.get("val", {}).get("bytes", counted)
+    if said != counted:
+        wrong = wrong or f"the manifest says {said:,} bytes"
+    checks.append(Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded", wrong))
+    official = manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS
+    wrong = ""
+    if official and abs(counted / VAL_BYTES - 1) > 1e-4:
+        wrong = f"the official validation text has {VAL_BYTES:,} bytes"
+    return [*checks, Check("bytes per token", f"{counted / len(val):.4f}", wrong)]
 
 
 def table(directory: Path, checks: list[Check]) -> str:
