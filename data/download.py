@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from tools.common import ToolError
 from train_gpt import BOS_ID, file_sha256, open_shard
 
 huggingface_hub = require_package("huggingface_hub")
+errors = require_package("huggingface_hub.errors")
 
 
 class Variant(NamedTuple):
@@ -51,7 +52,6 @@ VARIANTS = {
 @contextlib.contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
     """Turn whatever the client or the system raises about `what` into a ToolError of one line."""
-    errors = huggingface_hub.errors
     try:
         yield
     except errors.HfHubHTTPError as error:
@@ -200,8 +200,6 @@ def fetch_all(fetch: Callable[..., str], repo: str, files: Sequence[Any], worker
             total.update(n)
 
     def get(file: Any) -> None:
-        if stopped.is_set():
-            return
         with one_line_errors(f"{repo}: {file.path}"):
             path = Path(fetch(file.path, tqdm_class=Part))
         if not is_file(path, file):
@@ -210,13 +208,23 @@ def fetch_all(fetch: Callable[..., str], repo: str, files: Sequence[Any], worker
             raise ToolError(f"{repo}: {file.path}: its SHA-256 or size ({size:,} bytes) is not the hub's"
                             f" ({file.size:,}); the same command fetches it anew")
 
-    with total, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(get, file) for file in files]
+    failures: list[BaseException] = []
+
+    def get_or_stop(file: Any) -> None:
         try:
-            for future in as_completed(futures):  # raises the first error, before those that fall with it
-                future.result()
-        finally:
+            if not stopped.is_set():
+                get(file)
+        except BaseException as error:
+            failures.append(error)  # those after the first only fell with it
             stopped.set()
+
+    with total, ThreadPoolExecutor(workers) as pool:
+        try:
+            list(pool.map(get_or_stop, files))
+        finally:
+            stopped.set()  # Ctrl-C ends the files in transfer, too
+    if failures:
+        raise failures[0]
 
 
 def install(built: Path, target: Path, tokenizer: dict[Path, Path]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,13 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
         return value
     convert.__name__ = kind.__name__  # for argparse's message: "invalid int value"
     return convert
+
+
+def file_name(text: str) -> str:
+    """A converter of arguments: a text that can begin the name of a file."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, '_', '-' and '.' only")
+    return text
 
 
 def available_cpus() -> int:
@@ -82,7 +90,7 @@ def parser() -> Parser:
         " content, unless --val-files names them.")
     add = text.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="a file, or a folder that is searched")
-    add("--name", required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
+    add("--name", type=file_name, required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
     add("--text-field", metavar="FIELD", help="JSON field or Parquet column (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="key of split, sample and order (%(default)s)")
     model = text.add_mutually_exclusive_group().add_argument

@@ -342,7 +342,8 @@ def prepare(options: argparse.Namespace) -> Path:
     home = tokenizers / f"{options.name}_{options.vocab_size}_bpe.model"
     if options.tokenizer and options.tokenizer.resolve().parent == tokenizers.resolve():
         home = tokenizers / options.tokenizer.name  # it is where it belongs
-    if target.exists():
+    replaces = target.exists()
+    if replaces:
         if is_made(target, options):
             say("dataset", f"{shown(target)} was there, complete: used again")
             return target
@@ -358,7 +359,7 @@ def prepare(options: argparse.Namespace) -> Path:
         if not options.tokenizer or options.tokenizer.resolve() != home.resolve():
             os.replace(work / "tokenizer.model", home)
             os.replace(work / "tokenizer.vocab", home.with_suffix(".vocab"))
-        if target.exists():
+        if replaces:
             os.rename(target, work / "replaced")
         os.rename(work / "dataset", target)  # fails if another process has made it meanwhile
     return target

@@ -18,11 +18,9 @@ import pytest
 from conftest import ROOT, write_shard
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "data"))
-from data import download
-import prepare
-from data import verify
+from data import download, prepare, verify
+from test_prepare import command
+from tools.common import ToolError
 
 NAME, COMMIT = "fineweb10B_sp1024", "0123456789abcdef0123456789abcdef01234567"
 
@@ -156,7 +154,7 @@ def visible(out: Path) -> list[str]:
 
 
 EXPECTED = [f"datasets/{NAME}/fineweb_train_{i:06d}.bin" for i in range(3)] + [
-    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", f"datasets/{NAME}/val_keys.u64",
+    f"datasets/{NAME}/fineweb_val_000000.bin", f"datasets/{NAME}/manifest.json", f"datasets/{NAME}/verified.json",
     "tokenizers/fineweb_1024_bpe.model"]
 
 
@@ -171,7 +169,7 @@ def test_a_download_is_a_verified_dataset_with_its_tokenizer(hub, tmp_path):
     assert hashlib.sha256(model.read_bytes()).hexdigest() == manifest["tokenizer"]["sha256"]
     assert manifest["source"] == {"kind": "hub", "repo": "willdepueoai/parameter-golf", "revision": COMMIT,
                                   "prefix": "datasets"}
-    assert not [row for row in verify.verify(target) if row.problem]
+    assert not [row for row in verify.verify(target).checks if row.problem]
     assert [p.name for p in (tmp_path / "out" / "datasets").iterdir()] == [NAME]
 
 
@@ -180,10 +178,10 @@ def test_a_second_call_fetches_nothing_and_more_shards_are_added(hub, tmp_path):
     hub.asked.clear()
     get(hub, tmp_path, 1)  # a smaller number takes nothing away
     assert set(hub.asked) == {"datasets/manifest.json"}
-    assert not [row for row in verify.verify(tmp_path / "datasets" / NAME) if row.problem]
+    assert not [row for row in verify.verify(tmp_path / "datasets" / NAME).checks if row.problem]
     get(hub, tmp_path, 4)
     assert set(hub.asked) - {"datasets/manifest.json"} == {f"datasets/datasets/{NAME}/fineweb_train_000003.bin"}
-    assert not [row for row in verify.verify(tmp_path / "datasets" / NAME) if row.problem]
+    assert not [row for row in verify.verify(tmp_path / "datasets" / NAME).checks if row.problem]
 
 
 def test_a_broken_connection_is_taken_up_within_the_file(hub, tmp_path, monkeypatch):
@@ -202,7 +200,7 @@ def full(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("fault, words", [
     (broken, "goes on where this stopped"),
     (short, "goes on where this stopped"),
-    (changed, "SHA-256 is not the hub's"),
+    (changed, "SHA-256 or size"),
     (refused, "the hub answers 403"),
     (gone, "the hub answers 404"),
     (full, "No space left on device"),
@@ -215,7 +213,7 @@ def test_a_fault_is_one_line_leaves_nothing_and_the_next_call_goes_on(fault, wor
             patch.setattr("huggingface_hub.file_download.http_get", full)
             path = ""
         hub.faults[path] = fault
-        with pytest.raises(tg.UserError) as error:
+        with pytest.raises((ToolError, tg.UserError)) as error:
             get(hub, tmp_path, workers=1)
     message = str(error.value)
     assert words in message and "\n" not in message and (path in message or fault is full)
@@ -236,7 +234,7 @@ def test_a_shard_of_another_tokenizer_and_a_header_that_lies_are_refused(hub, tm
                        (good[:8] + b"\x01" + good[9:], "truncated or damaged"),
                        (good[:-2], "truncated or damaged")):
         hub.files[path], hub.sums[path] = bad, hashlib.sha256(bad).hexdigest()
-        with pytest.raises(tg.UserError, match=words):
+        with pytest.raises((ToolError, tg.UserError), match=words):
             get(hub, tmp_path / words[:4])
         assert visible(tmp_path / words[:4]) == []
 
@@ -244,7 +242,7 @@ def test_a_shard_of_another_tokenizer_and_a_header_that_lies_are_refused(hub, tm
 def test_no_room_is_seen_before_anything_is_fetched(hub, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(tg.UserError, match="bytes needed, 1,000 free"):
+    with pytest.raises((ToolError, tg.UserError), match="bytes needed, 1,000 free"):
         get(hub, tmp_path)
     assert set(hub.asked) == {"datasets/manifest.json"} and visible(tmp_path) == []
     assert "GB for 5 of 5 files; 0.000 GB free" in capsys.readouterr().out
@@ -256,11 +254,11 @@ def test_no_room_is_seen_before_anything_is_fetched(hub, tmp_path, monkeypatch, 
     (lambda h: h.files.update({"datasets/manifest.json": b"not JSON"}), "not an export's manifest"),
     (lambda h: h.files.pop(f"datasets/datasets/{NAME}/fineweb_train_000002.bin"), "has no datasets/datasets"),
     (lambda h: h.files.update({"datasets/manifest.json": h.files["datasets/manifest.json"].replace(b"8}", b"9}")}),
-     "8 validation documents, its manifest says 9"),
+     "the manifest says 9 documents"),
 ])
 def test_an_export_that_is_not_what_it_says_is_refused(change: Callable, words, hub, tmp_path):
     change(hub)
-    with pytest.raises(tg.UserError, match=words) as error:
+    with pytest.raises((ToolError, tg.UserError), match=words) as error:
         get(hub, tmp_path)
     assert "\n" not in str(error.value) and visible(tmp_path) == []
 
@@ -268,7 +266,7 @@ def test_an_export_that_is_not_what_it_says_is_refused(change: Callable, words, 
 def test_another_tokenizer_of_that_name_is_not_replaced(hub, tmp_path):
     (tmp_path / "tokenizers").mkdir()
     (tmp_path / "tokenizers" / "fineweb_1024_bpe.model").write_bytes(b"of another dataset")
-    with pytest.raises(tg.UserError, match="exists and is another tokenizer"):
+    with pytest.raises((ToolError, tg.UserError), match="exists and is another tokenizer"):
         get(hub, tmp_path)
     assert visible(tmp_path) == ["tokenizers/fineweb_1024_bpe.model"]
 
@@ -281,8 +279,8 @@ def test_the_command_line_honours_the_published_variables(hub, tmp_path, monkeyp
         hub.files[new], hub.sums[new] = hub.files.pop(name), hub.sums[name]
     env = {**os.environ, "HF_ENDPOINT": hub.url, "MATCHED_FINEWEB_REPO_ID": "me/mine",
            "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": "50B"}
-    command = [sys.executable, ROOT / "data" / "prepare.py", "download", "--variant", "sp1024", "--train-shards", "3"]
-    done = subprocess.run([*command, "--out", tmp_path], env=env, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "data.prepare", "download", "--variant", "sp1024", "--train-shards", "3"]
+    done = subprocess.run([*command, "--out", tmp_path], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert visible(tmp_path / "datasets") == [p.removeprefix("datasets/") for p in EXPECTED[:-1]]
     assert json.loads((tmp_path / EXPECTED[4]).read_text())["source"]["repo"] == "me/mine"
@@ -290,23 +288,23 @@ def test_the_command_line_honours_the_published_variables(hub, tmp_path, monkeyp
 
 @pytest.mark.parametrize("arguments, words", [
     ("--variant sp1", "invalid choice: 'sp1'"), ("--train-shards 3", "--variant"),
-    ("--variant sp1024 --train-shards 0", "--train-shards 0: expected 1 or more"),
+    ("--variant sp1024 --train-shards 0", "--train-shards: 0: expected 1 or more"),
 ])
 def test_mistakes_on_the_command_line_are_one_line(arguments, words, tmp_path, capsys):
-    assert prepare.main(["download", *arguments.split(), "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    status, _, error = command(capsys, "download", *arguments.split(), "--out", tmp_path)
+    assert status == 2
     assert words in error and error.count("\n") == 1
 
 
 def test_too_many_shards_are_refused_with_the_number_there_is(hub, tmp_path):
-    with pytest.raises(tg.UserError, match="--train-shards 5: .* has 4 of fineweb10B_sp1024"):
+    with pytest.raises((ToolError, tg.UserError), match="--train-shards 5: .* has 4 of fineweb10B_sp1024"):
         get(hub, tmp_path, 5)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "--x", "me/mine.git"])
 def test_a_name_that_is_none_of_a_repository_is_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", name)
-    assert prepare.main(["download", "--variant", "sp1024", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    status, _, error = command(capsys, "download", "--variant", "sp1024", "--out", tmp_path)
+    assert status == 2
     assert f"{name}: " in error and "MATCHED_FINEWEB_REPO_ID is such as" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
