@@ -1,16 +1,12 @@
 """data/caseops.py: case operators without loss; the published form to the character; bytes of every token."""
 import io
 import re
-import sys
 
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(ROOT / "data"))
 
 from data import caseops
 from data.text import TRAINING
