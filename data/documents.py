@@ -10,7 +10,6 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -41,14 +40,6 @@ def require(ok: bool, message: str) -> None:
     """Raise ToolError(message) unless `ok`: one line with what is wrong, what was expected, the remedy."""
     if not ok:
         raise ToolError(message)
-
-
-def require_package(name: str) -> Any:
-    """Import a package that only some verbs and inputs need; ToolError naming the file to install if it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ToolError(f"package {error.name!r} is needed here: pip install -r requirements-data.txt") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -122,7 +113,6 @@ def draw(digest: bytes, seed: int) -> tuple[int, int]:
 
 # -- files ------------------------------------------------------------------------------------------
 # A file that ends too early is an error: half a corpus must not pass for a whole one.
-# Safe to change: a new suffix is one reader and one row of READERS.
 
 
 def read_txt(path: Path, text_field: str) -> Iterator[Document]:
@@ -138,7 +128,9 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
         if name.endswith(".gz"):
             lines: Iterable[bytes] = stack.enter_context(gzip.open(path, "rb"))
         elif name.endswith(".zst"):
-            raw = require_package("pyarrow").input_stream(str(path), compression="zstd")
+            import pyarrow  # Python reads Zstandard from 3.14 on
+
+            raw = pyarrow.input_stream(str(path), compression="zstd")
             lines = stack.enter_context(io.BufferedReader(raw, 1 << 20))
         else:
             lines = stack.enter_context(path.open("rb"))
@@ -149,9 +141,10 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
 
 def read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     """Column `text_field` of a Parquet file, one document a row."""
-    parquet = require_package("pyarrow.parquet")
+    import pyarrow.parquet
+
     try:
-        with parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             require(text_field in columns, f"{path}: no column {text_field!r} (columns:"
                     f" {', '.join(map(repr, columns[:8]))}); see --text-field")
@@ -160,7 +153,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[Document]:
             for number, text in enumerate(values, start=1):
                 require(isinstance(text, str), f"{path}:{number}: no string in column {text_field!r}; see --text-field")
                 yield document(f"{path}:{number}", text)
-    except require_package("pyarrow").ArrowException as error:
+    except pyarrow.ArrowException as error:
         raise OSError(str(error).splitlines()[0]) from error
 
 
@@ -171,11 +164,11 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[Document]]] = {
     ".jsonl.zst": read_jsonl,
     ".parquet": read_parquet,
 }
-"""Which reader opens a file, by the end of its name."""
+"""Which reader opens a file, by the end of its name. Safe to change: a new suffix is one reader and one row."""
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix of READERS that `path` ends in, or None."""
+    """The suffix of READERS that `path` ends in."""
     return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
 
 

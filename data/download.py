@@ -21,15 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
+from huggingface_hub import errors
 from tqdm import tqdm
 
-from data.documents import one_line, require, require_package
+from data.documents import one_line, require
 from data.verify import FORMAT, load_tokenizer, shown, verify, write_json
 from tools.common import ToolError
 from train_gpt import BOS_ID, file_sha256, open_shard
-
-huggingface_hub = require_package("huggingface_hub")
-errors = require_package("huggingface_hub.errors")
 
 
 class Variant(NamedTuple):
@@ -157,11 +156,11 @@ def download(variant_name: str, train_shards: int, out: Path, workers: int = 8, 
                                          for path, digest in zip(paths, sums)]}
     if "docs_val" in stats:
         manifest["val"]["documents"] = stats["docs_val"]
-    report = verify(work / folder, work / model, manifest)
-    for check in report.checks:
+    checks, totals = verify(work / folder, work / model, manifest)
+    for check in checks:
         require(not check.problem, f"{repo}: {check.what}: {check.result} ({check.problem})")
     for split in ("train", "val"):
-        manifest[split] |= {"documents": report.totals[split].documents, "tokens": report.totals[split].tokens}
+        manifest[split] |= {"documents": totals[split].documents, "tokens": totals[split].tokens}
     write_json(work / folder / "manifest.json", manifest)
     install(work / folder, target, {work / path: home for path, home in homes.items() if home.parent == tokenizers})
     shutil.rmtree(work)

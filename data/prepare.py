@@ -66,16 +66,14 @@ def parser() -> Parser:
                  description="Get, make and check the token shards and tokenizers that train_gpt.py reads.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     download = verbs.add_parser(
-        "download", help="a published FineWeb export",
-        description="Download the validation split and N training shards of a published export. Files are verified"
-        " as they arrive; an interrupted download goes on with the same command, and a larger N adds shards."
+        "download", help="a published FineWeb export", description="Download validation and N training shards of a"
+        " published export. The same command goes on after an interruption; a larger N adds shards."
         " MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and folder in it.")
-    download.add_argument("--variant", required=True, choices=["sp1024", "sp4096", "sp8192", "caseops"],
-                          help="which tokenizer's export")
-    download.add_argument("--train-shards", type=number(int, 1), default=80, metavar="N",
-                          help="training shards of 10**8 tokens, 200 MB each (%(default)s)")
-    download.add_argument("--workers", type=number(int, 1), default=8, metavar="N",
-                          help="files that are fetched at a time (%(default)s)")
+    add = download.add_argument
+    add("--variant", required=True, choices=["sp1024", "sp4096", "sp8192", "caseops"], help="which tokenizer's export")
+    add("--train-shards", type=number(int, 1), default=80, metavar="N",
+        help="training shards of 10**8 tokens, 200 MB each (%(default)s)")
+    add("--workers", type=number(int, 1), default=8, metavar="N", help="files fetched at a time (%(default)s)")
     demo = verbs.add_parser(
         "demo", help="a small dataset from text that this Python carries; nothing is downloaded",
         description="Make data/datasets/demo_sp1024 from the documentation topics and the standard library's sources"
@@ -85,9 +83,8 @@ def parser() -> Parser:
     demo.set_defaults(name="demo", seed=40, inputs=[], val_files=[], tokenizer=None)
     text = verbs.add_parser(
         "text", help="a dataset from your own files",
-        description="Make a dataset from .txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet files,"
-        " and from folders of them. Equal documents are kept once. Validation documents are drawn by a hash of their"
-        " content, unless --val-files names them.")
+        description="Make a dataset from .txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet files"
+        " and folders of them. Equal documents are kept once; validation is drawn by a hash of their content.")
     add = text.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="a file, or a folder that is searched")
     add("--name", type=file_name, required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
@@ -119,9 +116,8 @@ def parser() -> Parser:
                           help="folder that gets datasets/ and tokenizers/ (data/)")
     look = verbs.add_parser(
         "verify", help="everything a referee would ask of a dataset",
-        description="Recompute from the files: headers, sizes, ids, SHA-256, counts, BOS structure, the tokenizer's"
-        " round trip and the bytes of all validation documents, and which of them are in training, too; verified.json"
-        " tells training the last. Any folder in the challenge's layout will do. Exit status 1 if something is wrong.")
+        description="Recompute everything from the files; any folder in the challenge's layout will do. Which"
+        " validation documents are in training, too, is left in verified.json. Exit status 1 if something is wrong.")
     look.add_argument("directory", type=Path, metavar="DIR", help="for example data/datasets/demo_sp1024")
     look.add_argument("--tokenizer", type=Path, metavar="MODEL",
                       help="its SentencePiece model (the manifest's, or the one that the folder's name tells)")
@@ -135,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.verb == "verify":
             from data.verify import table, verify
 
-            checks = verify(options.directory, options.tokenizer).checks
+            checks, _ = verify(options.directory, options.tokenizer)
             print(table(options.directory, checks))
             return int(any(check.problem for check in checks))
         if options.verb == "download":
@@ -150,7 +146,9 @@ def main(arguments: Sequence[str]) -> int:
         print(summary(prepare(options)))
         return 0
     except ModuleNotFoundError as missing:  # the first thing that goes wrong outside the virtual environment
-        raise ToolError(f"package {missing.name!r} is missing: pip install -r requirements.txt") from None
+        optional = (missing.name or "").split(".")[0] in ("huggingface_hub", "pyarrow")
+        raise ToolError(f"package {missing.name!r} is missing: pip install -r requirements{'-data' * optional}.txt"
+                        ) from None
 
 
 if __name__ == "__main__":

@@ -68,13 +68,6 @@ class Shard(NamedTuple):
     problem: str = ""
 
 
-class Report(NamedTuple):
-    """The table and the sums it was made from."""
-
-    checks: list[Check]
-    totals: dict[str, Shard]  # by split
-
-
 def shown(path: Path) -> str:
     """A path as short as it can be typed from here."""
     with contextlib.suppress(ValueError):
@@ -167,11 +160,11 @@ def check_leaks(directory: Path) -> Check:
 # -- checks -----------------------------------------------------------------------------------------
 
 
-def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, Any] | None = None) -> Report:
+def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, Any] | None = None) -> tuple[list[Check], dict[str, Shard]]:
     """Check everything that can be checked of a dataset; leave verified.json in it once its leaks are counted.
 
     Args:  model  its tokenizer; None: the manifest's, or the one that the folder's name tells;  manifest  None: its own.
-    Raises ToolError if there is nothing to look at, or the manifest is damaged.
+    Returns the table and the sums by split. Raises ToolError if there is nothing to look at, or the manifest is damaged.
     """
     require(directory.is_dir(), f"{directory}: no such folder")
     manifest = read_manifest(directory) if manifest is None else manifest
@@ -187,19 +180,19 @@ def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, An
 def damage(directory: Path, model: Path | None = None) -> str:
     """The first problem of a dataset in words; "" if all checks hold."""
     try:
-        checks = verify(directory, model).checks
+        checks, _ = verify(directory, model)
     except (ToolError, UserError) as error:
         return str(error)
     return next((f"{c.what}: {c.result} ({c.problem})" for c in checks if c.problem), "")
 
 
-def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> Report:
+def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> tuple[list[Check], dict[str, Shard]]:
     """All checks: tokenizer, shards of each split, then what needs the whole of validation."""
     label = f"tokenizer {model.name}"
     if not model.is_file():
-        return Report([Check(label, shown(model), "missing; give it with --tokenizer MODEL")], {})
+        return [Check(label, shown(model), "missing; give it with --tokenizer MODEL")], {}
     if manifest and file_sha256(model) != manifest["tokenizer"]["sha256"]:
-        return Report([Check(label, shown(model), "SHA-256 is not the manifest's")], {})
+        return [Check(label, shown(model), "SHA-256 is not the manifest's")], {}
     tokenizer = load_tokenizer(model)
     size, wrong = tokenizer.vocab_size(), ""
     if size != manifest.get("vocab_size", size):
@@ -220,7 +213,7 @@ def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> Report:
         checks += check_validation(directory, manifest, tokenizer, transform)
         if totals["train"].tokens:
             checks.append(check_leaks(directory))
-    return Report(checks, totals)
+    return checks, totals
 
 
 def check_split(directory: Path, split: str, manifest: Mapping[str, Any], ids_below: int) -> tuple[list[Check], Shard]:
@@ -279,7 +272,7 @@ def examine(path: Path, entry: Mapping[str, Any] | None, ids_below: int) -> Shar
 
 
 def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: Any, transform: str) -> list[Check]:
-    """Rows that need all of validation: round trip, the bytes that the score divides by, bytes per token."""
+    """Rows that need all of validation: round trip, and the bytes that the score divides by."""
     val, operators = TokenStream(directory, "fineweb_val"), caseops(transform)
     decoded_bytes, number, odd = 0, 0, []
     for batch in documents_of(val):
@@ -319,12 +312,11 @@ def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: An
     said = manifest.get("val", {}).get("bytes", counted)
     if said != counted:
         wrong = wrong or f"the manifest says {said:,} bytes"
-    checks.append(Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded", wrong))
     official = manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS
-    wrong = ""
     if official and abs(counted / VAL_BYTES - 1) > 1e-4:
-        wrong = f"the official validation text has {VAL_BYTES:,} bytes"
-    return [*checks, Check("bytes per token", f"{counted / len(val):.4f}", wrong)]
+        wrong = wrong or f"the official validation text has {VAL_BYTES:,} bytes"
+    ratio = f"{counted / len(val):.4f} a token"
+    return [*checks, Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded, {ratio}", wrong)]
 
 
 def table(directory: Path, checks: list[Check]) -> str:
