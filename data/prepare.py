@@ -98,10 +98,11 @@ def parser() -> Parser:
         help="most training text to train the tokenizer on, drawn by hash (%(default)s)")
     add("--transform", choices=["none", "caseops_v1", "caseops_v2"],
         help="capitals as operators (data/caseops.py); adds the byte side file (%(default)s)")
+    add("--order", choices=["hash", "input"], help="documents shuffled by a hash, or as they are read (%(default)s)")
     add("--shard-tokens", type=number(int, 1, 2**31 - 1), metavar="N", help="tokens per shard file (%(default)s)")
     for verb, share in ((demo, 0.0275), (text, 0.01)):
         verb.set_defaults(text_field="text", vocab_size=1024, sample_bytes=100_000_000, transform="none",
-                          shard_tokens=100_000_000)
+                          order="hash", shard_tokens=100_000_000)
         split = verb.add_mutually_exclusive_group()
         split.add_argument("--val-share", type=number(float, 1e-12, 0.5), default=share, metavar="X",
                            help="share of the documents that validate, at most 0.5 (%(default)s)")

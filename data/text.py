@@ -2,11 +2,10 @@
 text.py -- documents -> a tokenizer, token shards and their manifest: the verbs `text` and `demo`.
 
 The bytes of the result depend on the text, the options and the versions of Python, SentencePiece and brotli alone: not
-on the order of the inputs, nor on the number of workers.
+on the order of the inputs (unless --order input), nor on the number of workers.
 
-The inputs are read once. Cleaned texts go to a temporary folder beside the dataset, in 64 parts by their place, which
-is a hash: equal texts meet in one part, the parts in order are the shuffle, and the first training texts in that order
-are the tokenizer's sample. Memory holds the index of one part and the sample, never the text.
+The inputs are read once, into a temporary SQLite file beside the dataset. Its order by a hash of the text is the
+shuffle, and the first training texts in that order are the tokenizer's sample. Memory holds the sample and some batches.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import multiprocessing
 import os
 import platform
 import signal
-import struct
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -33,7 +32,6 @@ from typing import Any
 import brotli
 import numpy as np
 import sentencepiece
-from numpy.lib.recfunctions import repack_fields
 from tqdm import tqdm
 
 from data import documents as docs
@@ -43,96 +41,74 @@ from tools.common import ToolError
 from train_gpt import BOS_ID, SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, TokenStream, file_sha256
 
 BATCH_BYTES = 1_000_000  # text that one worker takes per task: a quarter of a second of work
-PARTS = 64  # files that the corpus is divided into; a place's upper bits name its part
 MAX_COMPRESSED_TEXT_BYTES = 16_000_000  # for xz and brotli: 73 CPU-seconds, 160 MB of memory
 
 # -- corpus: texts on disk, unique, split, shuffled -------------------------------------------------
 
-RECORD = np.dtype([("place", "<u8"), ("hash", "S16"), ("number", "<i8"), ("offset", "<i8"), ("size", "<i8"),
-                   ("side", "u1")])
-"""A text in the index: second draw, hash, number in the input, where it lies in its part, bytes, side."""
-PACK_RECORD = struct.Struct("<Q16sqqqB").pack
-
 
 class Corpus:
-    """Cleaned texts in a folder, in PARTS parts by place, each with an index of RECORDs."""
+    """Cleaned texts in an SQLite file, which sorts what memory does not hold. Fill it, then call `unique`, then read."""
 
-    def __init__(self, folder: Path, seed: int, val_share: float) -> None:
-        self.seed, self.val_share, self.stack = seed, val_share, contextlib.ExitStack()
-        self.texts, self.indices, self.hashes = (
-            [self.stack.enter_context((folder / f"{part:02d}.{kind}").open("w+b")) for part in range(PARTS)]
-            for kind in ("texts", "index", "hashes"))
+    def __init__(self, path: Path, seed: int, val_share: float, order: str = "hash") -> None:
+        self.seed, self.val_share, self.order = seed, val_share, order
+        self.db = sqlite3.connect(path, isolation_level=None)
+        for setting in ("journal_mode = OFF", "synchronous = OFF"):  # the file is thrown away after a crash
+            self.db.execute(f"PRAGMA {setting}")
+        self.db.execute("CREATE TABLE documents (number INTEGER PRIMARY KEY, place BLOB, hash BLOB, side INTEGER,"
+                        " size INTEGER, text TEXT)")
+        self.db.execute("BEGIN")
 
     def add(self, number: int, text: str, side: int | None) -> None:
-        """Append document `number` of the input; `side` None draws one by the hash of the text."""
-        digest, raw = docs.content_hash(text), text.encode()
+        """Add document `number` of the input; `side` None draws one by the hash of the text."""
+        digest = docs.content_hash(text)
         split, place = docs.draw(digest, self.seed)
         if side is None:
             side = int(split < self.val_share * 2**64)
-        part = place * PARTS >> 64
-        self.indices[part].write(PACK_RECORD(place, digest, number, self.texts[part].tell(), len(raw), side))
-        self.texts[part].write(raw)
-
-    def index(self, part: int) -> np.ndarray:
-        """The RECORDs of a part."""
-        self.indices[part].seek(0)
-        return np.frombuffer(self.indices[part].read(), RECORD)
+        self.db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)",
+                        (number, place.to_bytes(8, "big"), digest, side, len(text.encode()), text))
 
     def unique(self) -> tuple[list[int], dict[str, Any]]:
-        """Keep of equal texts the first, and sort every part by place. Returns the documents of both sides, and what
-        the manifest says about the texts.
+        """Keep of equal texts the first. Returns the number of documents of both sides, and what the manifest says of
+        the texts.
 
         Raises ToolError if a text is on both sides.
         """
-        documents, raw_bytes, duplicates, shared = [0, 0], dict.fromkeys(SIDES, 0), 0, []
-        for part, file in enumerate(self.indices):
-            records = self.index(part)
-            records = records[np.lexsort([records["number"], records["hash"], records["place"]])]
-            again = np.append(False, records["hash"][1:] == records["hash"][:-1])[:len(records)]
-            crossing = np.flatnonzero(again & (records["side"] != np.roll(records["side"], 1)))
-            shared += [self.read(part, records[i]) for i in crossing]
-            records = records[~again]
-            duplicates += int(again.sum())
-            for side, name in enumerate(SIDES):
-                documents[side] += int(np.count_nonzero(records["side"] == side))
-                raw_bytes[name] += int(records["size"][records["side"] == side].sum())
-            first_bits = np.frombuffer(records["hash"].tobytes(), np.uint8)[::16] >> 2
-            for k in np.unique(first_bits):
-                self.hashes[k].write(repack_fields(records[first_bits == k][["hash", "side"]]).tobytes())
-            file.seek(0)
-            file.truncate()
-            file.write(records.tobytes())
-        require(not shared, f"{len(shared)} documents are in both training and validation, for example"
-                f" {''.join(shared[:1])[:60]!r}; remove them from one of the two")
-        fingerprint = hashlib.sha256()  # of all hashes with their sides, in order of the hash, which no seed changes
-        for file in self.hashes:
-            file.seek(0)
-            fingerprint.update(np.sort(np.frombuffer(file.read(), "S17")).tobytes())
-        return documents, {"documents_sha256": fingerprint.hexdigest(), "raw_bytes": raw_bytes,
-                           "dropped": {"duplicate": duplicates}}
+        query = self.db.execute
+        query("CREATE TABLE kept AS SELECT min(number) AS number, hash, side, size, count(*) AS copies,"
+              " min(side) < max(side) AS crosses FROM documents GROUP BY place, hash ORDER BY place")
+        [shared] = query("SELECT count(*) FROM kept WHERE crosses").fetchone()
+        for [text] in query("SELECT text FROM documents JOIN kept USING (number) WHERE crosses LIMIT 1"):
+            raise ToolError(f"{shared} documents are in both training and validation, for example {text[:60]!r};"
+                            " remove them from one of the two")
+        fingerprint = hashlib.sha256()  # of the texts and their sides; of their order, too, if the shards follow it
+        for number, digest, side in query("SELECT number, hash, side FROM kept ORDER BY hash"):
+            order = number.to_bytes(8, "little") if self.order == "input" else b""
+            fingerprint.update(digest + bytes([side]) + order)
+        sides = [query("SELECT count(*), ifnull(sum(size), 0) FROM kept WHERE side = ?", [side]).fetchone()
+                 for side in (TRAIN, VAL)]
+        [duplicates] = query("SELECT ifnull(sum(copies - 1), 0) FROM kept").fetchone()
+        return [count for count, _ in sides], {
+            "documents_sha256": fingerprint.hexdigest(), "dropped": {"duplicate": duplicates},
+            "raw_bytes": {name: size for name, (_, size) in zip(SIDES, sides)}}
 
-    def read(self, part: int, record: np.void) -> str:
-        """A text of a part."""
-        self.texts[part].seek(record["offset"])
-        return self.texts[part].read(record["size"]).decode()
-
-    def stream(self) -> Iterator[tuple[int, str]]:
-        """(side, text) of every document by place, after `unique`."""
-        for part in range(PARTS):
-            yield from ((int(record["side"]), self.read(part, record)) for record in self.index(part))
+    def stream(self, order: str) -> Iterator[tuple[int, str]]:
+        """(side, text) of every document, shuffled by place ("hash") or in the order of the input ("input")."""
+        column = {"hash": "kept.rowid", "input": "kept.number"}[order]
+        yield from self.db.execute("SELECT kept.side, text FROM kept CROSS JOIN documents USING (number)"
+                                   f" ORDER BY {column}")
 
     def sample(self, room: int) -> Iterator[str]:
         """The training texts of lowest place, as many as `room` bytes hold, and at least one."""
-        for taken, text in enumerate(text for side, text in self.stream() if side == TRAIN):
+        for taken, text in enumerate(text for side, text in self.stream("hash") if side == TRAIN):
             room -= len(text.encode())
             if room < 0 and taken:
                 return
             yield text
 
     def batches(self) -> Iterator[tuple[list[int], list[str]]]:
-        """(sides, texts) of every document by place, about BATCH_BYTES of text at a time."""
+        """(sides, texts) of every document in order, about BATCH_BYTES of text at a time."""
         sides, texts, size = [], [], 0
-        for side, text in self.stream():
+        for side, text in self.stream(self.order):
             sides.append(side)
             texts.append(text)
             size += len(text)
@@ -351,8 +327,8 @@ def prepare(options: argparse.Namespace) -> Path:
     datasets.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=datasets) as temporary:
         work = Path(temporary)
-        corpus = Corpus(work, options.seed, options.val_share)
-        with corpus.stack:
+        corpus = Corpus(work / "corpus.sqlite", options.seed, options.val_share, options.order)
+        with contextlib.closing(corpus.db):
             say("read", f"{options.name}: hash, split and shuffle the documents")
             build(corpus, expected_manifest(fill(corpus, options), options), work, home, target, options)
         tokenizers.mkdir(exist_ok=True)
@@ -375,7 +351,7 @@ def expected_manifest(origin: Mapping[str, Any], options: argparse.Namespace) ->
     tokenizer: dict[str, Any] = {"training": {**TRAINING, "sample_bytes": options.sample_bytes}}
     if options.tokenizer:
         tokenizer = {"training": None, "sha256": file_sha256(options.tokenizer)}
-    split = {"method": "hash", "val_share": options.val_share, "seed": options.seed, "order": "hash"}
+    split = {"method": "hash", "val_share": options.val_share, "seed": options.seed, "order": options.order}
     if options.val_files:
         split |= {"method": "files", "val_share": None}
     source = {

@@ -6,6 +6,7 @@ Offline; the text is a few modules of the running Python, cut into their top-lev
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -138,16 +139,17 @@ def test_bytes_do_not_depend_on_workers_or_on_the_order_of_the_input(texts, corp
     assert sorted(stored_documents(other, "val")) != sorted(stored_documents(one, "val"))
 
 
-def test_documents_are_stored_by_place(texts, corpus, model, tmp_path):
-    dataset, tokenizer = made(tmp_path / "out", corpus, tokenizer=model), verify.load_tokenizer(model)
+@pytest.mark.parametrize("order, key", [("hash", lambda text: drawn(text)[1]), ("input", lambda _: 0)])
+def test_documents_are_stored_by_place_or_in_the_order_of_the_input(order, key, texts, corpus, model, tmp_path):
+    dataset, tokenizer = made(tmp_path / "out", corpus, tokenizer=model, order=order), verify.load_tokenizer(model)
     for side in documents.SIDES:
-        own = sorted((text for text in texts if side_of(text, 0.1) == side), key=lambda text: drawn(text)[1])
+        own = sorted((text for text in texts if side_of(text, 0.1) == side), key=key)
         assert stored_documents(dataset, side) == [tokenizer.encode(text) for text in own]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    corpus = tx.Corpus(tmp_path, 0, 0.1)
-    with corpus.stack:
+    corpus = tx.Corpus(tmp_path / "corpus", 0, 0.1)
+    with contextlib.closing(corpus.db):
         tracemalloc.start()
         for number in range(300):
             corpus.add(number, f"{number} " * 20_000, None)
