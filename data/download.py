@@ -118,14 +118,8 @@ def download(variant_name: str, train_shards: int, out: Path, workers: int = 8, 
         require(path in files, f"{repo} has no {path} at {at['revision'][:12]}; fewer --train-shards, or another"
                 " MATCHED_FINEWEB_REPO_ID")
 
-    # What was fetched before takes part under a second name, so that `verify` sees old and new in one folder.
     for path, home in homes.items():
-        if home.exists() and not (work / path).exists():
-            (work / path).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(home, work / path)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(home, work / path)
+        second_name(home, work / path)
     missing = [file for file in files.values() if not is_file(work / file.path, file)]
     for file in missing:
         (work / file.path).unlink(missing_ok=True)
@@ -140,9 +134,9 @@ def download(variant_name: str, train_shards: int, out: Path, workers: int = 8, 
     fetch_all(fetch, repo, missing, workers)
 
     model = next(path for path in homes if path.endswith(".model"))
-    tokenizer = load_tokenizer(work / model)
     manifest: dict[str, Any] = {
-        "format": FORMAT, "name": variant.dataset, "vocab_size": tokenizer.vocab_size(), "bos_id": BOS_ID,
+        "format": FORMAT, "name": variant.dataset, "bos_id": BOS_ID,
+        "vocab_size": load_tokenizer(work / model).vocab_size(),
         "tokenizer": {"path": os.path.relpath(homes[model], target), "sha256": file_sha256(work / model),
                       "training": None},
         "source": {"kind": "hub", "repo": repo, "revision": at["revision"], "prefix": prefix}}
@@ -150,10 +144,8 @@ def download(variant_name: str, train_shards: int, out: Path, workers: int = 8, 
         manifest["transform"] = variant.transform
     for split, names in splits.items():
         paths = [work / folder / name for name in names]
-        with ThreadPoolExecutor(workers) as pool:
-            sums = pool.map(file_sha256, paths)
-            manifest[split] = {"files": [{"name": path.name, "tokens": len(open_shard(path)), "sha256": digest}
-                                         for path, digest in zip(paths, sums)]}
+        manifest[split] = {"files": [{"name": path.name, "tokens": len(open_shard(path)), "sha256": file_sha256(path)}
+                                     for path in paths]}
     if "docs_val" in stats:
         manifest["val"]["documents"] = stats["docs_val"]
     checks, totals = verify(work / folder, work / model, manifest)
@@ -164,11 +156,19 @@ def download(variant_name: str, train_shards: int, out: Path, workers: int = 8, 
     write_json(work / folder / "manifest.json", manifest)
     install(work / folder, target, {work / path: home for path, home in homes.items() if home.parent == tokenizers})
     shutil.rmtree(work)
-    counts = [f"{split:<12}{manifest[split]['documents']:,} documents, {manifest[split]['tokens']:,} tokens in"
-              f" {len(splits[split])} files" for split in ("train", "val")]
-    return "\n".join([*counts, f"{'dataset':<12}{shown(target)}", f"{'tokenizer':<12}{shown(homes[model])}",
-                      f"{'next':<12}./run.sh train DATA_PATH={shown(target)} VOCAB_SIZE={tokenizer.vocab_size()}"
-                      + " CASEOPS_ENABLED=1" * ("transform" in manifest)])
+    knobs = f"DATA_PATH={shown(target)} VOCAB_SIZE={manifest['vocab_size']}"
+    knobs += " CASEOPS_ENABLED=1" * ("transform" in manifest)
+    return "\n".join([*(f"{check.what:<12}{check.result}" for check in checks), f"{'next':<12}./run.sh train {knobs}"])
+
+
+def second_name(home: Path, path: Path) -> None:
+    """Give a file that was fetched before a name in the work folder, so that `verify` sees old and new in one."""
+    if home.exists() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(home, path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(home, path)
 
 
 def is_file(path: Path, file: Any) -> bool:

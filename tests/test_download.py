@@ -286,6 +286,12 @@ def test_the_command_line_honours_the_published_variables(hub, tmp_path, monkeyp
     assert json.loads((tmp_path / EXPECTED[4]).read_text())["source"]["repo"] == "me/mine"
 
 
+def test_the_command_line_names_every_variant():
+    parse = prepare.parser().parse_args
+    for variant in download.VARIANTS:
+        assert parse(["download", "--variant", variant]).variant == variant
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("--variant sp1", "invalid choice: 'sp1'"), ("--train-shards 3", "--variant"),
     ("--variant sp1024 --train-shards 0", "--train-shards: 0: expected 1 or more"),
