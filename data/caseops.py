@@ -10,8 +10,8 @@ caseops.py -- write capitals as operators, without loss, so that a word has one 
     v2         ^the! nasa^ launch (an i^phone).^ a test     ^ is U+21E7, ! is U+21EA; U+241B escapes
 
 v1 is the published `lossless_caps_caseops_v1` (tokenizer `fineweb_8192_bpe_lossless_caps_caseops_v1_reserved`), for
-data made with it. v2 needs fewer tokens: " The" keeps the piece of " the", and its operators are ordinary characters,
-which join the punctuation before them (the piece ".^" ends one sentence and begins another). Figures in docs/LOG.md.
+data made with it. v2 needs fewer tokens (docs/LOG.md): " The" keeps the piece of " the", and its operators are ordinary
+characters, which join the punctuation before them (the piece ".^" ends one sentence and begins another).
 Only ASCII letters change: of the capitals in web text, about one in 600 is another.
 Safe to change: nothing of v1; of v2 nothing once data are made with it. A new version is a new entry of VERSIONS.
 """

@@ -19,7 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -242,10 +242,8 @@ class Encoded(NamedTuple):
     id_bytes: np.ndarray  # [sum of lengths] uint16: bytes of text of each id; empty without a transform
 
 
-def caseops(transform: str) -> CaseOps | None:
-    """The version of data/caseops.py that a transform names; None for "none"."""
-    if transform == "none":
-        return None
+def caseops(transform: str) -> CaseOps:
+    """The version of data/caseops.py that a transform names; "none" leaves a text as it is."""
     return VERSIONS[transform.removeprefix("caseops_")]
 
 
@@ -264,17 +262,17 @@ def invisible() -> str:
 
 def encode_batch(texts: Sequence[str], model: str, transform: str) -> Encoded:
     """Encode texts; a document is BOS + ids. ToolError if the tokenizer loses text."""
-    tokenizer, operators = worker_tokenizer(model), caseops(transform)
+    tokenizer = worker_tokenizer(model)
     lengths, text_bytes = np.zeros((2, len(texts)), np.int64)
     bos, nothing = np.array([BOS_ID], np.uint16), np.array([0], np.uint16)
     ids, id_bytes = [bos[:0]], [bos[:0]]
     for i, text in enumerate(texts):
-        if operators is None:
+        if transform == "none":
             tokens = np.array(tokenizer.encode(text), np.uint16)
             text_bytes[i] = len(tokenizer.decode(tokens.tolist()).encode())
         else:
             try:
-                tokens, sizes = operators.tokenize(tokenizer, text.strip(invisible()))
+                tokens, sizes = caseops(transform).tokenize(tokenizer, text.strip(invisible()))
             except ValueError as error:
                 raise ToolError(one_line(error)) from None
             text_bytes[i] = sizes.sum(dtype=np.int64)

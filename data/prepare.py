@@ -92,7 +92,8 @@ def parser() -> Parser:
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="key of split, sample and order (%(default)s)")
     model = text.add_mutually_exclusive_group().add_argument
     # Controls, bytes and a piece are 261; ids are uint16.
-    model("--vocab-size", type=number(int, 261, 65_536), metavar="V", help="pieces of a tokenizer to train (%(default)s)")
+    model("--vocab-size", type=number(int, 261, 65_536), metavar="V",
+          help="pieces of a tokenizer to train (%(default)s)")
     model("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model; train none")
     add("--sample-bytes", type=number(int, 1), metavar="N",
         help="most training text to train the tokenizer on, drawn by hash (%(default)s)")

@@ -5,7 +5,7 @@ The bytes of the result depend on the text, the options and the versions of Pyth
 on the order of the inputs (unless --order input), nor on the number of workers.
 
 The inputs are read once, into a temporary SQLite file beside the dataset. Its order by a hash of the text is the
-shuffle, and the first training texts in that order are the tokenizer's sample. Memory holds the sample and some batches.
+shuffle, and the first training texts in that order are the tokenizer's sample. Memory holds that and some batches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MAX_COMPRESSED_TEXT_BYTES = 16_000_000  # for xz and brotli: 73 CPU-seconds, 160
 
 
 class Corpus:
-    """Cleaned texts in an SQLite file, which sorts what memory does not hold. Fill it, then call `unique`, then read."""
+    """Cleaned texts in an SQLite file, which sorts what memory cannot hold. Call `add`, then `unique`, then read."""
 
     def __init__(self, path: Path, seed: int, val_share: float, order: str = "hash") -> None:
         self.seed, self.val_share, self.order = seed, val_share, order
@@ -94,8 +94,9 @@ class Corpus:
     def stream(self, order: str) -> Iterator[tuple[int, str]]:
         """(side, text) of every document, shuffled by place ("hash") or in the order of the input ("input")."""
         column = {"hash": "kept.rowid", "input": "kept.number"}[order]
-        yield from self.db.execute("SELECT kept.side, text FROM kept CROSS JOIN documents USING (number)"
-                                   f" ORDER BY {column}")
+        for row in self.db.execute("SELECT kept.side, text FROM kept CROSS JOIN documents USING (number)"
+                                   f" ORDER BY {column}"):
+            yield row
 
     def sample(self, room: int) -> Iterator[str]:
         """The training texts of lowest place, as many as `room` bytes hold, and at least one."""
@@ -181,15 +182,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, transform: str = "non
 
     Raises ToolError if the text has too few or too many different pieces for `vocab_size`.
     """
-    model, settings = io.BytesIO(), dict(TRAINING)
-    if operators := caseops(transform):
-        texts = map(operators.encode, texts)
-        settings |= operators.training
+    model, operators = io.BytesIO(), caseops(transform)
     # U+2585 is SentencePiece's own mark for the unknown: it drops every sentence that contains one.
-    sentences = (text.replace("\u2585", " ") for text in texts)
+    sentences = (operators.encode(text).replace("\u2585", " ") for text in texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, minloglevel=2, **settings)
+            sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, minloglevel=2,
+            **TRAINING, **operators.training)
     except RuntimeError as error:
         raise ToolError(f"--vocab-size {vocab_size}: SentencePiece cannot be trained on this text:"
                         f" {docs.one_line(error)}") from error
@@ -292,10 +291,7 @@ def compressors(folder: Path, tokenizer: Any, num_bytes: int, transform: str) ->
     if num_bytes > MAX_COMPRESSED_TEXT_BYTES:
         return None
     ids = itertools.chain.from_iterable(documents_of(TokenStream(folder, "fineweb_val")))
-    texts = (tokenizer.decode(document.tolist()) for document in ids)
-    if operators := caseops(transform):
-        texts = map(operators.decode, texts)
-    text = "\n".join(texts).encode()
+    text = "\n".join(caseops(transform).decode(tokenizer.decode(document.tolist())) for document in ids).encode()
     with ThreadPoolExecutor(2) as pool:  # both release the GIL
         by_brotli = pool.submit(brotli.compress, text, quality=11, lgwin=24)
         by_xz = pool.submit(lzma.compress, text, preset=9 | lzma.PRESET_EXTREME)
@@ -330,7 +326,10 @@ def prepare(options: argparse.Namespace) -> Path:
         corpus = Corpus(work / "corpus.sqlite", options.seed, options.val_share, options.order)
         with contextlib.closing(corpus.db):
             say("read", f"{options.name}: hash, split and shuffle the documents")
-            build(corpus, expected_manifest(fill(corpus, options), options), work, home, target, options)
+            try:
+                build(corpus, expected_manifest(fill(corpus, options), options), work, home, target, options)
+            except sqlite3.Error as error:
+                raise ToolError(f"{shown(datasets)}: {error}; make room, or choose another --out") from error
         tokenizers.mkdir(exist_ok=True)
         if not options.tokenizer or options.tokenizer.resolve() != home.resolve():
             os.replace(work / "tokenizer.model", home)

@@ -160,11 +160,13 @@ def check_leaks(directory: Path) -> Check:
 # -- checks -----------------------------------------------------------------------------------------
 
 
-def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, Any] | None = None) -> tuple[list[Check], dict[str, Shard]]:
+def verify(directory: Path, model: Path | None = None, manifest: Mapping[str, Any] | None = None
+           ) -> tuple[list[Check], dict[str, Shard]]:
     """Check everything that can be checked of a dataset; leave verified.json in it once its leaks are counted.
 
-    Args:  model  its tokenizer; None: the manifest's, or the one that the folder's name tells;  manifest  None: its own.
-    Returns the table and the sums by split. Raises ToolError if there is nothing to look at, or the manifest is damaged.
+    Args:  model     its tokenizer; None: the manifest's, or the one that the folder's name tells
+           manifest  None: the folder's
+    Returns the table and the sums by split. Raises ToolError if there is nothing to look at or the manifest is damaged.
     """
     require(directory.is_dir(), f"{directory}: no such folder")
     manifest = read_manifest(directory) if manifest is None else manifest
@@ -280,18 +282,17 @@ def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: An
         texts = tokenizer.decode(ids, num_threads=-1)
         again = tokenizer.encode(texts, num_threads=-1)
         for document, text, second in zip(ids, texts, again):
-            if operators:
-                try:
-                    text = operators.decode(text)
-                except ValueError:
-                    second = None  # not a transformed text
+            try:
+                text = operators.decode(text)
+            except ValueError:
+                second = None  # not a transformed text
             if second != document:
                 odd.append(number)
             decoded_bytes, number = decoded_bytes + len(text.encode()), number + 1
     wrong = f"document {odd[0]} decodes to a text that encodes to other ids" if odd else ""
     checks = [Check("round trip", f"{number - len(odd):,} of {number:,} validation documents", wrong)]
     wrong = ""
-    if operators:
+    if operators.operators:
         source, side = "in the side file", TokenStream(directory, "fineweb_val_bytes")
         if [len(shard) for shard in side.shards] != [len(shard) for shard in val.shards]:
             return [*checks, Check("side file", f"{len(side):,} entries", f"validation has {len(val):,} tokens")]

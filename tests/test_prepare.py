@@ -482,6 +482,18 @@ def test_accidents_leave_nothing_behind(accident, status, place, corpus, tmp_pat
     assert tree(tmp_path / "out") == {} and not list((tmp_path / "out" / "datasets").iterdir())
 
 
+def test_a_full_disk_is_one_line(corpus, model, tmp_path, monkeypatch, capsys):
+    class Small(tx.Corpus):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            self.db.execute("PRAGMA max_page_count = 20")
+
+    monkeypatch.setattr(tx, "Corpus", Small)
+    with pytest.raises(ToolError, match="disk is full; make room"):
+        made(tmp_path / "out", corpus, tokenizer=model)
+    assert tree(tmp_path / "out") == {}
+
+
 def test_a_dataset_that_another_run_has_made_meanwhile_stays(corpus, model, tmp_path, monkeypatch):
     target = tmp_path / "datasets" / f"t_sp{VOCAB}"
 
@@ -527,7 +539,8 @@ def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
 
 
 def test_help_of_every_verb_needs_no_torch():
-    code = "import sys\nfrom data import prepare\ntry: prepare.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    code = ("import sys\nfrom data import prepare\n"
+            "try: prepare.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules")
     for verb in ([], ["demo"], ["text"], ["download"], ["verify"]):
         done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "usage: ./run.sh data" in done.stdout and not done.stderr

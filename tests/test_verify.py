@@ -1,4 +1,4 @@
-"""data/verify.py: damage, leaks and wrong bytes are found and the file named; verified.json says what training reads."""
+"""data/verify.py: damage, leaks and wrong bytes are found, the file named; verified.json says what training reads."""
 import hashlib
 import json
 import shutil

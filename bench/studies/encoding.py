@@ -1,6 +1,6 @@
 """What `./run.sh data text` costs beside the raw SentencePiece call, and its peak memory by the size of the input.
 
-    python -m bench.studies.encoding MODEL CORPUS [MB ...]      CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default sizes 10
+    python -m bench.studies.encoding MODEL CORPUS [MB ...]    CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default 10 MB
 
 One line of JSON: CPU seconds per MB of one process, alternating in five rounds over the same documents (median), as
 ratios to SentencePiece's `encode`; then, for each size in MB, a corpus of so many copies, each text with the number of
