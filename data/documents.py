@@ -3,28 +3,24 @@ documents.py -- files -> documents -> ids: everything `text` and `demo` do to on
 
 Nothing here loads torch, so that worker processes, which import this file, start fast and stay small.
 """
-
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import re
 import sysconfig
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from data.caseops import VERSIONS, CaseOps
+from data.caseops import TRANSFORMS
 from tools.common import ToolError
 
 BOS_ID = 1
@@ -50,126 +46,65 @@ def one_line(error: BaseException) -> str:
 # -- documents --------------------------------------------------------------------------------------
 # A document is identified by the hash of its cleaned text; everything that looks random (side, sample, order) is a
 # keyed hash of that hash. So a text lands on one side wherever it stands and however often, and adding documents moves
-# none of the others. Bytes that are not UTF-8 and lone surrogates become U+FFFD, which the normaliser drops; such
-# documents are counted, not refused.
-# Not safe to change: `clean`, `content_hash`, `draw`; each redraws every split ever made.
+# none of the others.
+# Not safe to change: `clean`, `draw`; each redraws every split ever made.
 
-class Document(NamedTuple):
-    """A cleaned text."""
 
-    text: str
-    repaired: bool  # something in it was not Unicode
+def decode(content: bytes) -> str:
+    """Text of a file: UTF-8 without its byte order mark. What is not UTF-8 becomes U+FFFD."""
+    return content.decode("utf-8-sig", errors="replace")
 
 
 def clean(text: str) -> str:
-    """Strip the text and replace NUL by a space (as in the official export)."""
-    return text.strip().replace("\0", " ")
+    """Replace lone surrogates by U+FFFD, which the normaliser drops; strip; replace NUL by a space (as in the official
+    export)."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).strip().replace("\0", " ")
 
 
-def document(place: str, content: bytes | str, text_field: str | None = None) -> Document:
-    """Clean what a file holds at a place ("corpus.jsonl:17"); with `text_field` it is a JSON object with that field.
-
-    Raises ToolError if there is no text in it, or too much.
-    """
-    repaired = False
-    if isinstance(content, bytes):
-        try:
-            content = content.decode("utf-8-sig")  # a byte order mark is dropped
-        except UnicodeDecodeError:
-            content, repaired = content.decode("utf-8-sig", errors="replace"), True
-    if text_field is not None:
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ToolError(f"{place}: not JSON ({error}); is the file complete?") from None
-        require(isinstance(row, dict), f"{place}: expected a JSON object, found {type(row).__name__}")
-        content = row.get(text_field)
-        if not isinstance(content, str):
-            fields = ", ".join(map(repr, itertools.islice(row, 8)))
-            raise ToolError(f"{place}: no string in field {text_field!r} (fields: {fields}); see --text-field")
-    whole = re.sub("[\ud800-\udfff]", "\ufffd", content)
-    text = clean(whole)
-    if len(text) > MAX_DOCUMENT_BYTES // 4:  # only then can it be too long
-        refuse_long(place, len(text.encode()))
-    return Document(text, repaired or whole != content)
-
-
-def refuse_long(place: str, num_bytes: int) -> None:
-    """Raise ToolError for a document of more than MAX_DOCUMENT_BYTES."""
-    require(num_bytes <= MAX_DOCUMENT_BYTES, f"{place}: a document of {num_bytes:,} bytes; at most"
-            f" {MAX_DOCUMENT_BYTES:,}: split it, for example into lines of a .jsonl file")
-
-
-def content_hash(text: str) -> bytes:
-    """16 bytes of BLAKE2b that identify a cleaned text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def draw(digest: bytes, seed: int) -> tuple[int, int]:
-    """Two independent numbers in [0, 2**64): the first decides a document's side, the second its place."""
+def draw(text: str, seed: int) -> tuple[bytes, int, int]:
+    """(hash, side, place) of a cleaned text: 16 bytes of BLAKE2b that identify it, and two independent numbers in
+    [0, 2**64), of which the first decides a document's side, the second its place."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     drawn = hashlib.blake2b(digest, key=str(seed).encode(), digest_size=16).digest()
-    return int.from_bytes(drawn[:8], "big"), int.from_bytes(drawn[8:], "big")
+    return digest, int.from_bytes(drawn[:8], "big"), int.from_bytes(drawn[8:], "big")
 
 
 # -- files ------------------------------------------------------------------------------------------
+# A reader yields (place, text), such as ("corpus.jsonl:17", "..."); the text may be anything where the file holds none.
 # A file that ends too early is an error: half a corpus must not pass for a whole one.
 
 
-def read_txt(path: Path, text_field: str) -> Iterator[Document]:
-    """The whole file is one document; `text_field` does not apply."""
-    refuse_long(str(path), path.stat().st_size)
-    yield document(str(path), path.read_bytes())
+def read_txt(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    """The whole file is one document."""
+    with path.open("rb") as file:
+        yield str(path), decode(file.read(MAX_DOCUMENT_BYTES + 4))  # more is refused; 3 may be a byte order mark
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    """One JSON object a line; the suffix says how the lines are compressed. Blank lines are skipped."""
-    name = path.name.lower()
-    with contextlib.ExitStack() as stack:
-        if name.endswith(".gz"):
-            lines: Iterable[bytes] = stack.enter_context(gzip.open(path, "rb"))
-        elif name.endswith(".zst"):
-            import pyarrow  # Python reads Zstandard from 3.14 on
-
-            raw = pyarrow.input_stream(str(path), compression="zstd")
-            lines = stack.enter_context(io.BufferedReader(raw, 1 << 20))
-        else:
-            lines = stack.enter_context(path.open("rb"))
+def read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    """One JSON object a line, perhaps compressed. Blank lines are skipped."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.isspace():
-                yield document(f"{path}:{number}", line, text_field)
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(decode(line))
+            except (ValueError, RecursionError) as error:
+                raise ToolError(f"{path}:{number}: not JSON ({error}); is the file complete?") from None
+            yield f"{path}:{number}", row.get(text_field) if isinstance(row, dict) else None
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+def read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     """Column `text_field` of a Parquet file, one document a row."""
     import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            require(text_field in columns, f"{path}: no column {text_field!r} (columns:"
-                    f" {', '.join(map(repr, columns[:8]))}); see --text-field")
-            batches = file.iter_batches(batch_size=256, columns=[text_field])
-            values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, text in enumerate(values, start=1):
-                require(isinstance(text, str), f"{path}:{number}: no string in column {text_field!r}; see --text-field")
-                yield document(f"{path}:{number}", text)
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error).splitlines()[0]) from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        require(text_field in file.schema_arrow.names, f"{path}: no column {text_field!r}; see --text-field")
+        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+            yield from ((str(path), text) for text in batch.column(0).to_pylist())
 
 
-READERS: Mapping[str, Callable[[Path, str], Iterator[Document]]] = {
-    ".txt": read_txt,
-    ".jsonl": read_jsonl,
-    ".jsonl.gz": read_jsonl,
-    ".jsonl.zst": read_jsonl,
-    ".parquet": read_parquet,
-}
-"""Which reader opens a file, by the end of its name. Safe to change: a new suffix is one reader and one row."""
-
-
-def suffix_of(path: Path) -> str | None:
-    """The suffix of READERS that `path` ends in."""
-    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".gz": read_jsonl, ".parquet": read_parquet}
+"""Which reader opens a file, by its suffix. Safe to change: a new suffix is one reader and one entry."""
 
 
 def input_files(inputs: Sequence[Path]) -> list[Path]:
@@ -177,74 +112,47 @@ def input_files(inputs: Sequence[Path]) -> list[Path]:
 
     Hidden files and folders are left out. ToolError on a missing path, an unknown suffix, an empty folder.
     """
-    known = ", ".join(READERS)
     files: list[Path] = []
     for path in inputs:
+        require(path.exists(), f"{path}: no such file or folder")
+        below = [path]
         if path.is_dir():
-            names = [file.relative_to(path) for file in path.rglob("*") if suffix_of(file) and file.is_file()]
-            names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-            require(bool(names), f"{path}: no file in this folder ends in one of {known}")
-            files += [path / name for name in sorted(names, key=Path.as_posix)]
-        else:
-            require(path.is_file(), f"{path}: no such file or folder")
-            require(suffix_of(path) is not None,
-                    f"{path}: unknown kind of file; expected a name ending in one of {known}")
-            files.append(path)
+            names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+            below = [path / name for name in names if not re.search(r"(^|/)\.", name)]
+        below = [file for file in below if file.suffix.lower() in READERS]
+        require(bool(below), f"{path}: expected a file, or a folder of files, ending in one of {', '.join(READERS)}")
+        files += below
     return files
 
 
-def read_documents(paths: Iterable[Path], text_field: str) -> Iterator[Document]:
-    """Documents of files in order. ToolError on what cannot be read."""
+def read_documents(paths: Iterable[Path], text_field: str) -> Iterator[str]:
+    """Cleaned texts of files in order. ToolError on what cannot be read, holds no text, or too much."""
     for path in paths:
         try:
-            yield from READERS[suffix_of(path) or ".txt"](path, text_field)
-        except (EOFError, OSError, zlib.error) as error:
+            for place, text in READERS[path.suffix.lower()](path, text_field):
+                require(isinstance(text, str), f"{place}: no string in {text_field!r}; see --text-field")
+                require(len(text.encode(errors="surrogatepass")) <= MAX_DOCUMENT_BYTES, f"{place}: a document of more"
+                        f" than {MAX_DOCUMENT_BYTES:,} bytes: split it, for example into lines of a .jsonl file")
+                yield clean(text)
+        except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:
             raise ToolError(f"{path}: cannot be read ({one_line(error)}); complete? suffix right?") from error
 
 
-OWN_TEXT = "prepare text of your own: ./run.sh data text INPUT... --name NAME"
-
-
-def stdlib_sources() -> list[Path]:
-    """Sources of the running Python's standard library, by name. ToolError if it has none."""
+def demo_documents() -> Iterator[str]:
+    """The documentation topics of the running Python, then the modules of its standard library."""
+    from pydoc_data.topics import topics
+    yield from (clean(topics[name]) for name in sorted(topics))
     root = Path(sysconfig.get_path("stdlib"))
     # What the build writes is full of the paths and flags of one machine; pydoc_data/topics.py has the words of the
     # topics once more, so that a topic that validates would be trained on.
     left_out = re.compile(r"config-|pydoc_data/topics\.py$|(.*/)?(_sysconfigdata[^/]*$|"
                           r"(site-packages|dist-packages|__pycache__|test|tests|idle_test)/)")
-    sources = [path for path in root.rglob("*.py") if not left_out.match(path.relative_to(root).as_posix())]
-    sources.sort(key=Path.as_posix)
-    require(bool(sources), f"{root} holds no Python sources; {OWN_TEXT}")
-    return sources
-
-
-def demo_documents() -> Iterator[Document]:
-    """The documentation topics of the running Python, then the modules of its standard library."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise ToolError(f"this Python lacks its documentation topics (pydoc_data); {OWN_TEXT}") from None
-    for name in sorted(topics):
-        yield document(f"topic {name}", topics[name])
-    for path in stdlib_sources():
-        yield document(str(path), path.read_bytes())
+    for path in sorted(root.rglob("*.py"), key=Path.as_posix):
+        if not left_out.match(path.relative_to(root).as_posix()):
+            yield clean(decode(path.read_bytes()))
 
 
 # -- ids: what a worker process makes of a batch of texts -------------------------------------------
-
-
-class Encoded(NamedTuple):
-    """The documents of a batch as ids, one after the other."""
-
-    lengths: np.ndarray  # [D] int64: ids of each document, BOS included; 0 where the normaliser left nothing
-    text_bytes: np.ndarray  # [D] int64: UTF-8 bytes that the score divides by
-    ids: np.ndarray  # [sum of lengths] uint16
-    id_bytes: np.ndarray  # [sum of lengths] uint16: bytes of text of each id; empty without a transform
-
-
-def caseops(transform: str) -> CaseOps:
-    """The version of data/caseops.py that a transform names; "none" leaves a text as it is."""
-    return VERSIONS[transform.removeprefix("caseops_")]
 
 
 @functools.lru_cache(maxsize=1)
@@ -260,27 +168,25 @@ def invisible() -> str:
     return "".join(unseen) + "\u2581\ufffd"
 
 
-def encode_batch(texts: Sequence[str], model: str, transform: str) -> Encoded:
-    """Encode texts; a document is BOS + ids. ToolError if the tokenizer loses text."""
-    tokenizer = worker_tokenizer(model)
-    lengths, text_bytes = np.zeros((2, len(texts)), np.int64)
+def encode_batch(texts: Sequence[str], model: str, transform: str) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Encode texts; a document is BOS + ids, or nothing where the normaliser leaves nothing of it.
+
+    Returns (documents, UTF-8 bytes that the score divides by, ids [N] uint16, bytes of text of each id [N] uint16 or,
+    without a transform, [0]). Raises ToolError if the tokenizer loses text.
+    """
+    tokenizer, documents, text_bytes = worker_tokenizer(model), 0, 0
     bos, nothing = np.array([BOS_ID], np.uint16), np.array([0], np.uint16)
     ids, id_bytes = [bos[:0]], [bos[:0]]
-    for i, text in enumerate(texts):
+    for text in texts:
         if transform == "none":
             tokens = np.array(tokenizer.encode(text), np.uint16)
-            text_bytes[i] = len(tokenizer.decode(tokens.tolist()).encode())
+            text_bytes += len(tokenizer.decode(tokens.tolist()).encode())
         else:
-            try:
-                tokens, sizes = caseops(transform).tokenize(tokenizer, text.strip(invisible()))
-            except ValueError as error:
-                raise ToolError(one_line(error)) from None
-            text_bytes[i] = sizes.sum(dtype=np.int64)
-            if len(tokens):
-                id_bytes += [nothing, sizes]
+            tokens, sizes = TRANSFORMS[transform].tokenize(tokenizer, text.strip(invisible()))
+            text_bytes += int(sizes.sum(dtype=np.int64))
+            id_bytes += [nothing[:len(tokens)], sizes]
         require(tokenizer.unk_id() not in tokens, f"{text[:40]!r}...: the tokenizer has no pieces for some characters"
                 " of it (unknown id); use one with byte fallback")
-        if len(tokens):
-            ids += [bos, tokens]
-            lengths[i] = 1 + len(tokens)
-    return Encoded(lengths, text_bytes, np.concatenate(ids), np.concatenate(id_bytes))
+        ids += [bos[:len(tokens)], tokens]
+        documents += len(tokens) > 0
+    return documents, text_bytes, np.concatenate(ids), np.concatenate(id_bytes)

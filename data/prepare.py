@@ -3,18 +3,15 @@ prepare.py -- get, make and check the data that train_gpt.py reads.
 
     ./run.sh data download --variant sp8192 --train-shards 80   # the challenge's published FineWeb export
     ./run.sh data demo                                  # text that every Python carries: offline
-    ./run.sh data text corpus/ --name mine              # your .txt, .jsonl[.gz|.zst], .parquet
+    ./run.sh data text corpus/ --name mine              # your .txt, .jsonl, .jsonl.gz, .parquet
     ./run.sh data verify data/datasets/demo_sp1024      # everything a referee would ask; exit status 1 if not
 
-A dataset is data/datasets/<name>/ (shards, manifest.json, verified.json) and a model in data/tokenizers/. It appears
-there whole or not at all. This file is the command line; data/README.md has the formats.
+This file is the command line; data/README.md has the formats.
 """
-
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ToolError, program
-
-HERE = Path(__file__).resolve().parent
 
 # Nothing heavy is imported here: worker processes import this file once more, and --help needs none of it.
 
@@ -39,25 +34,10 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     """A converter of arguments: a number of this kind in [low, high]."""
     def convert(text: str) -> Any:
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: expected {low:,} or more" + f" and at most {high:,}" *
-                                             (high < float("inf")))
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:,} to {high:,}")
         return value
     convert.__name__ = kind.__name__  # for argparse's message: "invalid int value"
     return convert
-
-
-def file_name(text: str) -> str:
-    """A converter of arguments: a text that can begin the name of a file."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, '_', '-' and '.' only")
-    return text
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def parser() -> Parser:
@@ -73,56 +53,45 @@ def parser() -> Parser:
     add("--variant", required=True, choices=["sp1024", "sp4096", "sp8192", "caseops"], help="which tokenizer's export")
     add("--train-shards", type=number(int, 1), default=80, metavar="N",
         help="training shards of 10**8 tokens, 200 MB each (%(default)s)")
-    add("--workers", type=number(int, 1), default=8, metavar="N", help="files fetched at a time (%(default)s)")
     demo = verbs.add_parser(
         "demo", help="a small dataset from text that this Python carries; nothing is downloaded",
-        description="Make data/datasets/demo_sp1024 from the documentation topics and the standard library's sources"
-        " of the Python that runs this. A second call finds it made, and one with another Python replaces it.")
+        description="Make data/datasets/demo_sp1024 from the topics and the standard library of the running Python.")
     # About 120,000 of the demo's 4.3 M tokens validate, which a CPU scores in seconds. Modules differ much in length;
     # of 1,500 seeds 40 keeps validation within 119,000 to 136,000 tokens on Python 3.10 to 3.13.
-    demo.set_defaults(name="demo", seed=40, inputs=[], val_files=[], tokenizer=None)
+    demo.set_defaults(name="demo", inputs=[], val_files=[], val_share=0.0275, seed=40, tokenizer=None, force=False)
     text = verbs.add_parser(
         "text", help="a dataset from your own files",
-        description="Make a dataset from .txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet files"
-        " and folders of them. Equal documents are kept once; validation is drawn by a hash of their content.")
-    add = text.add_argument
+        description="Make a dataset from .txt (one document a file), .jsonl, .jsonl.gz, .parquet and folders of them.")
+    add, split = text.add_argument, text.add_mutually_exclusive_group().add_argument
+    model = text.add_mutually_exclusive_group().add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="a file, or a folder that is searched")
-    add("--name", type=file_name, required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
+    add("--name", required=True, help="for the dataset NAME_sp<V> and the tokenizer NAME_<V>_bpe.model")
     add("--text-field", metavar="FIELD", help="JSON field or Parquet column (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="key of split, sample and order (%(default)s)")
-    model = text.add_mutually_exclusive_group().add_argument
     # Controls, bytes and a piece are 261; ids are uint16.
     model("--vocab-size", type=number(int, 261, 65_536), metavar="V",
           help="pieces of a tokenizer to train (%(default)s)")
     model("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model; train none")
-    add("--sample-bytes", type=number(int, 1), metavar="N",
-        help="most training text to train the tokenizer on, drawn by hash (%(default)s)")
     add("--transform", choices=["none", "caseops_v1", "caseops_v2"],
         help="capitals as operators (data/caseops.py); adds the byte side file (%(default)s)")
-    add("--order", choices=["hash", "input"], help="documents shuffled by a hash, or as they are read (%(default)s)")
-    add("--shard-tokens", type=number(int, 1, 2**31 - 1), metavar="N", help="tokens per shard file (%(default)s)")
-    for verb, share in ((demo, 0.0275), (text, 0.01)):
-        verb.set_defaults(text_field="text", vocab_size=1024, sample_bytes=100_000_000, transform="none",
-                          order="hash", shard_tokens=100_000_000)
-        split = verb.add_mutually_exclusive_group()
-        split.add_argument("--val-share", type=number(float, 1e-12, 0.5), default=share, metavar="X",
-                           help="share of the documents that validate, at most 0.5 (%(default)s)")
-        if verb is text:
-            split.add_argument("--val-files", nargs="+", type=Path, metavar="INPUT", default=[],
-                               help="validate on all of these, train on all of the others")
-        verb.add_argument("--workers", type=number(int, 1), default=available_cpus(), metavar="N",
+    split("--val-share", type=number(float, 1e-12, 0.5), default=0.01, metavar="X",
+          help="share of the documents that validate, at most 0.5 (%(default)s)")
+    split("--val-files", nargs="+", type=Path, metavar="INPUT", default=[],
+          help="validate on all of these, train on all of the others")
+    add("--force", action="store_true", help="replace an existing dataset of this name")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for verb in (demo, text):
+        verb.set_defaults(text_field="text", vocab_size=1024, transform="none")
+        verb.add_argument("--workers", type=number(int, 1), default=cpus, metavar="N",
                           help="processes that encode; they change the time, not the result (%(default)s)")
-        verb.add_argument("--force", action="store_true", help="replace an existing dataset of this name")
     for verb in (download, demo, text):
-        verb.add_argument("--out", type=Path, default=HERE, metavar="DIR",
-                          help="folder that gets datasets/ and tokenizers/ (data/)")
+        verb.add_argument("--out", type=Path, default=Path("data"), metavar="DIR",
+                          help="folder that gets datasets/ and tokenizers/ (%(default)s)")
     look = verbs.add_parser(
-        "verify", help="everything a referee would ask of a dataset",
-        description="Recompute everything from the files; any folder in the challenge's layout will do. Which"
-        " validation documents are in training, too, is left in verified.json. Exit status 1 if something is wrong.")
+        "verify", help="everything a referee would ask of a dataset", description="Recompute everything from the files"
+        " of any folder in the challenge's layout; leave verified.json there. Exit status 1 if something is wrong.")
     look.add_argument("directory", type=Path, metavar="DIR", help="for example data/datasets/demo_sp1024")
-    look.add_argument("--tokenizer", type=Path, metavar="MODEL",
-                      help="its SentencePiece model (the manifest's, or the one that the folder's name tells)")
+    look.add_argument("--tokenizer", type=Path, metavar="MODEL", help="its SentencePiece model (the manifest's)")
     return top
 
 
@@ -132,25 +101,18 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.verb == "verify":
             from data.verify import table, verify
-
-            checks, _ = verify(options.directory, options.tokenizer)
+            checks = verify(options.directory, options.tokenizer)
             print(table(options.directory, checks))
             return int(any(check.problem for check in checks))
         if options.verb == "download":
             from data.download import download
-
-            print(download(options.variant, options.train_shards, options.out, options.workers,
-                           repo=os.environ.get("MATCHED_FINEWEB_REPO_ID", ""),
-                           prefix=os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")))
-            return 0
-        from data.text import prepare, summary
-
-        print(summary(prepare(options)))
+            print(download(options.variant, options.train_shards, options.out))
+        else:
+            from data.text import prepare, summary
+            print(summary(prepare(options)))
         return 0
     except ModuleNotFoundError as missing:  # the first thing that goes wrong outside the virtual environment
-        optional = (missing.name or "").split(".")[0] in ("huggingface_hub", "pyarrow")
-        raise ToolError(f"package {missing.name!r} is missing: pip install -r requirements{'-data' * optional}.txt"
-                        ) from None
+        raise ToolError(f"no {missing.name} here: pip install -r requirements.txt -r requirements-data.txt") from None
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny, write_shard
-from test_prepare import command, manifest_of, side_of, write_jsonl
+from test_prepare import VOCAB, command, manifest_of, side_of, write_jsonl
+from test_prepare import made as build
 
 import train_gpt as tg
-from data import prepare, verify
+from data import verify
 from data import text as tx
-
-VOCAB = 512
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +22,10 @@ def made(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     """A dataset of `data text`: two training shards, one of validation, a manifest."""
     folder = tmp_path_factory.mktemp("verify")
     modules = [Path(m.__file__).read_text("utf-8") for m in (shutil, types)]
-    write_jsonl(folder / "c.jsonl", [part for text in modules for part in text.split("\n\n") if len(part) > 60])
-    return tx.prepare(prepare.parser().parse_args(
-        ["text", str(folder / "c.jsonl"), "--name", "fineweb", "--tokenizer", dataset["tokenizer_path"], "--out",
-         str(folder), "--val-share", "0.1", "--shard-tokens", "9000", "--workers", "1"]))
+    corpus = write_jsonl(folder / "c.jsonl", [part for m in modules for part in m.split("\n\n") if len(part) > 60])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tx, "SHARD_TOKENS", 9000)
+        return build(folder, corpus, tokenizer=Path(dataset["tokenizer_path"]))
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 
 def failures(folder: Path, model: Path | None = None) -> list[verify.Check]:
-    return [row for row in verify.verify(folder, model)[0] if row.problem]
+    return [row for row in verify.verify(folder, model) if row.problem]
 
 
 def stamp(folder: Path) -> dict:
@@ -71,38 +70,24 @@ def test_a_good_dataset_holds_and_is_stamped(made, capsys):
 
 
 def corrupt(raw: bytes, kind: str, rng: np.random.Generator) -> bytes:
-    """A shard's bytes with one random fault."""
-    changed = bytearray(raw)
+    """A shard's bytes with one random fault: a flipped bit, a changed id, or another size."""
+    changed, at = bytearray(raw), int(rng.integers(len(raw)))
+    if kind == "size":
+        return raw[:at] + rng.bytes(3) * int(rng.integers(2))
     if kind == "header":
-        changed[rng.integers(1024)] ^= 1 << int(rng.integers(8))
-    elif kind == "size":
-        n = int(rng.integers(1, len(raw)))
-        changed = changed[:-n] if rng.random() < 0.7 else changed + rng.bytes(n)
-    else:
-        ids = np.frombuffer(raw, "<u2", offset=1024).copy()
-        if kind == "ids":  # outside the vocabulary, or another id within it
-            at = int(rng.integers(len(ids)))
-            ids[at] = rng.integers(VOCAB, 65536) if rng.random() < 0.5 else (int(ids[at]) + 7) % VOCAB
-        else:  # a document start that is lost, or one too many
-            at = int(rng.choice(np.flatnonzero(ids == 1)))
-            ids[at if rng.random() < 0.5 else int(rng.integers(len(ids)))] = rng.choice([1, 2, 300])
-            if ids.tobytes() == raw[1024:]:
-                ids[at] = 300
-        changed[1024:] = ids.tobytes()
+        at %= 1024
+    changed[at] ^= 1 << int(rng.integers(8))
     return bytes(changed)
 
 
-@pytest.mark.parametrize("kind", ["header", "size", "ids", "BOS"])
+@pytest.mark.parametrize("kind", ["header", "size", "anywhere"])
 def test_random_corruptions_are_found_with_the_file_named(kind, copy):
     """And what is damaged loses its stamp."""
-    rng = np.random.default_rng(["header", "size", "ids", "BOS"].index(kind))
-    paths = sorted(copy.glob("*.bin"))
+    rng, paths = np.random.default_rng(len(kind)), sorted(copy.glob("*.bin"))
     for _ in range(15):
         path = paths[rng.integers(len(paths))]
         raw = path.read_bytes()
-        bad = corrupt(raw, kind, rng)
-        assert bad != raw
-        path.write_bytes(bad)
+        path.write_bytes(corrupt(raw, kind, rng))
         assert path.name in [row.what for row in failures(copy)], (kind, path.name)
         assert not (copy / "verified.json").exists()
         path.write_bytes(raw)
@@ -110,10 +95,10 @@ def test_random_corruptions_are_found_with_the_file_named(kind, copy):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "fineweb_val_000000.bin").unlink(), "missing"),
+    (lambda f: (f / "fineweb_val_000000.bin").unlink(), "No such file"),
     (lambda f: shutil.copy(f / "fineweb_val_000000.bin", f / "fineweb_val_000007.bin"), "000007.bin is not in"),
     (lambda f: edit_manifest(f, lambda m: m["val"].update(bytes=1)), "the manifest says 1 bytes"),
-    (lambda f: edit_manifest(f, lambda m: m["train"].update(documents=1)), "the manifest says 1 documents"),
+    (lambda f: edit_manifest(f, lambda m: m["train"].update(documents=1)), "expected 1 documents"),
     (lambda f: model_of(f).write_bytes(model_of(f).read_bytes() + b"\0"), "SHA-256"),
     (lambda f: model_of(f).unlink(), "missing"),
 ])
@@ -128,7 +113,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     for arguments, words in [
         ([], "VERB"), (["frobnicate"], "invalid choice"), (["verify", tmp_path / "nowhere"], "nowhere: no such folder"),
-        (["verify", tmp_path], "its name does not tell the tokenizer; give it with --tokenizer"),
+        (["verify", made.parents[1]], "no manifest.json; give the tokenizer with --tokenizer"),
         (["verify", tmp_path, "--tokenizer", model_of(made)], "manifest.json: damaged (KeyError: 'tokenizer')"),
     ]:
         status, _, error = command(capsys, *arguments)
@@ -153,62 +138,49 @@ def test_validation_that_is_trained_on_is_found_wherever_it_stands(shard, copy):
 
 
 @pytest.mark.parametrize("size", [1 << 19, 7])
-def test_keys_are_of_the_content_alone(tmp_path, monkeypatch, size):
-    """Equal documents have equal keys in any company, however a shard is read; a changed id or order changes them."""
+def test_documents_are_read_whole_across_pieces_and_shards(tmp_path, monkeypatch, size):
     monkeypatch.setattr(verify, "BATCH_IDS", size)
     rng = np.random.default_rng(0)
-    docs = [np.append(1, rng.integers(4, 500, int(n))) for n in rng.integers(0, 40, 3000)]
-    docs += [np.array([1, *ids]) for ids in ([7, 8, 9], [9, 8, 7], [7, 7, 8], [7, 8, 8])]
-    write_shard(tmp_path / "a.bin", np.concatenate(docs))
-    write_shard(tmp_path / "b.bin", np.concatenate([[77], *docs[::-1]]))
-    keys, lengths = verify.document_keys(tmp_path / "a.bin")
-    back, same = verify.document_keys(tmp_path / "b.bin")
-    assert lengths.tolist() == [len(d) for d in docs] and same.tolist() == lengths.tolist()[::-1]
-    assert keys.tolist() == back.tolist()[::-1]
-    assert len(set(keys.tolist())) == len(set(map(tuple, docs)))
+    docs = [rng.integers(4, 500, int(n)).tolist() for n in rng.integers(0, 40, 300)]
+    ids = np.array([i for doc in docs for i in (1, *doc)])
+    for number, part in enumerate(np.split(ids, [3, 50, 1000])):
+        write_shard(tmp_path / f"fineweb_val_{number:06d}.bin", part)
+    assert [ids.tolist() for ids in verify.documents(verify.shards(tmp_path, "val"))] == docs
 
 
-def published(copy: Path) -> Path:
-    """The dataset under the published names, without a manifest."""
-    (copy / "manifest.json").unlink()
-    model_of(copy).rename(copy.parents[1] / "tokenizers" / f"fineweb_{VOCAB}_bpe.model")
-    return copy.rename(copy.parent / f"fineweb10B_sp{VOCAB}")
-
-
-def test_a_published_layout_is_held_against_the_official_split(copy, monkeypatch):
+def test_a_folder_without_a_manifest_is_held_against_the_official_split(copy, monkeypatch):
     count, num_bytes = (manifest_of(copy)["val"][key] for key in ("documents", "bytes"))
-    folder = published(copy)
-    assert [(row.what, row.problem) for row in failures(folder)] == [("val", "the official split has 50,000 documents")]
+    (copy / "manifest.json").unlink()
+    model = model_of(copy)
+    assert [(row.what, row.problem) for row in failures(copy, model)] == [("val", "expected 50,000 documents")]
     monkeypatch.setattr(verify, "VAL_DOCUMENTS", count)
-    [row] = failures(folder)
+    [row] = failures(copy, model)
     assert row.what == "bytes" and "official validation text has 151,080,891" in row.problem
     monkeypatch.setattr(verify, "VAL_BYTES", num_bytes)
-    assert not failures(folder)
-    for path in folder.glob("fineweb_train_*"):
+    assert not failures(copy, model)
+    for path in copy.glob("fineweb_train_*"):
         path.unlink()
-    assert "no fineweb_train_*.bin" in failures(folder)[0].problem and "round trip" in str(verify.verify(folder))
+    assert "no fineweb_train_*.bin" in failures(copy, model)[0].problem
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda ids: ids[1:], "starts with id"),
+    (lambda ids: ids[1:], "does not start with BOS"),
     (lambda ids: np.append(ids, [2, 2]), "2 ids of pad, EOS or unknown"),
     (lambda ids: np.concatenate([ids, [1], [259] * 3]), "decodes to a text that encodes to other ids"),
 ])
 def test_structure_and_round_trip(change, words, copy):
     """Ids that no tokenizer run wrote: the last is a byte piece three times, which spells other pieces."""
-    folder = published(copy)
-    edit(folder / "fineweb_val_000000.bin", change)
-    assert any(words in row.problem for row in failures(folder)), failures(folder)
+    (copy / "manifest.json").unlink()
+    edit(copy / "fineweb_val_000000.bin", change)
+    assert any(words in row.problem for row in failures(copy, model_of(copy)))
 
 
 @pytest.mark.parametrize("version", ["caseops_v1", "caseops_v2"])
-def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(version, made, tmp_path, capsys):
+def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(version, made, tmp_path):
     rows = [json.loads(line)["text"] for line in (made.parents[1] / "c.jsonl").read_text().splitlines()]
     rows = [" ".join(row.encode("ascii", "ignore").decode().split()) for row in rows]  # the normaliser's own form
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
-    assert command(capsys, "text", corpus, "--name", "c", "--vocab-size", VOCAB, "--val-share", "0.1", "--workers", 1,
-                   "--out", tmp_path, "--transform", version)[0] == 0
-    folder = tmp_path / "datasets" / f"c_sp{VOCAB}"
+    folder = build(tmp_path, corpus, transform=version)
     manifest = manifest_of(folder)
     texts = [row for row in dict.fromkeys(rows) if side_of(row, 0.1) == "val"]
     assert manifest["transform"] == version and manifest["val"]["bytes"] == sum(map(len, texts))
@@ -220,8 +192,8 @@ def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(versi
     assert "val_bytes_000000.bin" in failures(folder)[0].what
     edit_manifest(folder, lambda m: m["val_bytes"]["files"][0].pop("sha256"))
     assert "the manifest says" in failures(folder)[0].problem
-    for change, words in ((lambda ids: np.where(np.arange(len(ids)) == 0, 1, ids), "1 BOS have bytes"),
-                          (lambda ids: ids * 2, "differ by more than 1%"), (lambda ids: ids[:-1], "tokens")):
+    for change, words in ((lambda ids: np.where(np.arange(len(ids)) == 0, 1, ids), "a BOS has bytes"),
+                          (lambda ids: ids * 2, "differ by more than 1%"), (lambda ids: ids[:-1], "entries for")):
         edit(path, lambda _, c=change: c(good))
         assert words in failures(folder)[0].problem, words
 
