@@ -37,15 +37,15 @@ SHAPE = dict(PRESET="demo", VOCAB_SIZE="8192", NUM_LAYERS="2", MODEL_DIM="128", 
 
 
 def documents(path: Path) -> list[str]:
-    """Texts of a .jsonl[.gz|.zst], .parquet or .txt as `data text` cleans them. `ToolError` where there is none."""
-    texts = [row.text for row in read_documents(input_files([path]), "text")]
+    """Texts of a .jsonl, .jsonl.gz, .parquet or .txt as `data text` cleans them. `ToolError` where there is none."""
+    texts = list(read_documents(input_files([path]), "text"))
     require(any(texts), f"{path}: holds no text")
     return texts
 
 
 def build(name: str, train: list[str], val: list[str], knobs: dict[str, str], folder: Path) -> dict[str, float]:
     """Tokenizer, shards and side file of one version in `folder`; tokens per byte, and MB/s of one thread."""
-    ops, vocab = caseops.VERSIONS[name], int(knobs["VOCAB_SIZE"])
+    ops, vocab = caseops.TRANSFORMS[name], int(knobs["VOCAB_SIZE"])
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "tokenizer.model"
     if not model.exists():
@@ -94,7 +94,7 @@ def val_bpb(folder: Path, name: str, steps: int, seed: int, knobs: dict[str, str
 def main(arguments: Sequence[str]) -> int:
     """Tables, then one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.caseops", description=__doc__.split("\n\n")[0])
-    parser.add_argument("train", type=Path, help="documents: .jsonl[.gz|.zst], .parquet or .txt")
+    parser.add_argument("train", type=Path, help="documents: .jsonl, .jsonl.gz, .parquet or .txt")
     parser.add_argument("val", type=Path, help="others")
     parser.add_argument("steps", nargs="?", type=int, default=200, help="default 200")
     parser.add_argument("seeds", nargs="?", type=int, default=3, help="default 3")
@@ -107,9 +107,9 @@ def main(arguments: Sequence[str]) -> int:
     train, val = documents(asked.train), documents(asked.val)
     folder = ROOT / "logs" / "caseops"
     found = {}
-    for name in caseops.VERSIONS:
+    for name in caseops.TRANSFORMS:
         found[name] = build(name, train, val, knobs, folder / name)
-        print(f"{name:5}", " ".join(f"{key}={value:.4f}" for key, value in found[name].items()), flush=True)
+        print(f"{name:10}", " ".join(f"{key}={value:.4f}" for key, value in found[name].items()), flush=True)
     rate = {name: found[name]["train_tokens_per_byte"] for name in found}
     plans = {"tokens": {name: steps for name in found},
              "text": {name: round(steps * rate[name] / rate["none"]) for name in found}}
@@ -118,10 +118,10 @@ def main(arguments: Sequence[str]) -> int:
         for seed in range(1, seeds + 1):
             for name, length in lengths.items():
                 scores[plan][name].append(val_bpb(folder, name, length, seed, knobs))
-                print(f"seed {seed} equal {plan:6} {name:5} {length} steps: {scores[plan][name][-1]:.4f}", flush=True)
+                print(f"seed {seed} equal {plan:6} {name:10} {length} steps: {scores[plan][name][-1]:.4f}", flush=True)
     for plan, of in scores.items():
         for name, values in of.items():
-            print(f"equal {plan:6} {name:5} steps={plans[plan][name]} n={len(values)} mean={np.mean(values):.4f} "
+            print(f"equal {plan:6} {name:10} steps={plans[plan][name]} n={len(values)} mean={np.mean(values):.4f} "
                   f"min={min(values):.4f} max={max(values):.4f}")
     print(json.dumps(dict(versions=found, steps=plans, val_bpb=scores, knobs=knobs)))
     return 0

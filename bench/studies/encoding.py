@@ -40,8 +40,8 @@ def costs(texts: Sequence[str], model: str) -> dict[str, float]:
     def scan() -> None:
         with tempfile.TemporaryDirectory() as folder:
             corpus = Corpus(Path(folder) / "corpus", 0, 0.01)
-            for number, text in enumerate(texts):
-                corpus.add(number, text, None)
+            for text in texts:
+                corpus.add(text, None)
             corpus.unique()
             corpus.db.close()
 
@@ -77,15 +77,15 @@ def main(arguments: Sequence[str]) -> int:
     """One line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.encoding", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=Path, help="a SentencePiece model")
-    parser.add_argument("corpus", type=Path, help=".jsonl[.gz|.zst], .parquet or .txt")
+    parser.add_argument("corpus", type=Path, help=".jsonl, .jsonl.gz, .parquet or .txt")
     parser.add_argument("sizes", nargs="*", type=float, metavar="MB", default=[10.0], help="of corpora (default 10)")
     asked = parser.parse_args(arguments)
     require(min(asked.sizes) > 0, f"{min(asked.sizes):g}: expected a positive number of MB")
     tg.load_sentencepiece(asked.model)
     texts, size = [], 0
-    for row in documents.read_documents(documents.input_files([asked.corpus]), "text"):
-        texts.append(row.text)
-        if (size := size + len(row.text)) > 5e6:
+    for text in documents.read_documents(documents.input_files([asked.corpus]), "text"):
+        texts.append(text)
+        if (size := size + len(text)) > 5e6:
             break
     require(size > 0, f"{asked.corpus}: holds no text")
     found = costs(texts, str(asked.model))
