@@ -16,7 +16,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,15 @@ def one_line_errors(what: str) -> Iterator[None]:
         raise ToolError(f"{what}: {cause}; once that is mended, the same command goes on where it stopped") from error
 
 
-def named(paths: Iterable[str], root: str, name: str, most: int, source: str) -> tuple[str, dict[str, list[str]]]:
+def named(paths: Collection[str], root: str, name: str, most: int, source: str) -> tuple[str, dict[str, list[str]]]:
     """(path of the tokenizer, paths of the shards by split) among those of a repository, by the published names."""
     size, rest = re.fullmatch(r"fineweb10B_sp(\d+)(\w*)", name).groups()
-    models = fnmatch.filter(paths, f"{root}*/fineweb_{size}_bpe{rest}.model")
-    splits = {split: sorted(fnmatch.filter(paths, f"{root}datasets/{name}/fineweb_{split}_[0-9]*.bin"))
+    model = f"{root}tokenizers/fineweb_{size}_bpe{rest}.model"
+    splits = {split: sorted(fnmatch.filter(paths, f"{root}datasets/{name}/fineweb_{split}_{'[0-9]' * 6}.bin"))
               for split in ("train", "val", *["val_bytes"] * ("caseops" in name))}
-    require(bool(models) and all(splits.values()), f"{source}: no tokenizer and shards of {name} in it")
+    require(model in paths and all(splits.values()), f"{source}: no tokenizer and shards of {name} in it")
     require(most <= len(splits["train"]), f"--train-shards {most}: {source} has {len(splits['train'])} of {name}")
-    return models[0], {**splits, "train": splits["train"][:most]}
+    return model, {**splits, "train": splits["train"][:most]}
 
 
 def download(variant: str, train_shards: int, out: Path) -> str:
