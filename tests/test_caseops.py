@@ -53,7 +53,6 @@ def normalized(text: str) -> str:
     ("\u00c9cole \u00dcBER-Test", "\u00c9cole \u00dcUber-Ttest", "\u00c9cole \u00dc!ber-^test"),
     ("x \n The  END ", "x \n Tthe  Uend ", "x^ \n the!  end "),
     ("(The \u201cEND\u201d", "(Tthe \u201cUend\u201d", "(^the \u201c!end\u201d"),
-    ("", "", ""),
     ("\ue001a\ue004\ue003", "\ue004\ue001a\ue004\ue004\ue004\ue003", "\ue001a\ue004\ue003"),  # literal operators
     ("a \u21e7b\u241b", "a \u21e7b\u241b", "a \u241b\u21e7b\u241b\u241b"),
 ])
