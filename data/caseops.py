@@ -1,19 +1,20 @@
 """
 caseops.py -- write capitals as operators, without loss, so that a word has one piece whatever its case.
 
-    from data.caseops import VERSIONS                        # data/ must be on the path
-    ids, sizes = VERSIONS["v2"].tokenize(sp, text)      # what a shard and its byte side file hold
-    text == VERSIONS["v2"].decode(VERSIONS["v2"].encode(text))
+    from data.caseops import TRANSFORMS
+    v2 = TRANSFORMS["caseops_v2"]
+    ids, sizes = v2.tokenize(sp, text)      # what a shard and its byte side file hold
+    text == v2.decode(v2.encode(text))
 
     original   The NASA Launch (an iPhone). A test
     v1         1the 2nasa 1launch (an i3phone). 1a test     1 2 3 are U+E001 to U+E003; U+E004 escapes
     v2         ^the! nasa^ launch (an i^phone).^ a test     ^ is U+21E7, ! is U+21EA; U+241B escapes
 
 v1 is the published `lossless_caps_caseops_v1` (tokenizer `fineweb_8192_bpe_lossless_caps_caseops_v1_reserved`), for
-data made with it. v2 needs fewer tokens: " The" keeps the piece of " the", and its operators are ordinary characters,
-which join the punctuation before them (the piece ".^" ends one sentence and begins another). Figures in bench/LOG.md.
+data made with it. v2 needs fewer tokens (docs/LOG.md): " The" keeps the piece of " the", and its operators are ordinary
+characters, which join the punctuation before them (the piece ".^" ends one sentence and begins another).
 Only ASCII letters change: of the capitals in web text, about one in 600 is another.
-Safe to change: nothing of v1; of v2 nothing once data are made with it. A new version is a new entry of VERSIONS.
+Safe to change: nothing of v1; of v2 nothing once data are made with it. A new version is a new entry of TRANSFORMS.
 """
 from __future__ import annotations
 
@@ -23,17 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tools.common import ToolError
+
 
 class CaseOps(NamedTuple):
     """One version of the transform. `decode(encode(text)) == text` for every string."""
-    operators: str
-    """Its operator characters; the last one escapes a literal operator. None of them counts as bytes of the text."""
-    encode: Callable[[str], str]
-    """text -> text without ASCII capitals, or nearly (v2 leaves those that the normaliser could join to a mark)."""
-    decode: Callable[[str], str]
-    """The inverse. Raises ValueError, with the place, at an operator that `encode` cannot have written there."""
-    training: Mapping[str, Any]
-    """What SentencePieceTrainer.train needs besides its usual arguments."""
+    operators: str  # its operator characters, of which the last escapes a literal one; they count no bytes of the text
+    encode: Callable[[str], str]  # leaves no ASCII capitals but those that the normaliser could join to a mark
+    decode: Callable[[str], str]  # raises ValueError at an operator that `encode` cannot have written there
+    training: Mapping[str, Any]  # what SentencePieceTrainer.train needs besides its usual arguments
 
     def byte_costs(self, text: str) -> np.ndarray:
         """[len(text)] int64: bytes of the original that each character of transformed `text` stands for."""
@@ -52,7 +51,7 @@ class CaseOps(NamedTuple):
         `sp` is a SentencePieceProcessor, `text` the original; both arrays are uint16. A token has the UTF-8 bytes of
         the part of the original that it stands for; operators have none. What the normaliser drops counts on a
         neighbour, and a character spelt in byte pieces on one of them, so that the sum is the document's, unless the
-        normaliser leaves no token of it. Raises ValueError for a token of more than 65,535 bytes.
+        normaliser leaves no token of it. Raises ToolError for a token of more than 65,535 bytes.
         """
         coded = self.encode(text)
         found = sp.encode(coded, return_type="offset_mapping")
@@ -60,7 +59,7 @@ class CaseOps(NamedTuple):
         ends[-1:] = len(coded)
         sizes = np.diff(np.append(0, np.cumsum(self.byte_costs(coded)))[ends], prepend=0)
         if sizes.max(initial=0) > 0xFFFF:
-            raise ValueError(f"{text[:40]!r}...: a token of {sizes.max():,} bytes; the side file holds at most 65,535")
+            raise ToolError(f"{text[:40]!r}...: a token of {sizes.max():,} bytes; the side file holds at most 65,535")
         return np.array(found["ids"], dtype=np.uint16), sizes.astype(np.uint16)
 
 
@@ -124,17 +123,15 @@ def decoder(operators: re.Pattern[str]) -> Callable[[str], str]:
     """The inverse of both: groups are an escaped character and two stretches of letters that become capitals."""
     def restore(match: re.Match[str]) -> str:
         if match.lastindex is None:
-            raise ValueError(f"character {match.start()}: operator U+{ord(match[0]):04X} before "
-                             f"{match.string[match.end():match.end() + 8]!r}: not a transformed text")
+            raise ValueError(f"character {match.start()}: operator U+{ord(match[0]):04X}: not a transformed text")
         return match[1] or match[match.lastindex].upper()
     return lambda text: operators.sub(restore, text)
 
 
-VERSIONS = {
-    "none": CaseOps("", str, str, {}),
-    "v1": CaseOps(TITLE + ALLCAPS + CAPNEXT + ESCAPE, encode_v1, decoder(OPERATORS_V1),
-                  {"user_defined_symbols": [TITLE, ALLCAPS, CAPNEXT, ESCAPE]}),
-    "v2": CaseOps(SHIFT + LOCK + ESCAPE_V2, encode_v2, decoder(OPERATORS_V2),
-                  {"required_chars": SHIFT + LOCK + ESCAPE_V2}),
+TRANSFORMS = {
+    "none": CaseOps("", str, str, {}),  # leaves the text as it is
+    "caseops_v1": CaseOps(TITLE + ALLCAPS + CAPNEXT + ESCAPE, encode_v1, decoder(OPERATORS_V1),
+                          {"user_defined_symbols": [TITLE, ALLCAPS, CAPNEXT, ESCAPE]}),
+    "caseops_v2": CaseOps(SHIFT + LOCK + ESCAPE_V2, encode_v2, decoder(OPERATORS_V2),
+                          {"required_chars": SHIFT + LOCK + ESCAPE_V2}),
 }
-"""By name; "none" leaves the text as it is."""

@@ -1,85 +1,64 @@
 """
-verify.py -- what a referee would ask of a dataset, recomputed from its files: `prepare.py verify DIR`.
+verify.py -- everything a referee would ask of a dataset, recomputed from its files: the verb `verify`.
 
-Any folder in the challenge's layout will do, with or without a manifest of ours. Shards are read in pieces, several at
-a time; memory does not depend on their number.
+Any folder in the challenge's layout will do, with or without a manifest of ours. Shards are read a piece at a time, so
+that memory does not depend on their number. This is the one place that looks for validation documents in the training
+shards; the count is left in verified.json, which training reads.
 """
-
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
-import math
+import json
 import os
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data.documents import caseops
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "records"))
-from tools.evidence import TOKENS_PER_BYTE, dataset_name
-
-from train_gpt import (
-    BOS_ID,
-    MAX_SHARED,
-    SHARD_HEADER_BYTES,
-    VAL_DOCUMENTS,
-    TokenBytes,
-    TokenStream,
-    UserError,
-    file_sha256,
-    load_sentencepiece,
-    one_line,
-    open_shard,
-    pieces,
-    require,
-)
+from data.caseops import TRANSFORMS
+from data.documents import one_line, require
+from tools.common import ToolError
+from train_gpt import (BOS_ID, SHARD_HEADER_BYTES, TokenBytes, UserError, file_sha256, load_sentencepiece, open_shard,
+                       shards_sha256)
 from train_gpt import manifest as read_manifest
 
-FORMAT = 1
-"""Version of manifest.json. A dataset of another version is rebuilt, never half-understood."""
-
-VAL_BYTES = 151_080_891
-"""UTF-8 bytes of the official validation text, by a SentencePiece table; a CaseOps side file, which counts the text
-before normalisation, has 151,074,309."""
-
-BATCH_IDS = 1 << 19
-"""Ids of the documents that are decoded together."""
+FORMAT = 1  # of manifest.json
+VAL_DOCUMENTS, VAL_BYTES = 50_000, 151_080_891
+"""Of the official validation split; its UTF-8 bytes by a SentencePiece table. A CaseOps side file, which counts the
+text before normalisation, has 151,074,309."""
+MAX_SHARED = 0.01
+"""Largest share of validation tokens in documents that training has, too. Web text repeats itself a little by nature;
+the leaks that undid records had 0.8 of them."""
+BATCH_IDS = 1 << 19  # that are looked at together
 
 
 class Check(NamedTuple):
-    """One line of the table: what was looked at, what was found, what is wrong ("" if nothing is)."""
-
+    """One line of the table."""
     what: str
-    found: str
+    result: str
+    problem: str = ""  # "" if all is well
+
+
+class Shard(NamedTuple):
+    """What one pass over a shard, or over all of a split, counted."""
+    tokens: int = 0
+    documents: int = 0
+    special: int = 0  # ids of pad, EOS and unknown, which no shard holds
+    sum: int = 0  # of all values: the bytes, in a side file
     problem: str = ""
 
 
-def shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def load_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a dataset that prepare.py made; UserError if there is none, or one of another format."""
-    found = read_manifest(directory)
-    require(found.get("format") == FORMAT,
-            f"{directory / 'manifest.json'}: no manifest of format {FORMAT}; prepare the dataset again with --force")
-    return found
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read and compare."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def load_tokenizer(path: Path) -> Any:
-    """A SentencePiece model that can write our shards. UserError if it cannot."""
+    """A SentencePiece model that can write our shards. ToolError if it cannot."""
     tokenizer = load_sentencepiece(path)
     size = tokenizer.vocab_size()
     require(size <= 65_536, f"{path}: {size} pieces; ids are uint16, so at most 65536")
@@ -88,217 +67,197 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def default_tokenizer(directory: Path, manifest: Mapping[str, Any]) -> Path:
-    """The model of a dataset: the manifest's, else by the published names (fineweb10B_sp1024, fineweb_1024_bpe)."""
-    if path := manifest.get("tokenizer", {}).get("path"):
-        return Path(os.path.normpath(directory / path))
-    named = re.fullmatch(r"fineweb\w+?_sp(\d+)(\w*)", directory.resolve().name)
-    require(named is not None, f"{directory}: its name does not tell the tokenizer; give it with --tokenizer MODEL")
-    return directory.resolve().parents[1] / "tokenizers" / f"fineweb_{named[1]}_bpe{named[2]}.model"
+def shards(directory: Path, split: str) -> list[Path]:
+    """The shards of a split (train, val, val_bytes) in order."""
+    return sorted(path for path in directory.glob(f"fineweb_{split}_*.bin")
+                  if split == "val_bytes" or "_bytes_" not in path.name)
 
 
-class Shard(NamedTuple):
-    """What one pass over a shard found."""
-
-    tokens: int = 0
-    documents: int = 0
-    special: int = 0
-    """Ids of pad, EOS and unknown, which no shard holds."""
-    text_bytes: int = 0
-    """By the score's table, as if BOS came before."""
-    first: int = BOS_ID
-    last: int = BOS_ID
-    problem: str = ""
+def pieces(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Ids of shards in order, BATCH_IDS at a time; not through a memory map, whose pages count as the process's own."""
+    for path in paths:
+        tokens = (path.stat().st_size - SHARD_HEADER_BYTES) // 2
+        for start in range(0, tokens, BATCH_IDS):
+            yield np.fromfile(path, "<u2", BATCH_IDS, offset=SHARD_HEADER_BYTES + 2 * start)
 
 
-def examine(path: Path, entry: Mapping[str, Any] | None, vocab_size: int, tables: TokenBytes | None) -> Shard:
-    """Header, size, ids and, where the manifest lists the file, tokens and SHA-256."""
-    try:
-        ids = open_shard(path)
-    except FileNotFoundError:
-        return Shard(problem="missing")
-    except OSError as error:
-        return Shard(problem=f"cannot be read ({error.strerror})")
-    except UserError as error:
-        return Shard(problem=str(error).removeprefix(f"{path}: "))
-    if entry and len(ids) != entry["tokens"]:
-        return Shard(problem=f"{len(ids):,} tokens, the manifest says {entry['tokens']:,}")
-    if not len(ids):
-        return Shard(problem="no tokens")
-    if np.fromfile(path, "<i4", SHARD_HEADER_BYTES // 4)[3:].any():
-        return Shard(problem="the header's unused words are not zero: damaged")
-    documents = special = text_bytes = 0
-    before = BOS_ID
-    for part in pieces(ids):
-        if (highest := int(part.max())) >= vocab_size:
-            return Shard(problem=f"id {highest} is outside the vocabulary of {vocab_size}")
-        documents += int(np.count_nonzero(part == BOS_ID))
-        special += int(np.count_nonzero(part < 4)) - int(np.count_nonzero(part == BOS_ID))
-        if tables:
-            text_bytes += int(tables.of_targets(np.append(np.uint16(before), part)).sum(dtype=np.int64))
-        before = int(part[-1])
-    wrong = "" if not entry or "sha256" not in entry or file_sha256(path) == entry["sha256"] else \
-        "SHA-256 is not the manifest's"
-    return Shard(len(ids), documents, special, text_bytes, int(ids[0]), before, wrong)
+def documents(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Ids of each document in shards without its BOS; a document may run on from one shard into the next."""
+    parts: list[np.ndarray] = []  # of the document that the next piece goes on with; none before the first BOS
+    for ids in itertools.chain(pieces(paths), [np.array([BOS_ID], "<u2")]):  # a BOS ends the last document
+        rest, *begun = np.split(ids, np.flatnonzero(ids == BOS_ID))
+        parts = parts and [*parts, rest]
+        for part in begun:
+            if parts:
+                yield np.concatenate(parts)[1:]
+            parts = [part]
 
 
-def documents_of(stream: TokenStream) -> Iterator[list[np.ndarray]]:
-    """Documents of a stream without their BOS, in batches of about BATCH_IDS."""
-    starts = np.append(stream.document_starts(), len(stream))
-    first = 0
-    while first < len(starts) - 1:
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + BATCH_IDS, side="right")) - 1)
-        ids = stream.read(int(starts[first]), int(starts[last]))
-        yield [part[1:] for part in np.split(ids, starts[first + 1 : last] - starts[first])]
-        first = last
+def check_leaks(directory: Path) -> Check:
+    """Count the validation documents that are in training, too, and leave the count in verified.json."""
+    def digests(split: str) -> Iterator[tuple[bytes, int]]:
+        return ((hashlib.blake2b(ids.tobytes(), digest_size=16).digest(), 1 + len(ids))
+                for ids in documents(shards(directory, split)))
+    val = list(digests("val"))
+    every = {digest for digest, _ in val}
+    trained_on = {digest for digest, _ in digests("train") if digest in every}
+    shared = [length for digest, length in val if digest in trained_on]
+    share = sum(shared) / max(1, sum(length for _, length in val))
+    with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
+        write_json(directory / "verified.json", {
+            "shards_sha256": shards_sha256(directory), "val_documents": len(val), "shared_documents": len(shared),
+            "shared_share": share})
+    wrong = f"at most {MAX_SHARED:.0%} may be" if share > MAX_SHARED else ""
+    return Check("validation in training", f"{len(shared):,} documents, {share:.2%} of the tokens", wrong)
 
 
 def verify(directory: Path, model: Path | None = None) -> list[Check]:
-    """Everything that can be checked of a dataset.
+    """Check everything that can be checked of a dataset; leave verified.json in it once its leaks are counted.
 
-    Args:  model  its tokenizer; None: the manifest's, or the one that the folder's name tells.
-    UserError if there is nothing to look at, or the manifest is damaged.
+    `model` is its tokenizer; None: the manifest's. ToolError if there is nothing to look at or the manifest is damaged.
     """
     require(directory.is_dir(), f"{directory}: no such folder")
     manifest = read_manifest(directory)
+    require(model is not None or bool(manifest), f"{directory}: no manifest.json; give the tokenizer with --tokenizer")
+    with contextlib.suppress(OSError):
+        (directory / "verified.json").unlink()
     try:
-        return checks(directory, manifest, model or default_tokenizer(directory, manifest))
+        return look(directory, manifest, model or Path(os.path.normpath(directory / manifest["tokenizer"]["path"])))
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / 'manifest.json'}: damaged ({type(error).__name__}: {one_line(error)});"
-                        " fetch or prepare the dataset again with --force") from error
+        raise ToolError(f"{directory / 'manifest.json'}: damaged ({type(error).__name__}: {one_line(error)});"
+                        " remove it, and fetch or prepare the dataset again") from error
 
 
-def checks(directory: Path, manifest: Mapping[str, Any], model: Path) -> list[Check]:
-    """The rows of `verify`."""
+def damage(directory: Path, model: Path | None = None) -> str:
+    """The first problem that `verify` finds, in words; "" if all checks hold."""
+    return next((f"{c.what}: {c.result} ({c.problem})" for c in verify(directory, model) if c.problem), "")
+
+
+def look(directory: Path, manifest: Mapping[str, Any], model: Path) -> list[Check]:
+    """All checks: tokenizer, shards of each split, then what needs the whole of validation."""
+    label = f"tokenizer {model.name}"
     if not model.is_file():
-        return [Check(f"tokenizer {model.name}", shown(model), "missing; give it with --tokenizer MODEL")]
+        return [Check(label, str(model), "missing; give it with --tokenizer MODEL")]
     if manifest and file_sha256(model) != manifest["tokenizer"]["sha256"]:
-        return [Check(f"tokenizer {model.name}", shown(model), "SHA-256 is not the manifest's")]
+        return [Check(label, str(model), "SHA-256 is not the manifest's")]
     tokenizer = load_tokenizer(model)
-    size, tables = tokenizer.vocab_size(), TokenBytes.build(tokenizer)
-    wrong = "" if size == manifest.get("vocab_size", size) else f"the manifest says {manifest['vocab_size']}"
-    # Without it SentencePiece spells a space before an unknown word in bytes, and the table counts too few.
+    size, wrong = tokenizer.vocab_size(), ""
     if tokenizer.is_unknown(tokenizer.piece_to_id("\u2581")):
-        wrong = wrong or "no piece for the space alone: the score's table would miss spaces"
-    rows = [Check(f"tokenizer {model.name}", f"{size:,} pieces", wrong)]
-    transform = manifest.get("transform", "caseops_v1" if any(directory.glob("fineweb_val_bytes_*.bin")) else "none")
-    plain = transform == "none"
-    totals: dict[str, Shard] = {}
-    for split in ("train", "val") if plain else ("train", "val", "val_bytes"):
-        own, totals[split] = look(directory, split, manifest, size if split != "val_bytes" else 1 << 16,
-                                  tables if plain else None)
-        rows += own
+        # Without it SentencePiece spells a space before an unknown word in bytes, and the table counts too few.
+        wrong = "no piece for the space alone: the score's table would miss spaces"
+    checks, totals = [Check(label, f"{size:,} pieces", wrong)], {}
+    transform = manifest.get("transform", "caseops_v1" if shards(directory, "val_bytes") else "none")
+    splits = {"train": size, "val": size}
+    if transform != "none":
+        splits["val_bytes"] = 1 << 16
+    for split, ids_below in splits.items():
+        rows, totals[split] = check_split(directory, split, manifest.get(split, {}), ids_below)
+        checks += rows
     # What is wrong with a file ends it here; a wrong count does not.
-    if not totals["val"].tokens or any(row.problem for row in rows[1:] if row.what not in totals):
-        return rows
-    return rows + together(directory, manifest, totals, tokenizer, transform)
+    if totals["val"].tokens and not any(row.problem for row in checks[1:] if row.what not in totals):
+        checks += check_validation(directory, manifest, tokenizer, transform, totals)
+        if totals["train"].tokens:
+            checks.append(check_leaks(directory))
+    return checks
 
 
-def look(
-    directory: Path, split: str, manifest: Mapping[str, Any], vocab_size: int, tables: TokenBytes | None
-) -> tuple[list[Check], Shard]:
-    """Rows for the shards of a split: one for each that is bad, one for all; and their sum."""
-    listed = {entry["name"]: entry for entry in manifest[split]["files"]} if split in manifest else {}
-    there = {p.name for p in directory.glob(f"fineweb_{split}_*.bin") if split != "val" or "_bytes_" not in p.name}
-    names = sorted(there | set(listed))
+def check_split(directory: Path, split: str, said: Mapping[str, Any], ids_below: int) -> tuple[list[Check], Shard]:
+    """A row for each bad shard of a split, one for all of them; and their sum. `said` is the manifest's entry."""
+    listed = {entry["name"]: entry for entry in said.get("files", ())}
+    names = {path.name for path in shards(directory, split)}
+    problems = [f"{name} is not in the manifest" for name in sorted(names - set(listed)) if listed]
+    names = sorted(names | set(listed))
     if not names:
-        return [Check(split, "", f"no fineweb_{split}_*.bin in {shown(directory)}")], Shard()
+        return [Check(split, "", f"no fineweb_{split}_*.bin in {directory}")], Shard()
     with ThreadPoolExecutor() as pool:  # the work is in numpy and hashlib, which release the GIL
-        shards = list(pool.map(lambda n: examine(directory / n, listed.get(n), vocab_size, tables), names))
-    rows = [Check(name, "", shard.problem) for name, shard in zip(names, shards) if shard.problem]
-    total = Shard(*(sum(shard[i] for shard in shards) for i in range(4)), shards[0].first, shards[-1].last)
+        each = list(pool.map(lambda name: examine(directory / name, listed.get(name), ids_below), names))
+    checks = [Check(name, "", shard.problem) for name, shard in zip(names, each) if shard.problem]
+    total = Shard(*(sum(column) for column in list(zip(*each))[:4]))
+    counts = {"documents": total.documents, "tokens": total.tokens}
     if split == "val_bytes":
-        return [*rows, Check(split, f"{total.tokens:,} entries in {len(names)} file(s)")], total
-    problems = [f"{name} is not in the manifest" for name in sorted(there - set(listed))] if listed else []
-    if total.first != BOS_ID:
-        problems.append(f"{names[0]} starts with id {total.first}, not with BOS {BOS_ID}")
-    if total.special:
+        counts = {"entries": total.tokens}
+    elif total.special:
         problems.append(f"{total.special:,} ids of pad, EOS or unknown")
-    if tables:  # a space that opens a shard counts unless the shard before ended in a control token
-        total = total._replace(text_bytes=total.text_bytes + sum(
-            int(tables.leading_space[b.first] and not tables.boundary[a.last]) for a, b in itertools.pairwise(shards)))
-    claims = {"documents": total.documents, "tokens": total.tokens} | ({"bytes": total.text_bytes} if tables else {})
-    said = manifest.get(split) or ({"documents": VAL_DOCUMENTS} if split == "val" else {})
-    problems += [f"{'the manifest says' if split in manifest else 'the official split has'} {said[key]:,} {key}"
-                 for key, count in claims.items() if said.get(key, count) != count]
-    found = ", ".join(f"{count:,} {key}" for key, count in claims.items()) + f" in {len(names)} file(s)"
-    return [*rows, Check(split, found, "; ".join(problems))], total
+    elif not checks and next(pieces([directory / names[0]]))[0] != BOS_ID:
+        problems.append(f"{names[0]} does not start with BOS {BOS_ID}")
+    if split == "val" and not said:
+        said = {"documents": VAL_DOCUMENTS}
+    problems += [f"expected {said[key]:,} {key}" for key, count in counts.items() if said.get(key, count) != count]
+    result = ", ".join(f"{count:,} {key}" for key, count in counts.items())
+    return [*checks, Check(split, f"{result} in {len(names)} file(s)", "; ".join(problems))], total
 
 
-def together(
-    directory: Path, manifest: Mapping[str, Any], totals: Mapping[str, Shard], tokenizer: Any, transform: str
-) -> list[Check]:
-    """Rows that need the whole validation split: round trip, bytes, overlap with training."""
-    val = TokenStream(directory, "fineweb_val")
-    decoded_bytes, number, odd = 0, 0, []
-    operators = caseops(transform)
-    side = TokenStream(directory, "fineweb_val_bytes") if operators else None
-    if side and [len(shard) for shard in side.shards] != [len(shard) for shard in val.shards]:
-        return [Check("side file", f"{len(side):,} entries", f"validation has {len(val):,} tokens")]
-    for batch in documents_of(val):
-        ids = [document.tolist() for document in batch]
-        texts = tokenizer.decode(ids, num_threads=-1)
+def examine(path: Path, entry: Mapping[str, Any] | None, ids_below: int) -> Shard:
+    """Header, size, ids and, where the manifest lists the file, SHA-256."""
+    try:
+        tokens = len(open_shard(path))
+    except (OSError, UserError) as error:
+        return Shard(problem=str(error).removeprefix(f"{path}: "))
+    if not tokens:
+        return Shard(problem="no tokens")
+    if entry and "sha256" in entry and file_sha256(path) != entry["sha256"]:
+        return Shard(problem="SHA-256 is not the manifest's")
+    starts = special = total = 0
+    for ids in pieces([path]):
+        if (highest := int(ids.max())) >= ids_below:
+            return Shard(problem=f"id {highest} is outside the vocabulary of {ids_below}")
+        starts += int(np.count_nonzero(ids == BOS_ID))
+        special += int(np.count_nonzero((ids < 4) & (ids != BOS_ID)))
+        total += int(ids.sum(dtype=np.int64))
+    return Shard(tokens, starts, special, total)
+
+
+def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: Any, transform: str,
+                     totals: Mapping[str, Shard]) -> list[Check]:
+    """Rows that need all of validation: round trip, and the bytes that the score divides by."""
+    operators, table = TRANSFORMS[transform], TokenBytes.build(tokenizer)
+    decoded_bytes, counted, number, odd = 0, 0, 0, []
+    stream = documents(shards(directory, "val"))
+    while batch := list(itertools.islice(stream, 256)):
+        counted += sum(int(table.of_targets(np.append(BOS_ID, ids)).sum(dtype=np.int64)) for ids in batch)
+        batch = [ids.tolist() for ids in batch]
+        texts = tokenizer.decode(batch, num_threads=-1)
         again = tokenizer.encode(texts, num_threads=-1)
-        for document, text, second in zip(ids, texts, again):
-            if operators:
-                try:
-                    text = operators.decode(text)
-                except ValueError:
-                    second = None  # not a transformed text
-            if second != document:
+        for ids, text, second in zip(batch, texts, again):
+            try:
+                text = operators.decode(text)
+            except ValueError:
+                second = None  # not a transformed text
+            if second != ids:
                 odd.append(number)
             decoded_bytes, number = decoded_bytes + len(text.encode()), number + 1
-    rows = [Check("round trip", f"{number - len(odd):,} of {number:,} validation documents",
-                  f"document {odd[0]} decodes to a text that encodes to other ids" if odd else "")]
-    if operators:
-        counted = sum(int(shard.sum(dtype=np.int64)) for shard in side.shards)
-        on_bos = sum(int(np.count_nonzero(b[a == BOS_ID])) for a, b in zip(val.shards, side.shards))
-        # Bytes before normalisation, which takes a little; the known mistakes add a sixth.
-        wrong = f"{on_bos:,} BOS have bytes" if on_bos else \
-            "they differ by more than 1%" if abs(counted / decoded_bytes - 1) > 0.01 else ""
-        if not wrong and manifest.get("val", {}).get("bytes", counted) != counted:
-            wrong = f"the manifest says {manifest['val']['bytes']:,}"
-        rows.append(Check("bytes", f"{counted:,} in the side file, {decoded_bytes:,} decoded", wrong))
-    else:
-        counted = totals["val"].text_bytes
-        rows.append(Check("bytes", f"{counted:,} by the score's table, {decoded_bytes:,} decoded",
-                          "they differ: the score would divide by wrong bytes" if counted != decoded_bytes else ""))
-    ratio, wrong = counted / max(1, len(val) - number), ""
-    if manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS:
-        known = 1 / TOKENS_PER_BYTE.get(dataset_name(bool(operators), tokenizer.vocab_size()), math.inf)
-        if abs(counted / VAL_BYTES - 1) > 1e-4:
-            wrong = f"the official validation text has {VAL_BYTES:,} bytes"
-        elif known and abs(counted / len(val) / known - 1) > 0.005:
-            wrong = f"the records have {known:.4f}"
-        ratio = counted / len(val)
-    rows.append(Check("bytes per token", f"{ratio:.4f}", wrong))
-    keys, lengths = save_keys(directory)
-    if not totals["train"].tokens:
-        return rows
-    shared = np.isin(keys, TokenStream(directory, "fineweb_train").document_keys()[0])
-    share = lengths[shared].sum() / max(1, lengths.sum())
-    rows.append(Check("validation in training", f"{int(shared.sum()):,} documents, {share:.2%} of the tokens",
-                      f"at most {MAX_SHARED:.0%} may be" if share > MAX_SHARED else ""))
-    return rows
+    wrong = f"document {odd[0]} decodes to a text that encodes to other ids" if odd else ""
+    checks = [Check("round trip", f"{number - len(odd):,} of {number:,} validation documents", wrong)]
+    source, wrong, tokens = "by the score's table", "", totals["val"].tokens
+    if operators.operators:
+        source, counted = "in the side file", totals["val_bytes"].sum
+        val, side = shards(directory, "val"), shards(directory, "val_bytes")
+        if [path.stat().st_size for path in val] != [path.stat().st_size for path in side]:
+            wrong = f"{totals['val_bytes'].tokens:,} entries for {tokens:,} tokens"
+        elif any(sizes[ids == BOS_ID].any() for ids, sizes in zip(pieces(val), pieces(side))):
+            wrong = "a BOS has bytes"
+        elif abs(counted - decoded_bytes) > 0.01 * decoded_bytes:
+            # The side file counts bytes before normalisation, which takes a little; the known mistakes add a sixth.
+            wrong = "they differ by more than 1%"
+    elif counted != decoded_bytes:
+        wrong = "they differ: the score would divide by wrong bytes"
+    said = manifest.get("val", {}).get("bytes", counted)
+    official = manifest.get("source", {}).get("kind", "hub") == "hub" and number == VAL_DOCUMENTS
+    if said != counted:
+        wrong = wrong or f"the manifest says {said:,} bytes"
+    elif official and abs(counted / VAL_BYTES - 1) > 1e-4:
+        wrong = wrong or f"the official validation text has {VAL_BYTES:,} bytes"
+    ratio = f"{counted / tokens:.4f} a token"
+    return [*checks, Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded, {ratio}", wrong)]
 
 
-def save_keys(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(key, length) of each validation document, which it leaves in val_keys.u64: by them training sees whether it
-    has a validation document without opening validation."""
-    keys, lengths = TokenStream(directory, "fineweb_val").document_keys()
-    new = directory / "val_keys.new"
-    with contextlib.suppress(OSError):  # a folder that may only be read can be verified, too
-        np.stack([keys, lengths.astype(np.uint64)], axis=1).astype("<u8").tofile(new)
-        os.replace(new, directory / "val_keys.u64")
-    return keys, lengths
-
-
-def report(directory: Path, rows: Sequence[Check]) -> int:
-    """Prints the table. Returns 0 if all is well, 1 if not."""
-    width = max(len(row.what) for row in rows)
-    for row in rows:
-        problem = f"  ({row.problem})" if row.problem else ""
-        print(f"{'FAIL' if row.problem else 'ok':<5}{row.what:<{width}}  {row.found}{problem}")
-    failures = sum(1 for row in rows if row.problem)
-    print(f"{shown(directory)}: {f'{failures} of {len(rows)} checks failed' if failures else 'all checks hold'}")
-    return 1 if failures else 0
+def table(directory: Path, checks: list[Check]) -> str:
+    """The table of `verify`, for people."""
+    width = max(len(row.what) for row in checks)
+    lines = []
+    for row in checks:
+        mark, problem = ("FAIL", f"  ({row.problem})") if row.problem else ("ok", "")
+        lines.append(f"{mark:<5}{row.what:<{width}}  {row.result}{problem}")
+    failures = sum(1 for row in checks if row.problem)
+    verdict = f"{failures} of {len(checks)} checks failed" if failures else "all checks hold"
+    return "\n".join([*lines, f"{directory}: {verdict}"])

@@ -1,6 +1,6 @@
-"""What `prepare.py text` costs beside the raw SentencePiece call, and its peak memory by the size of the input.
+"""What `./run.sh data text` costs beside the raw SentencePiece call, and its peak memory by the size of the input.
 
-    ./run.sh bench encoding MODEL CORPUS [MB ...]      CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default sizes 10
+    python -m bench.studies.encoding MODEL CORPUS [MB ...]    CORPUS: .jsonl[.gz|.zst], .parquet, .txt; default 10 MB
 
 One line of JSON: CPU seconds per MB of one process, alternating in five rounds over the same documents (median), as
 ratios to SentencePiece's `encode`; then, for each size in MB, a corpus of so many copies, each text with the number of
@@ -18,10 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 import train_gpt as tg
 from data import documents
+from data.documents import require
+from data.text import Corpus
 from tools.common import program
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
@@ -30,23 +33,31 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def costs(rows: Sequence[documents.Row], model: str) -> dict[str, float]:
-    """CPU seconds per MB of each part, for the documents of `rows`."""
+def costs(texts: Sequence[str], model: str) -> dict[str, float]:
+    """CPU seconds per MB of each part, for these texts."""
     tokenizer = documents.worker_tokenizer(model)
-    texts = [documents.document(row, "text")[0] for row in rows]
+
+    def scan() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = Corpus(Path(folder) / "corpus", 0, 0.01)
+            for text in texts:
+                corpus.add(text, None)
+            corpus.unique()
+            corpus.db.close()
+
     parts = {
         "sentencepiece": lambda: [tokenizer.encode(text) for text in texts],
-        "scan": lambda: documents.scan_batch(rows, "text", None, 0.01, 0, 0),
-        "encode": lambda: documents.encode_batch(rows, "text", b"\1" * len(rows), model, "none", 0),
+        "scan": scan,
+        "encode": lambda: documents.encode_batch(texts, model, "none"),
     }
     rounds = [{name: cpu_seconds(part) for name, part in parts.items()} for _ in range(5)]
     size = sum(len(text.encode()) for text in texts) / 1e6
     return {name: statistics.median(one[name] for one in rounds) / size for name in parts}
 
 
-def prepared(rows: Sequence[documents.Row], model: str, megabytes: float, folder: Path) -> dict[str, Any]:
-    """Seconds and MiB of `prepare.py text` on a corpus of that size."""
-    texts, size, copy = [documents.document(row, "text")[0] for row in rows], 0, 0
+def prepared(texts: Sequence[str], model: str, megabytes: float, folder: Path) -> dict[str, Any]:
+    """Seconds and MiB of `data text` on a corpus of that size."""
+    size, copy = 0, 0
     with (folder / "corpus.jsonl").open("w") as file:
         while size < megabytes * 1e6:
             for number, text in enumerate(texts):
@@ -55,31 +66,31 @@ def prepared(rows: Sequence[documents.Row], model: str, megabytes: float, folder
     command = [sys.executable, "-m", "data.prepare", "text", folder / "corpus.jsonl", "--name", "b", "--force",
                "--tokenizer", model, "--out", folder]
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)  # of the largest among it and its workers
-    tg.require(status == 0, "prepare.py failed, see above")
+    require(status == 0, "`data text` failed, see above")
     return {"mb": round(size / 1e6), "seconds": round(time.perf_counter() - start, 1),
             "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
 def main(arguments: Sequence[str]) -> int:
     """One line of JSON."""
-    parser = argparse.ArgumentParser(prog="./run.sh bench encoding", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.encoding", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=Path, help="a SentencePiece model")
-    parser.add_argument("corpus", type=Path, help=".jsonl[.gz|.zst], .parquet or .txt")
+    parser.add_argument("corpus", type=Path, help=".jsonl, .jsonl.gz, .parquet or .txt")
     parser.add_argument("sizes", nargs="*", type=float, metavar="MB", default=[10.0], help="of corpora (default 10)")
     asked = parser.parse_args(arguments)
-    tg.require(min(asked.sizes) > 0, f"{min(asked.sizes):g}: expected a positive number of MB")
+    require(min(asked.sizes) > 0, f"{min(asked.sizes):g}: expected a positive number of MB")
     tg.load_sentencepiece(asked.model)
-    rows, size = [], 0
-    for row in documents.file_rows(documents.input_files([asked.corpus]), "text"):
-        rows.append(row)
-        if (size := size + len(row.content)) > 5e6:
+    texts, size = [], 0
+    for text in documents.read_documents(documents.input_files([asked.corpus]), "text"):
+        texts.append(text)
+        if (size := size + len(text)) > 5e6:
             break
-    tg.require(size > 0, f"{asked.corpus}: holds no text")
-    found = costs(rows, str(asked.model))
+    require(size > 0, f"{asked.corpus}: holds no text")
+    found = costs(texts, str(asked.model))
     with tempfile.TemporaryDirectory() as folder:
-        runs = [prepared(rows, str(asked.model), mb, Path(folder)) for mb in asked.sizes]
+        runs = [prepared(texts, str(asked.model), mb, Path(folder)) for mb in asked.sizes]
     print(json.dumps({"cpu_seconds_per_mb": {name: round(value, 4) for name, value in found.items()},
                       "encode_to_sentencepiece": round(found["encode"] / found["sentencepiece"], 3),
                       "scan_to_sentencepiece": round(found["scan"] / found["sentencepiece"], 3), "runs": runs}))
@@ -87,4 +98,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "bench"))
+    sys.exit(program(main, "encoding"))
