@@ -16,8 +16,7 @@ BOS = tg.BOS_ID
 
 def process(rank: int = 0, world: int = 1) -> types.SimpleNamespace:
     """As much of a `Run` as the data ask for."""
-    return types.SimpleNamespace(rank=rank, world=world, is_cuda=False, is_main=rank == 0,
-                                 agree=lambda problem: tg.require(not problem, problem))
+    return types.SimpleNamespace(rank=rank, world=world, is_cuda=False, is_main=rank == 0)
 
 
 def documents(lengths: list[int]) -> list[np.ndarray]:
@@ -48,16 +47,16 @@ def train_data(folder: Path, rank: int = 0, world: int = 1, **knobs: object) -> 
 
 def header(**words: int) -> bytes:
     """A shard's header for three tokens, with some words changed."""
-    found = np.zeros(256, dtype="<i4")
-    found[:3] = [words.get("magic", 20240520), words.get("version", 1), words.get("tokens", 3)]
-    return found.tobytes()
+    head = np.zeros(256, dtype="<i4")
+    head[:3] = [words.get("magic", 20240520), words.get("version", 1), words.get("tokens", 3)]
+    return head.tobytes()
 
 
 def ids_of(*ids: int) -> bytes:
     return np.array(ids, dtype="<u2").tobytes()
 
 
-@pytest.mark.parametrize("content, found", [
+@pytest.mark.parametrize("content, problem", [
     (b"", "0 bytes"),
     (header()[:1000], "1000 bytes"),
     (header(magic=20240521) + ids_of(1, 2, 3), "magic 20240521"),
@@ -69,32 +68,23 @@ def ids_of(*ids: int) -> bytes:
     (header() + ids_of(2, 3, 4), "no document start"),
 ])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_bad_shard_is_one_line_that_names_the_file_and_the_remedy(content, found, split, dataset, tmp_path):
+def test_a_bad_shard_is_one_line_that_names_the_file_and_the_remedy(content, problem, split, dataset, tmp_path):
     path = tmp_path / f"fineweb_{split}_000000.bin"
     path.write_bytes(content)
     cfg = tiny(data_path=str(tmp_path), tokenizer_path=dataset["tokenizer_path"])
     with pytest.raises(tg.UserError) as error:
         (tg.TrainData if split == "train" else tg.ValData.load)(cfg, process())
     message = str(error.value)
-    assert str(path) in message and found in message and "\n" not in message
-    assert any(word in message for word in ("prepare", "another tokenizer"))
-
-
-def test_every_shard_is_validated_by_some_rank(tmp_path):
-    """Shards are dealt to the ranks; a bad one is found whatever their number."""
-    for i in range(4):
-        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", np.array([BOS] + [2 if i < 3 else 600] * 9))
-    stream = tg.TokenStream(tmp_path, "fineweb_train")
-    for world in (1, 2, 3, 7):
-        assert sum("id 600" in stream.check(512, rank, world) for rank in range(world)) == 1
+    assert str(path) in message and problem in message and "\n" not in message
+    assert any(word in message for word in ("rebuild", "prepare", "another tokenizer"))
 
 
 def test_a_missing_folder_and_an_empty_one_are_one_line_with_the_remedy(tmp_path):
-    for folder, found in ((tmp_path / "absent", "no such dataset folder"), (tmp_path, "no fineweb_train_*.bin in it")):
+    for folder, problem in ((tmp_path / "absent", "no such dataset folder"), (tmp_path, "no fineweb_train_*.bin in it")):
         with pytest.raises(tg.UserError) as error:
             tg.TokenStream(folder, "fineweb_train")
         message = str(error.value)
-        assert message.startswith(f"{folder}: {found}") and "DATA_PATH" in message and "\n" not in message
+        assert message.startswith(f"{folder}: {problem}") and "DATA_PATH" in message and "\n" not in message
 
 
 def test_too_few_tokens_for_a_row_are_refused(tmp_path):
@@ -134,12 +124,20 @@ def test_documents_start_at_bos_in_every_shard_and_at_the_very_beginning(tmp_pat
 # -- the order of an epoch -----------------------------------------------------------------------------
 
 
+def plain_data(folder: Path, tokens: int, seq_len: int, **knobs: object) -> tg.TrainData:
+    """One document of so many ids, as training data."""
+    write_shard(folder / "fineweb_train_000000.bin", np.array([BOS] + [2] * (tokens - 1)))
+    return train_data(folder, train_seq_len=seq_len, train_batch_tokens=2 * seq_len, micro_batch_tokens=2 * seq_len,
+                      eval_stride=0, **knobs)
+
+
 @pytest.mark.parametrize("tokens, seq_len", [(5, 4), (8, 4), (9, 4), (100, 7), (1000, 32)])
 @pytest.mark.parametrize("order", ["window", "coprime", "none"])
-def test_rows_of_an_epoch_do_not_overlap_and_leave_out_less_than_two_rows(tokens, seq_len, order):
+def test_rows_of_an_epoch_do_not_overlap_and_leave_out_less_than_two_rows(tokens, seq_len, order, tmp_path):
+    data = plain_data(tmp_path, tokens, seq_len, shuffle=order)
     for epoch in range(20):
-        rows = np.sort(tg.row_offsets(tokens, seq_len, seed=3, epoch=epoch, order=order))
-        assert len(rows) >= 1 and rows[0] >= 0 and rows[-1] + seq_len < tokens
+        rows = np.sort(data.plan_epoch(epoch)[0])
+        assert len(rows) >= data.rows_per_epoch >= 1 and rows[0] >= 0 and rows[-1] + seq_len < tokens
         assert (np.diff(rows) >= seq_len).all()
         assert tokens - 1 - seq_len * len(rows) < (1 if order == "none" else 2) * seq_len
 
@@ -164,38 +162,29 @@ def test_an_epoch_reaches_every_shard_and_no_token_twice(order, tmp_path):
         assert (reached[np.diff(edges, prepend=0) > 4 * data.cfg.train_seq_len] > 0).all() and (reached > 0).sum() > 15
 
 
-def test_a_coprime_epoch_is_one_stride_around_the_corpus():
+def test_a_coprime_epoch_is_one_stride_around_the_corpus(tmp_path):
     """The same step between all rows, and another one in the next epoch."""
-    strides = []
+    data, strides = plain_data(tmp_path, 10_000, 32, shuffle="coprime"), []
     for epoch in range(8):
-        rows = tg.row_offsets(10_000, 32, seed=0, epoch=epoch, order="coprime")
+        rows = data.plan_epoch(epoch)[0]
         steps = set((np.diff((rows - rows.min()) // 32) % len(rows)).tolist())
         assert len(steps) == 1 and np.gcd(min(steps), len(rows)) == 1
         strides += steps
     assert len(set(strides)) > 4
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
-    plans = [tg.row_offsets(1000, 10, seed, epoch, order) for order in ("window", "coprime") for seed in (0, 1)
+@pytest.mark.parametrize("order", ["window", "document", "coprime"])
+def test_the_order_depends_on_seed_and_epoch_alone(order, corpus):
+    plans = [train_data(corpus, shuffle=order, seed=seed).plan_epoch(epoch)[0].tolist() for seed in (0, 1)
              for epoch in (0, 1)]
-    orders = [tg.document_order(np.arange(50) * 20, 1000, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
-    for different in (plans, orders):
-        assert len({tuple(p.tolist()) for p in different}) == len(different)
-    assert (plans[0] == tg.row_offsets(1000, 10, 0, 0, "window")).all()
-    assert (orders[0] == tg.document_order(np.arange(50) * 20, 1000, 0, 0)[0]).all()
+    assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
+    assert plans[3] == train_data(corpus, 1, 3, shuffle=order, seed=1).plan_epoch(1)[0].tolist()
 
 
 def test_without_shuffling_rows_come_in_stream_order(corpus):
     data, ids = train_data(corpus, shuffle="none"), np.concatenate(documents(LENGTHS))
     for i in range(data.rows_per_epoch):
         assert data.row(i).tolist() == ids[32 * i:32 * i + 33].tolist()
-
-
-def test_window_rows_are_spans_of_the_stream_of_which_no_two_overlap(corpus):
-    data, ids = train_data(corpus, shuffle="window"), np.concatenate(documents(LENGTHS)).tolist()
-    spans = [ids[i:i + 33] for i in range(len(ids) - 32)]
-    begins = [spans.index(data.row(i).tolist()) for i in range(data.rows_per_epoch)]
-    assert begins != sorted(begins) and (np.diff(sorted(begins)) >= 32).all()
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
@@ -206,12 +195,12 @@ def test_a_document_epoch_holds_every_document_whole_and_once(epoch, corpus):
     for row, following in zip(rows, rows[1:]):
         assert row[-1] == following[0]
     stream = np.concatenate([row[:-1] for row in rows] + [rows[-1][-1:]])
-    found = [part.tolist() for part in np.split(stream, np.flatnonzero(stream == BOS)[1:])]
-    cut = found.pop()
-    assert all(d in whole for d in found) and cut in [d[:len(cut)] for d in whole]
-    assert found != whole[:len(found)]
+    parts = [part.tolist() for part in np.split(stream, np.flatnonzero(stream == BOS)[1:])]
+    cut = parts.pop()
+    assert all(d in whole for d in parts) and cut in [d[:len(cut)] for d in whole]
+    assert parts != whole[:len(parts)]
     left_out = list(whole)
-    for document in found:
+    for document in parts:
         left_out.remove(document)
     assert sum(map(len, left_out)) - len(cut) < 32
 
@@ -219,18 +208,8 @@ def test_a_document_epoch_holds_every_document_whole_and_once(epoch, corpus):
 @pytest.mark.parametrize("shuffle", ["window", "document", "coprime", "none"])
 def test_every_epoch_has_rows_enough_whatever_its_phase(shuffle, tmp_path):
     for tokens in range(5, 20):
-        write_shard(tmp_path / "fineweb_train_000000.bin", np.array([BOS] + [2] * (tokens - 1)))
-        data = train_data(tmp_path, shuffle=shuffle, train_seq_len=4, train_batch_tokens=8, micro_batch_tokens=8)
-        for epoch in range(6):
-            assert all(len(data.row(epoch * data.rows_per_epoch + i)) == 5 for i in range(data.rows_per_epoch))
-
-
-@pytest.mark.parametrize("shuffle", ["window", "document", "coprime"])
-def test_epochs_follow_each_other_in_other_orders_and_can_be_read_again(shuffle, corpus):
-    data = train_data(corpus, shuffle=shuffle)
-    epochs = [[data.row(e * data.rows_per_epoch + i).tolist() for i in range(data.rows_per_epoch)] for e in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] == [data.row(i).tolist() for i in range(data.rows_per_epoch)]
+        data = plain_data(tmp_path, tokens, 4, shuffle=shuffle)
+        assert all(len(data.row(i)) == 5 for i in range(6 * data.rows_per_epoch))
 
 
 # -- batches -------------------------------------------------------------------------------------------
@@ -282,8 +261,8 @@ def random_rows(rng: np.random.Generator, num_rows: int, seq_len: int) -> list[n
     return [np.where(rng.random(n) < 0.3, BOS, rng.integers(2, 99, n)).astype(np.uint16) for n in lengths]
 
 
-def test_positions_and_pieces_restart_at_row_starts_and_document_starts():
-    """Counted by hand; a piece never crosses a row, and the list of pieces is filled up with R*T."""
+def test_positions_and_segments_restart_at_row_starts_and_document_starts():
+    """Counted by hand; a segment never crosses a row, and their list is filled up with R*T."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         rows = random_rows(rng, num_rows=5, seq_len=9)
@@ -294,19 +273,16 @@ def test_positions_and_pieces_restart_at_row_starts_and_document_starts():
                 starts = t == 0 or (ids[t] == BOS if t < real else t == real)
                 assert positions[t] == (0 if starts else positions[t - 1] + 1)
                 begins += [9 * r + t] if starts else []
-        pieces = batch.cu_seqlens.tolist()
-        assert pieces == begins + [45] * (len(pieces) - len(begins)) and pieces[-1] == 45
+        segments = batch.cu_seqlens.tolist()
+        assert segments == begins + [45] * (len(segments) - len(begins)) and segments[-1] == 45
         assert batch.positions.dtype == batch.cu_seqlens.dtype == torch.int32
 
 
-def test_the_list_of_pieces_has_one_of_few_lengths():
+def test_the_list_of_segments_has_one_of_few_lengths():
     """A compiled graph has one length."""
     rng = np.random.default_rng(1)
     lengths = {len(tg.make_batch(random_rows(rng, 8, 64), 8, 64).cu_seqlens) for _ in range(100)}
     assert len(lengths) <= 8 and {n % 32 for n in lengths} == {1}
-
-
-def test_one_document_a_row_needs_the_shortest_list_of_pieces():
     assert batch_of(np.full((4, 9), 5)).cu_seqlens.tolist() == [0, 8, 16, 24] + [32] * 13
 
 
@@ -315,42 +291,10 @@ def test_batches_built_ahead_are_those_of_their_numbers(first, corpus):
     data = train_data(corpus)
     batches = data.steps(first)
     for step in range(first, first + 4):
-        for ahead, direct in zip(next(batches), data.step(step)):
-            assert all(torch.equal(a, b) for a, b in zip(ahead, direct))
+        number, built = next(batches)
+        for ahead, direct in zip(built, data.step(step)):
+            assert number == step and all(torch.equal(a, b) for a, b in zip(ahead, direct))
     batches.close()
-
-
-@pytest.mark.parametrize("shuffle", ["window", "document", "coprime", "none"])
-def test_a_position_continues_in_another_process_and_world(shuffle, corpus):
-    """Stored as JSON after 5 steps of one process, sought by two."""
-    before = train_data(corpus, shuffle=shuffle)
-    position = json.loads(json.dumps(before.position(5)))
-    ranks = [train_data(corpus, rank, 2, shuffle=shuffle) for rank in (0, 1)]
-    batches = [data.steps(data.seek(position)) for data in ranks]
-    rows = [rows_of(next(b)) for b in batches]
-    assert [rows[i % 2][i // 2] for i in range(12)] == rows_of(before.step(5))
-    for b in batches:
-        b.close()
-
-
-@pytest.mark.parametrize("change, found", [
-    (dict(seed=7), "SEED=7, but the checkpoint was made with 1337"), (dict(shuffle="none"), "SHUFFLE=none, but"),
-    (dict(train_seq_len=16), "TRAIN_SEQ_LEN=16, but"),
-    (dict(train_batch_tokens=800), "TRAIN_BATCH_TOKENS=800: no step of 25 rows begins at row 60"),
-])
-def test_a_position_of_other_rows_is_refused(change, found, corpus):
-    position = train_data(corpus).position(5)
-    with pytest.raises(tg.UserError, match=found):
-        train_data(corpus, **change).seek(position)
-
-
-def test_a_position_in_another_corpus_is_refused(corpus, tmp_path):
-    """Shards of the same sizes with other ids."""
-    for path in corpus.iterdir():
-        ids = np.fromfile(path, dtype="<u2", offset=1024)
-        write_shard(tmp_path / path.name, np.where(ids == BOS, BOS, ids + 1))
-    with pytest.raises(tg.UserError, match="CORPUS=3 shards of 491 tokens"):
-        train_data(tmp_path).seek(train_data(corpus).position(5))
 
 
 def test_the_thread_that_builds_ahead_ends_with_its_consumer(corpus):
@@ -372,20 +316,60 @@ def test_an_error_while_building_ahead_reaches_the_consumer(corpus, monkeypatch)
 
     monkeypatch.setattr(data, "step", step)
     batches = data.steps()
-    assert next(batches) == []
+    assert next(batches) == (0, [])
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
 
 
-def test_a_shard_that_is_overwritten_while_mapped_is_named(tmp_path):
-    """Ids were checked when the run began; what the file has become since is no index of an embedding."""
-    write_shard(tmp_path / "fineweb_train_000000.bin", np.concatenate(documents(LENGTHS)))
-    data = train_data(tmp_path)
-    position = data.position(0)
-    data.step(0)
-    with open(tmp_path / "fineweb_train_000000.bin", "r+b") as file:
-        file.seek(1024)
-        file.write(b"\xff" * 982)
-    with pytest.raises(tg.UserError, match="a training shard holds ids beyond VOCAB_SIZE=8192 now"):
-        data.step(1)
-    assert data.position(0) == position  # a checkpoint goes on with the shard as it was
+# -- the stamp of verification -------------------------------------------------------------------------
+
+
+def stamped(folder: Path, **changes: object) -> Path:
+    """A dataset of two shards with what `data verify` writes of them, or something else."""
+    write_shard(folder / "fineweb_train_000000.bin", np.arange(1, 600))
+    write_shard(folder / "fineweb_val_000000.bin", np.array([BOS, 5, 6]))
+    stamp = {"shards_sha256": tg.shards_sha256(folder), "val_documents": 1, "shared_documents": 0, "shared_share": 0.0}
+    (folder / "verified.json").write_text(json.dumps(stamp | changes))
+    return folder
+
+
+def warnings_of(folder: Path) -> list[str]:
+    said: list[str] = []
+    run = types.SimpleNamespace(log=lambda event, text: said.append(f"{event}: {text}"))
+    tg.check_stamp(tiny(data_path=str(folder)), run)
+    return said
+
+
+def test_verified_shards_are_trained_on_without_a_word(tmp_path):
+    assert warnings_of(stamped(tmp_path)) == [] and warnings_of(stamped(tmp_path, shared_share=0.01)) == []
+
+
+def test_without_a_stamp_the_command_that_writes_it_is_named(tmp_path):
+    (stamped(tmp_path) / "verified.json").unlink()
+    (warning,) = warnings_of(tmp_path)
+    assert warning.startswith("warning: ") and f"./run.sh data verify {tmp_path}" in warning
+
+
+@pytest.mark.parametrize("share", [0.011, 0.8, 1.0])
+def test_validation_that_training_has_too_is_refused(share, tmp_path):
+    with pytest.raises(tg.UserError, match=rf"{share:.1%} of the validation tokens .* a score on them is void"):
+        warnings_of(stamped(tmp_path, shared_share=share))
+
+
+@pytest.mark.parametrize("change", ["content", "size", "name", "more", "less"])
+def test_a_stamp_of_other_shards_is_refused(change, tmp_path):
+    path = stamped(tmp_path) / "fineweb_train_000000.bin"
+    ids = np.arange(1, 600) + (np.arange(599) == 9)
+    {"content": lambda: write_shard(path, ids), "size": lambda: write_shard(path, np.arange(1, 601)),
+     "name": lambda: path.rename(tmp_path / "fineweb_train_000001.bin"),
+     "more": lambda: write_shard(tmp_path / "fineweb_val_000001.bin", ids), "less": path.unlink}[change]()
+    with pytest.raises(tg.UserError, match="verified.json: .*other shards .* ./run.sh data verify") as error:
+        warnings_of(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stamp", ["[]", "{", '{"shards_sha256": "0"}', '{"shared_share": null}'])
+def test_a_stamp_of_another_form_is_refused(stamp, tmp_path):
+    (stamped(tmp_path) / "verified.json").write_text(stamp)
+    with pytest.raises(tg.UserError, match="verified.json"):
+        warnings_of(tmp_path)

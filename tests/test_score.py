@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import math
-import types
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +196,7 @@ def test_only_the_tokenizer_that_made_the_shards_is_accepted(model, tmp_path):
     with pytest.raises(tg.UserError) as error:
         tg.tokenizer_path(cfg)
     message = str(error.value)
-    assert all(part in message for part in (str(model), digest[:12], "000000000000", str(tmp_path), "TOKENIZER_PATH"))
+    assert all(part in message for part in (str(model), str(tmp_path), "TOKENIZER_PATH"))
     assert "\n" not in message
 
 
@@ -217,20 +216,23 @@ def test_without_a_manifest_the_tokenizer_is_found_by_its_size(model, tmp_path):
     assert tg.tokenizer_path(tiny(data_dir=str(tmp_path))) == path
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "\x00"])
-def test_a_manifest_that_is_no_object_is_one_line(text, tmp_path):
-    with pytest.raises(tg.UserError, match="manifest.json: not a JSON object; prepare the dataset again"):
-        tg.tokenizer_path(tiny(data_path=str(with_manifest(tmp_path, text))))
+@pytest.mark.parametrize("text", ["[]", "{", "\x00", '{"tokenizer": 3}', '{"tokenizer": {"path": 3}}'])
+def test_a_manifest_of_another_form_is_one_line(text, model, tmp_path):
+    cfg = tiny(data_path=str(with_manifest(tmp_path, text)), tokenizer_path=str(model))
+    with pytest.raises(tg.UserError, match="manifest.json: .*; prepare the dataset again"):
+        tg.tokenizer_path(cfg)
 
 
 # -- score and ledger ----------------------------------------------------------------------------------
 
 
-def test_bits_per_byte_are_nats_in_bits_over_bytes():
+def test_bits_per_byte_are_nats_in_bits_over_bytes(run):
     """Of 4,000 nats over 1,000 tokens of 3,000 bytes; and one bit a byte is 1."""
-    score = tg.Score(nats=4000.0, tokens=1000, bytes=3000)
-    assert score.val_loss == 4.0 and score.val_bpb == pytest.approx(4 / math.log(2) * 1000 / 3000, rel=1e-15)
-    assert tg.Score(nats=80 * math.log(2), tokens=7, bytes=80).val_bpb == pytest.approx(1.0, rel=1e-15)
+    for nats, size, loss, bpb in ((4.0, 3, 4.0, 4 / math.log(2) / 3), (math.log(2), 1, math.log(2), 1.0)):
+        ledger = ledger_of(1000)
+        ledger.record(torch.arange(1000), torch.full((1000,), nats))
+        score = ledger.close(np.full(1000, size), run)[0]
+        assert score[1:3] == (1000, 1000 * size) and score[3:] == pytest.approx((loss, bpb), rel=1e-6)
 
 
 def ledger_of(num_targets: int) -> tg.Ledger:
@@ -257,7 +259,7 @@ def test_a_gap_is_refused(run):
 def test_a_target_scored_by_two_ranks_is_refused(run, monkeypatch):
     ledger = ledger_of(3)
     ledger.record(torch.arange(3), torch.ones(3))
-    monkeypatch.setattr(run, "total", lambda t: t + torch.tensor([0, 1, 0]).to(t.dtype))
+    monkeypatch.setattr(run, "all_reduce", lambda t: t + torch.tensor([0, 1, 0]).to(t.dtype))
     with pytest.raises(AssertionError, match="1 targets"):
         ledger.close(np.ones(3, dtype=np.int32), run)
 
@@ -272,7 +274,7 @@ def test_the_total_does_not_depend_on_the_order_of_scoring(run):
             ledger.record(part, nats[part])
         totals.add(ledger.close(size, run)[0])
     (score,) = totals
-    assert score.nats == pytest.approx(math.fsum(nats.tolist()), rel=1e-13) and score[1:] == (1000, 3000)
+    assert score.nats == pytest.approx(math.fsum(nats.tolist()), rel=1e-13) and score[1:3] == (1000, 3000)
 
 
 def test_bytes_are_summed_without_overflow(run):
@@ -295,49 +297,17 @@ def test_a_target_twice_in_one_call_is_refused():
         ledger_of(2).record(torch.tensor([0, 0]), torch.ones(2))
 
 
-@pytest.mark.parametrize("text", ['{"tokenizer": null}', '{"tokenizer": {"path": 3}}'])
-def test_a_manifest_of_another_form_is_one_line(text, tmp_path):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(tg.UserError):
-        tg.tokenizer_path(tiny(data_path=str(tmp_path)))
-
-
 def test_a_score_is_taken_apart_by_position_and_length():
     """Against a loop over targets, with a document of one target and one that ends the stream."""
     rng = np.random.default_rng(0)
     starts, total = np.array([0, 1, 4, 20, 21]), 90
     nats, size = rng.random(total).astype(np.float32), rng.integers(0, 9, total).astype(np.uint16)
-    found = tg.by_place(nats, size, starts)
-    expected = {what: np.zeros((3, 7)) for what in found}
+    places = tg.by_place(nats, size, tg.ValData(np.zeros(total + 1), starts, size))
+    expected = {what: np.zeros((3, 7)) for what in places}
     for begin, end in zip(starts, [*starts[1:], total]):
         for t in range(begin, end):
             for what, n in (("position", t - begin + 1), ("length", end - begin)):
                 k = int(n).bit_length() - 1
                 expected[what][:, k] += 1, nats[t], size[t]
-    for what in found:
-        assert np.allclose([found[what][name] for name in ("targets", "nats", "bytes")], expected[what])
-
-
-def test_rank_0_takes_over_what_others_have_settled_and_one_rank_goes_on_with_it(run: tg.Run):
-    """Documents at work stay with their rank; afterwards totals and events are those of a ledger that saw it all."""
-    starts, sent = np.array([0, 10, 20]), []
-    main, other = tg.Ledger(30, starts), tg.Ledger(30, starts)
-    first = types.SimpleNamespace(world=2, is_main=True, collect=lambda x: [None, sent[0]])
-    second = types.SimpleNamespace(world=2, is_main=False, collect=sent.append)
-    for ledger, document in ((main, 0), (other, 1)):
-        ledger.note(tg.Ledger.SCORE, document, starts[document], starts[document] + 10)
-        ledger.record(torch.arange(10) + 10 * document, torch.full((10,), 1.0 + document))
-        ledger.settle()
-    main.note(tg.Ledger.SCORE, 2, 20, 25)  # at work: neither kept nor lost
-    other.hand_in(second)
-    events = main.hand_in(first)
-    assert events[:, 3:].tolist() == [[0, 0, 10], [1, 10, 20]] and not other.times.any() and not other.nats.any()
-    assert main.times.tolist() == [1] * 20 + [0] * 10 and main.nats.sum() == 30 and len(main.events) == 2
-    with pytest.raises(AssertionError, match="twice"):
-        main.record(torch.tensor([12]), torch.zeros(1))
-    again = tg.Ledger(30, starts)
-    again.restore(main.nats, events, run)
-    assert again.done.tolist() == [True] * 20 + [False] * 10 and again.hand_in(run).tolist() == events.tolist()
-    again.note(tg.Ledger.SCORE, 2, 20, 30)
-    again.record(torch.arange(20, 30), torch.full((10,), 3.0))
-    assert again.close(np.ones(30, dtype=np.int64), run)[0].nats == 60
+    for what in places:
+        assert np.allclose([places[what][name] for name in ("targets", "nats", "bytes")], expected[what])
