@@ -28,6 +28,11 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
             ttt_chunk_tokens="64", global_ttt_lr="0.01", ngram_base_beta="2", ngram_rules="2:0.5:1,4:0.5:1",
             trellis_states="1")
 
+# A run in which everything that has a memory changes: loop, rounding, momentum, average.
+QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_base_beta=0,
+             diagnostic_evals="", enable_looping_at=0.4, iterations=6, normuon_beta2=0.9, eval_stride=0, quant="sdclip",
+             qat_start=0.5)
+
 # A parameter for the device of tests that run on a GPU where there is one.
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                         reason="torch sees no CUDA device")])
@@ -74,3 +79,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     documents = np.split(val.read(0, len(val)), val.document_starts()[1:])
     write_shard(folder / "fineweb_val_000000.bin", np.concatenate([ids[:200] for ids in documents]))
     return knobs
+
+
+@pytest.fixture(scope="session")
+def single(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run in this process, which opened validation after the artifact was frozen."""
+    folder, load, frozen = tmp_path_factory.mktemp("single"), tg.ValData.load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.ValData, "load", lambda cfg, run: frozen.append(run.path(".bin").exists()) or load(cfg, run))
+        assert tg.main([], environment(dataset, folder)) == 0
+    assert frozen == [True]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished QUICK run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert tg.main([], environment(dataset, folder, **QUICK)) == 0
+    return folder

@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, events
+from conftest import QUICK, environment, events
 
 import train_gpt as tg
-
-# A run in which everything that has a memory changes: loop, rounding, momentum, average.
-QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_base_beta=0,
-             diagnostic_evals="", enable_looping_at=0.4, iterations=6, normuon_beta2=0.9, eval_stride=0, quant="sdclip",
-             qat_start=0.5)
 
 
 def trained(folder: Path) -> dict[int, tuple]:
@@ -45,14 +40,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         return step(self, lr_scale, momentum)
 
     monkeypatch.setattr(tg.ShardedOptimizer, "step", poisoned)
-
-
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory) -> Path:
-    """Folder of a run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert tg.main([], environment(dataset, folder, **QUICK)) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")

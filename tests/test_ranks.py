@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, environment, events
-from test_checkpoint import QUICK, stop_after, trained
+from conftest import QUICK, ROOT, environment, events
+from test_checkpoint import stop_after, trained
 
 import train_gpt as tg
 
@@ -39,35 +39,25 @@ def work(folder: Path) -> None:
             dist.destroy_process_group()
 
 
-def codes(folder: Path, job: int) -> list[str]:
-    return [path.read_text() for path in sorted(folder.glob(f"{job}.*"))]
-
-
-def one_process(dataset: dict[str, str], folder: Path, **knobs: object) -> Path:
-    folder.mkdir()
-    assert tg.main([], environment(dataset, folder, **knobs)) == 0
-    return folder
+def codes(folder: Path, jobs: int) -> list[list[str]]:
+    """What every rank's `main` returned, job by job."""
+    return [[path.read_text() for path in sorted(folder.glob(f"{job}.*"))] for job in range(jobs)]
 
 
 def same_run(folder: Path, single: Path) -> None:
-    """Losses of every step within 2e-4 nats, scores within 2e-3: fp32 sums in another order, four Muon steps.
+    """Losses of every step within 2e-4 nats, norms within 1e-3: fp32 sums in another order, in up to six Muon steps."""
+    own, other = trained(folder), trained(single)
+    assert own.keys() == other.keys()
+    for step, (loss, norm, scale) in own.items():
+        assert (loss, scale) == pytest.approx((other[step][0], other[step][2]), abs=2e-4)
+        assert norm == pytest.approx(other[step][1], abs=1e-3)
 
-    Adaptation amplifies what differs between the two artifacts; to one artifact ranks adapt as one within 2e-3.
-    """
-    own, other = ([e["loss_nats"] for e in events(f, "train")] for f in (folder, single))
-    assert own == pytest.approx(other, abs=2e-4) and len(own) == 4
+
+def same_score(folder: Path, single: Path, within: float) -> None:
+    """The same targets in the same ledger, each score within so many nats (batches of other shapes round otherwise)."""
     own, other = (events(f, "verdict")[0] for f in (folder, single))
-    assert [own["diagnostic_evals"][name] for name in ("ema", "quantized", "sliding")] == pytest.approx(
-        [other["diagnostic_evals"][name] for name in ("ema", "quantized", "sliding")], abs=2e-3)
-    assert own["val_bpb"] == pytest.approx(other["val_bpb"], abs=2e-2)
+    assert own["val_loss"] == pytest.approx(other["val_loss"], abs=within)
     assert all(own[name] == other[name] for name in ("tokens", "bytes", "ledger_sha256"))
-
-
-def same_score(folder: Path, single: Path) -> None:
-    """The loss within 2e-3 nats (batches of other shapes round otherwise), and the same ledger."""
-    own, other = (events(f, "verdict")[0] for f in (folder, single))
-    assert own["val_loss"] == pytest.approx(other["val_loss"], abs=2e-3)
-    assert own["ledger_sha256"] == other["ledger_sha256"]
 
 
 def eval_only(dataset: dict[str, str], folder: Path, artifact: Path, **knobs: object) -> dict[str, str]:
@@ -76,48 +66,40 @@ def eval_only(dataset: dict[str, str], folder: Path, artifact: Path, **knobs: ob
             if name.lower() not in tg.kinds(tg.ModelKnobs)}
 
 
-@pytest.fixture(scope="module")
-def single(dataset, tmp_path_factory) -> Path:
-    return one_process(dataset, tmp_path_factory.mktemp("ranks") / "single")
-
-
-def test_two_ranks_train_score_stop_and_go_on_as_one(single, dataset, tmp_path):
+def test_two_ranks_train_score_stop_and_go_on_as_one(single, whole, dataset, tmp_path):
     """And the error of one of them is told with its rank, phase and step, and ends all."""
-    whole = one_process(dataset, tmp_path / "whole", **QUICK)
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
         assert tg.main([], environment(dataset, tmp_path / "one stopped", **QUICK)) == 143
     err = launch(tmp_path, [
-        environment(dataset, tmp_path / "all"),
+        environment(dataset, tmp_path / "all", diagnostic_evals="quantized"),
         eval_only(dataset, tmp_path / "lora", single / "r.bin"),
         environment(dataset, tmp_path / "one stopped", resume="1", **QUICK),
         {**environment(dataset, tmp_path / "two stopped", **QUICK), "STOP": "1"},
         {**environment(dataset, tmp_path / "failed", **QUICK), "FAIL": "1"}], ["--standalone", "--nproc_per_node=2"])
-    assert [codes(tmp_path, i) for i in range(5)] == [["0", "0"]] * 3 + [["143", "143"], []], err
-    same_run(tmp_path / "all", single)
-    same_score(tmp_path / "lora", single)
-    assert tg.main([], environment(dataset, tmp_path / "two stopped", resume="1", **QUICK)) == 0
-    for folder in ("one stopped", "two stopped"):  # the same global batches, but for the order of fp32 sums
-        assert [e["step"] for e in events(tmp_path / folder, "resume")] == [3]
-        assert trained(tmp_path / folder).keys() == trained(whole).keys()
-        for step, values in trained(tmp_path / folder).items():
-            assert values == pytest.approx(trained(whole)[step], abs=2e-4)
+    assert codes(tmp_path, 5) == [*[["0", "0"]] * 3, ["143", "143"], []], err
     assert "train_gpt.py: rank 1 failed in phase train step 3: ZeroDivisionError" in err
+    same_run(tmp_path / "all", single)
+    same_score(tmp_path / "all", single, within=3e-2)  # adaptation amplifies what differs between the two artifacts
+    same_score(tmp_path / "lora", single, within=2e-3)
+    assert tg.main([], environment(dataset, tmp_path / "two stopped", resume="1", **QUICK)) == 0
+    for folder in ("one stopped", "two stopped"):
+        assert [e["step"] for e in events(tmp_path / folder, "resume")] == [3]
+        same_run(tmp_path / folder, whole)
 
 
-def test_three_ranks_on_two_nodes_train_and_adapt_all_weights_as_one(single, dataset, tmp_path):
-    knobs = dict(ttt="sgd", ttt_chunk_tokens=300, ttt_lr=0.05)
+def test_three_ranks_on_two_nodes_train_and_adapt_all_weights_as_one(single, whole, dataset, tmp_path):
+    knobs = dict(ttt="sgd", ttt_chunk_tokens=300, ttt_lr=0.05, ttt_epochs=2)
     assert tg.main([], eval_only(dataset, tmp_path / "one", single / "r.bin", **knobs)) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    err = launch(tmp_path, [environment(dataset, tmp_path / "all"),
+        common = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
+    err = launch(tmp_path, [environment(dataset, tmp_path / "all", **QUICK),
                             eval_only(dataset, tmp_path / "sgd", single / "r.bin", **knobs)],
                  [*common, "--node_rank=0", "--nproc_per_node=1"], [*common, "--node_rank=1", "--nproc_per_node=2"])
-    assert [codes(tmp_path, i) for i in range(2)] == [["0"] * 3] * 2, err
-    same_run(tmp_path / "all", single)
-    same_score(tmp_path / "sgd", tmp_path / "one")
+    assert codes(tmp_path, 2) == [["0"] * 3] * 2, err
+    same_run(tmp_path / "all", whole)
+    same_score(tmp_path / "sgd", tmp_path / "one", within=2e-3)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ import json
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,11 +60,10 @@ def test_a_phase_that_fails_is_charged_and_remains_the_place(clock, run):
 # -- log -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, text", [
-    (True, "true"), (3, "3"), (1_000_000, "1000000"), (0.1, "0.1"), (2 / 3, "0.6666667"), (1e-8, "1e-08"),
-    (600.0, "600"), ("a:b", "a:b"), (None, "null"), ([1, 2.5], "[1,2.5]"), ({"a": 1}, '{"a":1}')])
-def test_a_value_in_the_log_is_one_word(value, text):
-    assert tg.format_value(value) == text
+def test_a_value_in_the_log_is_one_word():
+    values = (True, 3, 0.1, 2 / 3, 1e-8, 600.0, "a:b", None, [1, 2.5], {"a": 1})
+    assert [tg.format_value(value) for value in values] == [
+        "true", "3", "0.1", "0.6666667", "1e-08", "600", "a:b", "null", "[1,2.5]", '{"a":1}']
 
 
 def test_a_line_is_on_disk_at_once_and_its_json_says_the_same(clock, run, capsys):
@@ -75,12 +73,9 @@ def test_a_line_is_on_disk_at_once_and_its_json_says_the_same(clock, run, capsys
     assert run.path(".txt").read_text() == line + "\n" == capsys.readouterr().out
     assert events(run.folder, "train") == [{"seconds": 12.345, "event": "train", "step": 7, "loss_nats": 2.5,
                                             "shape": [1, 2]}]
-
-
-def test_an_event_is_one_line_and_json_whatever_it_says(run):
     run.log("warning", text="a\nb", loss=float("nan"))
-    assert len(run.path(".txt").read_text().splitlines()) == 1
-    json.loads(run.path(".jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert len(run.path(".txt").read_text().splitlines()) == 2  # an event is one line and JSON whatever it says
+    assert '"loss": null' in run.path(".jsonl").read_text()
 
 
 def test_a_full_disk_ends_no_run_and_costs_no_line_once_there_is_room(run, capsys):
@@ -120,6 +115,8 @@ def test_nothing_of_another_run_is_written_over_and_nothing_is_left_behind(suffi
     message = str(error.value)
     assert "RUN_ID=own" in message and str(old) in message and "\n" not in message
     assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+    with pytest.raises(tg.UserError, match="LOG_DIR="):  # a folder that is a file
+        tg.Run(tiny(log_dir=str(old)), {})
 
 
 def test_a_run_is_named_by_its_knobs_and_runs_of_one_second_are_numbered(clock, tmp_path):
@@ -130,12 +127,6 @@ def test_a_run_is_named_by_its_knobs_and_runs_of_one_second_are_numbered(clock, 
         assert three.path(".bin") == tmp_path / f"{name}-3.bin"
         three.log("hers")
     assert one.path(".txt").read_text() == "" != three.path(".txt").read_text()
-
-
-def test_a_log_folder_that_is_a_file_is_called_so(tmp_path):
-    (tmp_path / "logs").write_text("")
-    with pytest.raises(tg.UserError, match="LOG_DIR="):
-        tg.Run(tiny(log_dir=str(tmp_path / "logs")), {})
 
 
 # -- signals and errors --------------------------------------------------------------------------------
@@ -153,32 +144,26 @@ def test_a_signal_outside_training_ends_the_run_at_once_and_inside_waits_for_the
         os.kill(os.getpid(), signal.SIGINT)  # asked twice
 
 
-def test_the_handlers_of_signals_are_those_of_before(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with tg.Run(tiny(log_dir=str(tmp_path)), {}):
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
 def test_the_rank_that_fails_says_where(tmp_path, capsys):
     """Whatever rank it is; the log has it, too."""
-    run = tg.Run(tiny(log_dir=str(tmp_path), run_id="r"), {})
+    run, handler = tg.Run(tiny(log_dir=str(tmp_path), run_id="r"), {}), signal.getsignal(signal.SIGTERM)
     run.rank = 5
     with pytest.raises(ZeroDivisionError), run, run.phase("train", "train"):
         run.status = "train step 7"
         raise ZeroDivisionError("planted")
     assert "train_gpt.py: rank 5 failed in phase train step 7: ZeroDivisionError" in capsys.readouterr().err
     assert '"kind": "ZeroDivisionError", "text": "planted"' in run.path(".jsonl").read_text()
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 # -- one process ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "broadcast", "reduce_scatter", "all_gather", "broadcast_object"])
-def test_collectives_of_one_process_are_identities(name, run):
+def test_collectives_of_one_process_are_identities(run):
     tensor = torch.arange(6.0).view(3, 2)
-    result = getattr(run, name)(tensor)
-    assert (result() if callable(result) else result) is tensor and tensor.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    for name in ("all_reduce", "broadcast", "broadcast_object"):
+        assert getattr(run, name)(tensor) is tensor
+    assert run.reduce_scatter(tensor)() is tensor is run.all_gather(tensor)() and tensor.sum() == 15
     assert run.all_gather_object(tensor) == [tensor]
 
 
@@ -197,14 +182,13 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
                for name, value in TENSORS.items())
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "pickle"])
+@pytest.mark.parametrize("damage", [lambda good: good[:-1], lambda good: good[:-5] + bytes([good[-5] ^ 1]) + good[-4:],
+                                    lambda good: b"", lambda good: b"\x80\x04K\x01."], ids="cut bit empty pickle".split())
 def test_a_damaged_checkpoint_is_one_line(damage, tmp_path):
     path = tmp_path / "r.ckpt"
     tg.save_checkpoint(path, TENSORS, {"step": 3})
-    good = path.read_bytes()
-    path.write_bytes({"cut": good[:-1], "bit": good[:-5] + bytes([good[-5] ^ 1]) + good[-4:], "empty": b"",
-                      "pickle": b"\x80\x04K\x01."}[damage])
-    with pytest.raises(tg.UserError, match="r.ckpt: truncated or damaged"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(tg.UserError, match="^.*r.ckpt: truncated or damaged.*$"):
         tg.load_checkpoint(path, TENSORS)
 
 
@@ -219,11 +203,6 @@ def test_a_checkpoint_of_other_tensors_is_refused(like, tmp_path):
 def test_a_write_that_fails_changes_nothing_and_leaves_nothing(tmp_path):
     path = tmp_path / "r.ckpt"
     path.write_bytes(b"the one before")
-
-    def full(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        tg.write_whole(path, full)
+    with pytest.raises(ZeroDivisionError):
+        tg.write_whole(path, lambda temporary: temporary.write_bytes(b"half") and 1 / 0)
     assert path.read_bytes() == b"the one before" and list(tmp_path.iterdir()) == [path]

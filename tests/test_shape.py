@@ -39,10 +39,8 @@ def test_the_file_is_small_enough_to_be_read():
 def test_it_branches_little_and_comments_much():
     tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)
     comments = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
-    assert len(comments) >= 0.09 * len(LINES)
-    inline = sum(isinstance(node, ast.IfExp) for node in NODES)
-    # an `elif` is an If in the else of another
-    assert sum(isinstance(node, ast.If) for node in NODES) <= 0.044 * len(LINES) and inline <= 0.015 * len(LINES)
+    ifs, inline = (sum(isinstance(node, kind) for node in NODES) for kind in (ast.If, ast.IfExp))
+    assert len(comments) >= 0.09 * len(LINES) and ifs <= 0.044 * len(LINES) and inline <= 0.015 * len(LINES)
 
 
 def test_sections_are_those_of_the_table_and_say_what_is_safe_to_change():
@@ -74,23 +72,19 @@ def test_import_prints_nothing_and_needs_nothing_that_a_laptop_may_lack():
 
 def test_the_environment_is_read_at_the_two_ends_of_the_file_only():
     ends = [node for node in TREE.body if isinstance(node, ast.If)
-            and ast.unparse(node.test) == "__name__ == '__main__'"]
+            and "__name__" in ast.unparse(node.test)]
     allowed = {line for node in ends for line in range(node.lineno, node.end_lineno + 1)}
     reads = {node.lineno for node in NODES if isinstance(node, ast.Attribute)
              and node.attr in ("environ", "environb", "getenv", "putenv")}
     assert len(ends) == 2 and reads and reads <= allowed
 
 
-def test_only_section_2_knows_of_processes():
-    """torch.distributed under any name, but for its import."""
+def test_only_section_2_knows_of_processes_and_none_of_temporary_folders():
+    """torch.distributed under any name, but for its import. Two runs on one machine share nothing but their inputs."""
     uses = [node.lineno for node in NODES if (isinstance(node, ast.Name) and node.id == "dist")
             or (isinstance(node, ast.Attribute) and node.attr == "distributed")]
     imports = [node for node in NODES if isinstance(node, (ast.Import, ast.ImportFrom))
                and "torch.distributed" in ast.unparse(node)]
     assert len(uses) > 5 and all(line in SECTIONS[2] for line in uses) and len(imports) == 1
-
-
-def test_no_temporary_folder_is_named_in_the_file():
-    """Two runs on one machine share nothing but their inputs."""
     texts = [node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert [text for text in texts if "/tmp" in text or "/dev/shm" in text] == []
