@@ -39,9 +39,6 @@ def epoch_of(data: tg.TrainData, epoch: int) -> list[np.ndarray]:
     return [data.row(epoch * data.rows_per_epoch + i) for i in range(data.rows_per_epoch)]
 
 
-# -- shards --------------------------------------------------------------------------------------------
-
-
 def shard(ids: list[int], magic: int = 20240520, version: int = 1, tokens: int = 3) -> bytes:
     """A shard's bytes, whose header may lie."""
     head = np.zeros(256, dtype="<i4")
@@ -91,9 +88,6 @@ def test_shards_are_read_as_one_stream_of_documents(tmp_path):
     stream = tg.TokenStream(write_shards(tmp_path, ids, [5, 5, 12]), "fineweb_train")
     assert len(stream) == 13 and stream.document_starts().tolist() == [0, 2, 5, 6, 12]
     assert all(stream.read(start, stop).tolist() == ids[start:stop] for start in range(14) for stop in range(start, 14))
-
-
-# -- the order of an epoch -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -158,9 +152,6 @@ def test_a_document_epoch_holds_every_document_whole_and_once(epoch, corpus):
         left_out.remove(document)
     assert cut in [d[:len(cut)] for d in left_out] and sum(map(len, left_out)) - len(cut) < 32
     assert parts != DOCUMENTS[:len(parts)]
-
-
-# -- batches -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["window", "document"])
@@ -239,9 +230,6 @@ def test_an_error_while_building_ahead_reaches_the_consumer(corpus, monkeypatch)
     assert next(batches) == (0, [])
     with pytest.raises(ZeroDivisionError):
         next(batches)
-
-
-# -- the stamp of verification -------------------------------------------------------------------------
 
 
 def stamped(folder: Path, **changes: object) -> Path:

@@ -52,9 +52,6 @@ def test_eval_only_reproduces_the_score_exactly_without_training_data(single: Pa
     assert all(again[name] == first[name] for name in ("val_loss", "diagnostic_evals", "ledger_sha256"))
 
 
-# -- what cannot be ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("change, expected", [
     ({"num_kv_heads": "3"}, "NUM_KV_HEADS=3"), ({"data_path": "/nowhere"}, "/nowhere: no such dataset folder"),
     ({"vocab_size": "256"}, "VOCAB_SIZE=256"), ({"eval_only": "/nowhere.bin"}, "EVAL_ONLY=/nowhere.bin: no such file"),

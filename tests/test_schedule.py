@@ -44,9 +44,6 @@ def test_stages_follow_the_used_fraction_of_the_budget_and_are_all_known_before(
     assert tg.stages(cfg) == list(dict.fromkeys(seen))
 
 
-# -- the clock -----------------------------------------------------------------------------------------
-
-
 class Ticks:
     """A clock that moves only when a test says so."""
     at = 100.0

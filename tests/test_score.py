@@ -50,9 +50,6 @@ def stream(documents: list[list[int]]) -> np.ndarray:
     return np.array([i for document in documents for i in [BOS, *document]], dtype=np.uint16)
 
 
-# -- bytes of a target ---------------------------------------------------------------------------------
-
-
 def test_documents_have_as_many_bytes_as_their_decoded_text(sp):
     """Each alone, and all together around empty documents, consecutive BOS among them."""
     documents, table = [sp.encode(text) for text in TEXTS], tg.TokenBytes.build(sp)
@@ -118,9 +115,6 @@ def test_with_caseops_bytes_come_from_a_side_file_of_the_same_length(side, probl
         assert tg.ValData.load(cfg, run).target_bytes.tolist() == side[1:]
 
 
-# -- the tokenizer of the shards -----------------------------------------------------------------------
-
-
 def test_a_tokenizer_of_another_size_or_without_the_bos_of_the_challenge_is_refused(model, sp, tmp_path):
     with pytest.raises(tg.UserError, match=f"{model}: .* has {sp.vocab_size()} pieces, VOCAB_SIZE=512"):
         tg.TokenBytes.load(model, 512)
@@ -163,9 +157,6 @@ def test_a_manifest_of_another_form_is_one_line(text, model, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(tg.UserError, match="manifest.json: .*; prepare the dataset again"):
         tg.tokenizer_path(tiny(data_path=str(tmp_path), tokenizer_path=str(model)))
-
-
-# -- score and ledger ----------------------------------------------------------------------------------
 
 
 def test_bits_per_byte_are_nats_in_bits_over_bytes(run):
