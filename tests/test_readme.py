@@ -1,41 +1,25 @@
-"""README.md says what is true: its table of knobs is the source's. `python tests/test_readme.py` writes it anew."""
+"""README.md is short, and what it names is there."""
 import re
-from pathlib import Path
 
 from conftest import ROOT
 
-import train_gpt as tg
-
-README = ROOT / "README.md"
-MARKS = re.compile(r"(<!-- knobs -->\n).*(<!-- /knobs -->)", re.S)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = (ROOT / "run.sh").read_text(encoding="utf-8")
 
 
-def table() -> str:
-    """Every knob by group, as Markdown."""
-    lines, group = [], None
-    for knob in tg.knobs():
-        if knob.group != group:
-            group = knob.group
-            lines += ["", f"**{group}**", "", "| knob | default | demo | meaning |", "|---|---|---|---|"]
-        demo = tg.PRESETS["demo"].get(knob.name.lower(), knob.default)
-        shown = tg.show(demo) if demo != knob.default else ""
-        text = " ".join(knob.doc.replace("|", "\\|").split())  # a row is one line
-        lines.append(f"| `{knob.name}` | {tg.show(knob.default)} | {shown} | {text} |")
-    return "\n".join(lines) + "\n\n"
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 10_240
 
 
-def test_the_table_of_knobs_is_generated_from_the_source():
-    assert MARKS.search(README.read_text()).group(0) == f"<!-- knobs -->\n{table()}<!-- /knobs -->"
+def test_every_verb_that_the_readme_names_is_one_of_run_sh():
+    verbs = set(re.findall(r"\./run\.sh ([a-z]+)", README))
+    cases = set(re.findall(r"^  ([a-z][a-z |-]*)\)", SHELL, re.MULTILINE))
+    assert verbs and verbs <= {verb for case in cases for verb in case.split(" | ")}
 
 
-def test_every_file_and_verb_that_the_readme_names_exists():
-    text = README.read_text()
-    shell = (ROOT / "run.sh").read_text()
-    for verb in set(re.findall(r"\./run\.sh ([a-z]+)", text)):
-        assert f"  {verb})" in shell or f"  {verb} |" in shell, verb
-    for name in set(re.findall(r"`((?:data|records|bench|tests)/[\w./]*|[\w]+\.(?:py|sh|txt|md|toml))`", text)):
-        assert (ROOT / name).exists() or name.startswith(("data/datasets", "data/tokenizers")), name
-
-
-if __name__ == "__main__":
-    Path(README).write_text(MARKS.sub(lambda m: m.group(1) + table() + m.group(2), README.read_text()))
+def test_every_file_that_the_readme_names_exists():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    names = re.findall(r"`((?:data|records|bench|tests|tools|docs)/[\w./]*|[\w]+\.(?:py|sh|txt|md|toml))`", README)
+    made = ("data/datasets", "data/tokenizers")  # by a command
+    missing = {name for name in links + names if not (ROOT / name).exists() and not name.startswith(made)}
+    assert links + names and missing == set()
