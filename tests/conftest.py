@@ -1,43 +1,53 @@
-"""Shared pieces of the tests: the script under test, tiny configurations, and a tiny dataset of real text."""
+"""Shared pieces of the tests: tiny configurations, a tiny dataset of real text, runs in this process and in others."""
+import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 import train_gpt as tg  # noqa: E402
 from bench.common import text_dataset, write_shard  # noqa: E402, F401
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
+# A model of every part in a few milliseconds a step: knobs as environment text. The trellis takes a second at any size:
+# tests that are about it ask for it.
 TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num_kv_heads="1", loop_start="1",
             loop_end="2", num_loops="1", parallel_start_layer="3", train_seq_len="32", train_batch_tokens="384",
             micro_batch_tokens="128", eval_seq_len="32", eval_stride="8", val_batch_tokens="1024",
             max_wallclock_seconds="0", iterations="4", warmup_steps="1", gptq_calibration_batches="2",
-            shuffle="document", ema_decay="0.5", dtype="float32", threads="1", enable_looping_at="0.5",
-            rope_dims="8", device="cpu", eval_ladder="ema,quantized,sliding", ttt_chunk_size="32",
-            ttt_context="cache", ttt_lora_rank="4", ttt_lora_lr="0.002", ttt_lora_alpha="8", phased_ttt_num_phases="2",
-            phased_ttt_prefix_docs="5", global_ttt_chunk_tokens="64", global_ttt_lr="0.01", ngram_tilt_enabled="1",
-            ngram_rules="2:0.5:1,4:0.5:1", trellis_states="1")
-"""A model of every part in a few milliseconds a step: knobs as environment text. The trellis takes a second at any
-size: tests that are about it ask for it."""
+            shuffle="document", ema_decay="0.5", dtype="float32", enable_looping_at="0.5", rope_dims="8", device="cpu",
+            diagnostic_evals="ema,quantized,sliding", ttt_chunk_size="32", ttt_context="cache", ttt_lora_rank="4",
+            ttt_lora_lr="0.002", ttt_lora_alpha="8", phased_ttt_num_phases="2", phased_ttt_prefix_docs="5",
+            ttt_chunk_tokens="64", global_ttt_lr="0.01", ngram_base_beta="2", ngram_rules="2:0.5:1,4:0.5:1",
+            trellis_states="1")
 
+# A parameter for the device of tests that run on a GPU where there is one.
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                         reason="torch sees no CUDA device")])
-"""A parameter for the device of tests that run on a GPU where there is one."""
 
 
 def tiny(**knobs: object) -> tg.Config:
     """A `Config` from TINY and overrides given as field=value."""
-    env = {name.upper(): tg.show(value) for name, value in {**TINY, **knobs}.items()}
-    return tg.Config.from_env(env)[0]
+    return tg.Config.from_env({name.upper(): tg.show(value) for name, value in {**TINY, **knobs}.items()})
+
+
+def environment(dataset: dict[str, str], folder: Path, **knobs: object) -> dict[str, str]:
+    """Environment of a tiny run `r` that leaves its files in `folder`."""
+    values = {**TINY, **dataset, "log_dir": str(folder), "run_id": "r", **knobs}
+    return {name.upper(): tg.show(value) for name, value in values.items()}
+
+
+def events(folder: Path, name: str, run_id: str = "r") -> list[dict]:
+    """All events of that name in a run's log."""
+    lines = (folder / f"{run_id}.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def batch_of(ids: np.ndarray) -> tg.Batch:
@@ -48,7 +58,7 @@ def batch_of(ids: np.ndarray) -> tg.Batch:
 @pytest.fixture
 def run(tmp_path: Path) -> tg.Run:
     """A single CPU process in fp32 that logs to a temporary folder."""
-    with tg.Run(tiny(log_dir=str(tmp_path / "logs")), {}) as started:
+    with tg.Run(tiny(log_dir=str(tmp_path / "logs"), run_id="r"), {}) as started:
         yield started
 
 
