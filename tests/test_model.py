@@ -44,7 +44,7 @@ def looped_layers(model: tg.GPT) -> tuple[tg.Layer, ...]:
 def logits_of(model: tg.GPT, batch: tg.Batch, w: tg.Weights | None = None) -> Tensor:
     """[M, V] before the softcap, the loop on."""
     w = w or tg.Weights(model, torch.float32)
-    return w.linear("head", None, model(batch, looped_layers(model), w).flatten(0, 1))
+    return w.linear("head", None, model(batch, looped_layers(model), w)).flatten(0, 1)
 
 
 def nats_of(model: tg.GPT, batch: tg.Batch, w: tg.Weights | None = None) -> Tensor:
