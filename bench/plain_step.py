@@ -7,7 +7,7 @@ autograd through stock functions, Muon one matrix at a time, AdamW and EMA one t
 weights and train STEPS (default 50) steps on the same batches, in turns of five steps within this process, so that a
 busy machine slows both alike. The text is this Python's standard library, as bytes: nothing has to be downloaded.
 Prints both losses, the ratio of tokens per CPU-second (the median of the turns, and their range), and JSON. With
-THREADS=1 a CPU-second is a second that nobody else had.
+OMP_NUM_THREADS=1 a CPU-second is a second that nobody else had.
 """
 import argparse
 import json
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 import train_gpt as tg
 from tools.common import program
 
-TURN = 5
-"""Steps of one turn."""
+TURN = 5  # steps of one turn
 
 
 class Plain(nn.Module):
@@ -50,19 +49,19 @@ class Plain(nn.Module):
         """One matrix [O, I] of one block."""
         return self.matrices[f"blocks_{block}_{name}"]
 
-    def loss(self, batch: tg.Batch, plan: Sequence[tg.Layer], dtype: torch.dtype) -> Tensor:
+    def loss(self, batch: tg.Batch, layers: Sequence[tg.Layer], dtype: torch.dtype) -> Tensor:
         """Sum of nats over the batch's targets."""
         cfg, p = self.cfg, {name: value.to(dtype) for name, value in self.rest.items()}
         inside = (batch.positions > 0).unsqueeze(-1)
         e = raw = F.embedding(batch.ids, self.rest["tok_emb"]).to(dtype)
         if cfg.smear_gate_enabled:
-            gate = torch.sigmoid(raw[..., :cfg.gate_window] @ p["smear_gate"].T)
+            gate = torch.sigmoid(raw[..., :cfg.gate_channels] @ p["smear_gate"].T)
             e = e + p["smear_lambda"] * gate * raw.roll(1, dims=1) * inside
         if cfg.bigram_buckets:
             last = cfg.bigram_buckets - 1
             bucket = torch.bitwise_xor(36313 * batch.ids, 27191 * batch.ids.roll(1, dims=1)) % last
-            found = F.embedding(torch.where(inside[..., 0], bucket, last), self.rest["bigram_table"]).to(dtype)
-            e = e + p["bigram_scale"] * (found @ p["bigram_proj"].T)
+            rows = F.embedding(torch.where(inside[..., 0], bucket, last), self.rest["bigram_table"]).to(dtype)
+            e = e + p["bigram_scale"] * (rows @ p["bigram_proj"].T)
         back = torch.arange(batch.ids.size(1)).view(-1, 1) - torch.arange(batch.ids.size(1))
         mask = ((back >= 0) & (back <= batch.positions.unsqueeze(-1)))[:, None]
         frequencies = cfg.rope_base ** (-torch.arange(0, cfg.rope_dims, 2) / max(1, cfg.rope_dims))
@@ -70,20 +69,22 @@ class Plain(nn.Module):
         turn = angles.cos().to(dtype), angles.sin().to(dtype)
         x = x0 = self.norm(e)
         other, outputs = None, []
-        for visit in plan:
-            i, scale = visit.block, 1 / math.sqrt(visit.block + 1) if cfg.ln_scale else 1.0
-            if visit.lanes == "two" and other is None:
+        for layer in layers:
+            i, scale = layer.block, (layer.block + 1) ** (-0.5 * cfg.ln_scale)
+            if layer.lanes == "two" and other is None:
                 other = x
-            if visit.skip_from is not None:
-                skip = p["skip_weights"][visit.skip_slot] * outputs[visit.skip_from]
-                g = torch.sigmoid(p["skip_gates"][visit.skip_slot]) if cfg.skip_gates_enabled else None
-                x = x + skip if g is None else g * x + (1 - g) * skip
+            if layer.skip_from is not None:
+                skip = p["skip_weights"][layer.skip_slot] * outputs[layer.skip_from]
+                x = x + skip
+                if cfg.skip_gates_enabled:
+                    g = torch.sigmoid(p["skip_gates"][layer.skip_slot])
+                    x = g * (x - skip) + (1 - g) * skip
             u = p["resid_mix"][i, 0] * x + p["resid_mix"][i, 1] * x0
             n = scale * self.norm(u)
             a = self.attention(n, i, mask, turn, p)
-            if visit.lanes == "none":
+            if layer.lanes == "none":
                 x = u + a + self.mlp(scale * self.norm(u + a), i, p)
-            elif visit.lanes == "single":
+            elif layer.lanes == "single":
                 x = u + a + self.mlp(n, i, p)
             else:
                 m = self.mlp(scale * self.norm(other), i, p)
@@ -92,7 +93,7 @@ class Plain(nn.Module):
                             keep[1] * other + post[0, 1] * a + post[1, 1] * m)
             outputs.append(x)
         if other is not None:
-            x = {"attn": x, "mlp": other}.get(cfg.parallel_final_lane, 0.5 * (x + other))
+            x = 0.5 * (x + other)
         logits = (self.norm(x) @ p["tok_emb"].T).float().flatten(0, 1)
         return F.cross_entropy(cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap), batch.targets.flatten(),
                                ignore_index=tg.IGNORE, reduction="sum")
@@ -121,7 +122,7 @@ class Plain(nn.Module):
             along = F.normalize(v, dim=-1)
             y = y - (y * along).sum(-1, keepdim=True) * along
         if cfg.attn_gate == "sparse":
-            gate = torch.sigmoid(cfg.sparse_attn_gate_scale * (n[..., :cfg.gate_window] @ p["gate_weight"][i].T))
+            gate = torch.sigmoid(0.5 * (n[..., :cfg.gate_channels] @ p["gate_weight"][i].T))
             y = y * gate.unsqueeze(-1)
         return p["attn_scale"][i] * (y.flatten(2) @ self.matrix(i, "o").to(dtype).T)
 
@@ -141,7 +142,7 @@ class PlainOptimizer:
         self.peaks = [cfg.tied_embed_lr, cfg.scalar_lr]
         self.adam = torch.optim.AdamW(
             [dict(params=embeddings, weight_decay=cfg.embed_wd), dict(params=small, weight_decay=cfg.adam_wd)],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, foreach=False)
+            betas=(tg.ADAM_BETA1, cfg.beta2), eps=tg.ADAM_EPS, foreach=False)
         self.momenta = {name: torch.zeros_like(p) for name, p in model.matrices.items()}
         self.average = [p.detach().clone() for p in model.parameters()]
 
@@ -161,12 +162,16 @@ class PlainOptimizer:
             if cfg.muon_row_normalize:
                 u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             u = u.to(self.dtype)
-            x = u.T if u.size(0) > u.size(1) else u
+            tall = u.size(0) > u.size(1)
+            x = u
+            if tall:
+                x = u.T
             x = x / (x.norm() + 1e-7)
-            for a, b, c in tg.coefficients(cfg):
+            for a, b, c in tg.NEWTON_SCHULZ[cfg.muon_coefficients][:cfg.muon_backend_steps]:
                 gram = x @ x.T
                 x = a * x + (b * gram + c * gram @ gram) @ x
-            x = x.T if u.size(0) > u.size(1) else x
+            if tall:
+                x = x.T
             p.mul_(1 - cfg.matrix_lr * scale * cfg.muon_wd)
             p.add_(x.to(p.dtype), alpha=-cfg.matrix_lr * scale * math.sqrt(max(1.0, p.size(0) / p.size(1))))
         for average, p in zip(self.average, self.model.parameters()):
@@ -193,20 +198,20 @@ def text_batches(cfg: tg.Config) -> Iterator[tg.Batch]:
 def contest(cfg: tg.Config, run: tg.Run, steps: int) -> dict[str, list[float]]:
     """Both train `steps` steps in turns: losses of ours and of the plain one, and CPU-seconds of their turns."""
     model = tg.build_model(cfg, run)
-    plan, plain = tg.unroll_layers(cfg, cfg.num_loops > 0), Plain(model).to(run.device)
+    layers, plain = tg.unroll_layers(cfg, cfg.num_loops > 0), Plain(model).to(run.device)
     ours, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
     theirs = PlainOptimizer(plain, cfg, run.dtype)
-    source, found = text_batches(cfg), {"ours": [], "plain": [], "ours_seconds": [], "plain_seconds": []}
+    source, record = text_batches(cfg), {"ours": [], "plain": [], "ours_seconds": [], "plain_seconds": []}
 
     def turn(name: str, batches: Sequence[tg.Batch], first: int, loss: Callable[..., Tensor],
              update: Callable[..., None]) -> None:
         start = time.process_time()
         for step, batch in enumerate(batches, first):
-            value = loss(batch, plan, run.dtype) / cfg.train_batch_tokens
+            value = loss(batch, layers, run.dtype) / cfg.train_batch_tokens
             value.backward()
             update(1.0, tg.muon_momentum(cfg, step))
-            found[name].append(value.detach())
-        found[f"{name}_seconds"].append(time.process_time() - start)
+            record[name].append(value.detach())
+        record[f"{name}_seconds"].append(time.process_time() - start)
 
     def update_ours(scale: float, momentum: float) -> None:
         ours.step(scale, momentum)
@@ -216,7 +221,7 @@ def contest(cfg: tg.Config, run: tg.Run, steps: int) -> dict[str, list[float]]:
         batches = [next(source) for _ in range(min(TURN, steps - first))]
         turn("ours", batches, first, model.total_loss, update_ours)
         turn("plain", batches, first, plain.loss, theirs.step)
-    return {name: [float(value) for value in values] for name, values in found.items()}
+    return {name: [float(value) for value in values] for name, values in record.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -225,21 +230,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("steps", nargs="?", type=int, default=50, help="default 50")
     steps = parser.parse_args(arguments).steps
     cfg = tg.Config.from_env({"PRESET": "demo", **os.environ})
-    tg.require(cfg.attn_gate in ("sparse", "none") and not cfg.normuon_beta2 and not cfg.cautious_wd
+    tg.require(cfg.attn_gate in ("sparse", "none") and not cfg.normuon_beta2 and not cfg.mlp_rank
                and cfg.attn_windows == "0" and cfg.device != "cuda" and steps >= 1,
                "bench/plain_step.py: the plain model has no ATTN_GATE but sparse and none, no NORMUON_BETA2, "
-               "CAUTIOUS_WD or ATTN_WINDOWS, and runs on a CPU (DEVICE=cpu), at least one step")
+               "MLP_RANK or ATTN_WINDOWS, and runs on a CPU (DEVICE=cpu), at least one step")
     with tg.Run(cfg, {}, log=False) as run:
-        found = contest(cfg, run, steps)
-        turns = [b / a for a, b in zip(found["ours_seconds"], found["plain_seconds"])][1:] or [math.nan]
-        apart = max(abs(a - b) for a, b in zip(found["ours"], found["plain"]))
+        record = contest(cfg, run, steps)
+        turns = [b / a for a, b in zip(record["ours_seconds"], record["plain_seconds"])][1:] or [math.nan]
+        apart = max(abs(a - b) for a, b in zip(record["ours"], record["plain"]))
         print("step     ours    plain")
         for step in sorted({0, *range(TURN - 1, steps, 2 * TURN), steps - 1}):
-            print(f"{step:4d} {found['ours'][step]:8.4f} {found['plain'][step]:8.4f}")
+            print(f"{step:4d} {record['ours'][step]:8.4f} {record['plain'][step]:8.4f}")
         print(f"largest difference of {steps} losses {apart:.2g} nats in {str(run.dtype).removeprefix('torch.')}; "
               f"tokens per CPU-second against plain {statistics.median(turns):.2f} (n={len(turns)} turns, "
               f"{min(turns):.2f} to {max(turns):.2f}; the first turn is warm-up)")
-        print(json.dumps({"ratio": statistics.median(turns), "turns": turns, "largest_difference": apart, **found}))
+        print(json.dumps({"ratio": statistics.median(turns), "turns": turns, "largest_difference": apart, **record}))
     return 0
 
 
