@@ -2132,7 +2132,7 @@ def inverse_factor(gram_KCC: Tensor, log: Callable = lambda *a, **k: None) -> Te
     diagonal.copy_(torch.where(dead, (diagonal.sum(-1, keepdim=True) / alive).clamp_min(1e-30), diagonal))
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(h.size(-1), device=h.device)
-    for damp in (GPTQ_DAMP * 10 ** k for k in range(7)):
+    for damp in (GPTQ_DAMP * 10 ** k for k in range(20)):
         lower, failed = torch.linalg.cholesky_ex(h + damp * mean * eye)
         lower = torch.where((failed != 0)[:, None, None], eye, lower)
         upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -31,7 +31,7 @@ class WholeWindow(tg.Scorer):
         """As `Scorer.nats`, without its savings."""
         whole = torch.nn.functional.pad(targets, (model.seen - targets.size(1), 0), value=tg.BOS_ID)
         logits = w.linear("head", None, model.window).flatten(0, -2)
-        nats = model.kernels.cross_entropy(logits, whole.flatten(), model.cfg.logit_softcap)
+        nats = tg.softcapped_cross_entropy(logits, whole.flatten(), model.cfg.logit_softcap)
         nats = nats.view(len(targets), -1)[:, -targets.size(1):].flatten()
         return nats.detach(), nats
 
@@ -39,9 +39,9 @@ class WholeWindow(tg.Scorer):
 class Straightforward(tg.GPT):
     """A model that remembers the hidden states of its last forward, for `WholeWindow`."""
 
-    def hidden(self, *arguments: object, **named: object) -> Tensor:
-        """As `GPT.hidden`."""
-        self.window = super().hidden(*arguments, **named)
+    def forward(self, *arguments: object, **named: object) -> Tensor:
+        """As `GPT.forward`."""
+        self.window = super().forward(*arguments, **named)
         self.seen = self.window.size(1)
         return self.window
 
@@ -63,11 +63,11 @@ def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config,
                ) -> tuple[int, int, tg.Score]:
     """Forwards (of chunks or of windows), tokens in them, and the score of one evaluation."""
     kind, scorer, knobs = WAYS[way]
-    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=0, ngram_tilt_enabled=False, **knobs)
+    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=0, ngram_base_beta=0.0, **knobs)
     model = kind(artifact.model).to(run.device)
     model.kernels = tg.pick_kernels(cfg, run)
     tg.load_tensors(model, artifact.tensors)
-    tokens, plain = [], model.hidden
+    tokens, plain = [], model.forward
 
     def counted(batch: tg.Batch, plan: object, w: tg.Weights, past: tg.NoCache = tg.NO_CACHE) -> Tensor:
         """The forward, counting."""
@@ -75,8 +75,8 @@ def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config,
         tokens.append(out.size(0) * out.size(1))
         return out
 
-    model.hidden = counted
-    score = tg.adapted_score(model, val, cfg, run, scorer(val, cfg, run))[0]
+    model.forward = counted
+    score = tg.adapted_score(model, scorer(val, cfg, run))[0]
     return len(tokens), sum(tokens), score
 
 
@@ -112,11 +112,12 @@ def main(arguments: Sequence[str]) -> int:
         show(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
              f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads", rows)
     plans = []
-    for chunks in ("48", "2000:48,8000:96,24000:256,1024"):
+    for chunks in (48, 256):
         wide = dataclasses.replace(tg.Config(), ttt_chunk_size=chunks)
-        dealt = tg.deal(tg.plan_jobs(np.arange(50_000), web_lengths(50_000), wide, 8), 8)
+        batches = tg.plan_batches(np.arange(50_000), web_lengths(50_000), wide, 8)
+        dealt = tg.assign_to_ranks(batches, 8)
         loads = [sum(job.cost for job in jobs) for jobs in dealt]
-        plans.append({"name": chunks, "steps_of_a_rank": max(sum(len(job.edges) - 1 for job in jobs) for jobs in dealt),
+        plans.append({"name": f"chunks of {chunks}", "steps_of_a_rank": max(sum(len(job.edges) - 1 for job in jobs) for jobs in dealt),
                       "waits": 1 - sum(loads) / 8 / max(loads), "tokens_of_a_rank": max(loads)})
     show("50,000 documents, 8 ranks, by chunks: the costliest rank, and the share of time the mean one waits", plans)
     print(json.dumps(dict(ways=rows, schedule=plans)))

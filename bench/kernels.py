@@ -1,8 +1,8 @@
 """Every kernel of section 5 beside its reference: time of forward and backward, what it achieves, its largest error.
 
 The kernels are found by the fields of `Kernels` (whose defaults are the references), by what `pick_kernels` takes on
-this machine, and by the names of `ATTENTIONS`; a field without inputs here is an error, so that a new one is added. Two
-stretches of the model that a kernel may take as a whole, `mlp` and `head_nats`, are measured with or without a twin.
+this machine, and by the names of ATTENTION; a field without inputs here is an error, so that a new one is added. The
+MLP, which a kernel may take as a whole, is measured with or without one; and so is the loss with its product.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import train_gpt as tg
 from bench.common import Machine, Row, in_turns, made_up_ids, row, web_lengths
 
 STRETCHES: dict[str, Callable[..., Tensor]] = {
-    "mlp": lambda x, up, down, slope: F.linear(tg.leaky_relu_squared(F.linear(x, up), slope), down),
+    "mlp": lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down),
     "head_nats": lambda x, head, targets, cap: tg.softcapped_cross_entropy(F.linear(x, head), targets, cap)}
 """References of kernels that fuse products with what follows them."""
 
@@ -46,13 +46,9 @@ def batch_of(cfg: tg.Config, rows: int, device: torch.device) -> tg.Batch:
 def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., Tensor]) -> Inputs:
     """Inputs of one field of `Kernels` at the shape that training, or scoring a chunk, calls it with."""
     rows, tokens, targets = len(batch.ids), batch.ids.numel(), batch.targets.flatten()
-    if field in ("rms_norm", "leaky_relu_squared"):
-        x = draw(tokens, cfg.model_dim if field == "rms_norm" else cfg.mlp_dim)
-        fixed = () if field == "rms_norm" else (cfg.mlp_slope,)
-        return Inputs([x], fixed, 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
-    if field == "cross_entropy":
-        x = 3 * draw(tokens, cfg.vocab_size)
-        return Inputs([x], (targets, cfg.logit_softcap), 0.0, torch.rand(tokens).to(x), 3.0 * x.itemsize * x.numel())
+    if field == "rms_norm":
+        x = draw(tokens, cfg.model_dim)
+        return Inputs([x], (), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
     if field in STRETCHES:
         x, width = draw(tokens, cfg.model_dim), cfg.mlp_dim if field == "mlp" else cfg.vocab_size
         weights = [draw(width, cfg.model_dim), *([draw(cfg.model_dim, width)] if field == "mlp" else [])]
@@ -63,14 +59,11 @@ def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., T
         grad, fixed = (torch.randn_like(x), (cfg.mlp_slope,)) if field == "mlp" else \
             (torch.rand(tokens).to(x), (targets, cfg.logit_softcap))
         return Inputs([x, *weights], fixed, flops, grad, moved)
-    if field in ("attention", "masked"):  # 4 N H FLOPs a key that a query sees
-        chunk, past = (cfg.train_seq_len, 0) if field == "attention" else (48, cfg.eval_seq_len)
-        q = draw(rows, chunk, cfg.num_heads, cfg.head_dim)
-        k, v = (draw(rows, past + chunk, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
-        mask = torch.ones(chunk, past + chunk, dtype=torch.bool, device=q.device).tril(past)[None, None]
-        seen = float((batch.positions + 1.0).mean()) if field == "attention" else past + chunk / 2
+    if field == "attention":  # 4 N H FLOPs a key that a query sees
+        q = draw(rows, cfg.train_seq_len, cfg.num_heads, cfg.head_dim)
+        k, v = (draw(rows, cfg.train_seq_len, cfg.num_kv_heads, cfg.head_dim) for _ in "kv")
         moved = q.itemsize * (5.0 * q.numel() + 3.0 * (k.numel() + v.numel()))  # q y | q y' q'; k | k k'
-        return Inputs([q, k, v], (batch, {}) if field == "attention" else (mask,), 12 * q.numel() * seen,
+        return Inputs([q, k, v], (batch, {}), 12 * q.numel() * float((batch.positions + 1.0).mean()),
                       torch.randn_like(q), moved)
     raise AssertionError(f"Kernels.{field}: bench/kernels.py knows no inputs for it")
 
@@ -104,9 +97,9 @@ def variants_of(field: str, reference: Callable[..., Tensor], cfg: tg.Config, ru
         return {"reference": reference, **({"reference, compiled": run.compiled(reference)} if run.compiles else {}),
                 **({"picked": run.compiled(twin)} if twin is not reference else {})}
     found = {}
-    for name in tg.ATTENTIONS:
+    for name in ("fa4", "fa3", "varlen", "sdpa"):
         try:
-            kernel = tg.pick_attention(name, run.device, run.dtype, cfg.train_seq_len)
+            kernel = tg.pick_attention(name, run.device, run.dtype)
             found[name + " (picked)" * (name == picked.attention.name)] = functools.partial(attend, kernel)
         except tg.UserError as error:
             run.log("left_out", kernel=name, reason=str(error))
@@ -120,7 +113,7 @@ def kernel_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) ->
 
     torch.manual_seed(0)
     few, many = (batch_of(cfg, count, run.device) for count in (2, cfg.micro_batch_tokens // cfg.train_seq_len))
-    sdpa = functools.partial(attend, tg.sdpa_attention())
+    sdpa = functools.partial(attend, tg.SDPA)
     rows = []
     for field, reference in {**tg.Kernels._field_defaults, **STRETCHES, "attention": sdpa}.items():
         if callable(reference):

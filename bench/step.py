@@ -51,7 +51,9 @@ class TrainStep:
         model, plan = self.model, self.plan
         self.loss = run.compiled(lambda batch: model.total_loss(batch, plan, run.dtype))
         self.optimizer, self.ema = tg.ShardedOptimizer(self.model, cfg, run), tg.Ema(self.model, cfg.ema_decay)
-        self.checkpoints = tg.TrainCheckpoints(self.model, self.optimizer, self.ema, self.data, cfg, run)
+        self.checkpoints, self.clock = tg.Checkpoints(
+            self.model, self.optimizer, self.ema, self.data, cfg, run), tg.TrainClock(cfg, run)
+        self.steps = tg.NEWTON_SCHULZ[cfg.muon_coefficients][:cfg.muon_backend_steps]
         named = list(self.model.named_parameters())
         banks = [p.detach() for name, p in named if tg.route(name).rule == "muon"]
         self.own = [torch.randn_like(bank[:-(-len(bank) // run.world)]) for bank in banks]
@@ -77,11 +79,11 @@ class TrainStep:
         for own in self.own:
             self.run.reduce_scatter(own.new_zeros(self.run.world * len(own), *own.shape[1:]))
             self.run.all_gather(own.to(self.run.dtype))
-        self.run.total(self.small)
+        self.run.all_reduce(self.small)
 
     def newton_schulz(self) -> None:
         for own in self.own:
-            tg.orthogonalize(own, tg.coefficients(self.cfg), self.run.dtype)
+            tg.orthogonalize(own, self.steps, self.run.dtype)
 
     def update(self) -> None:
         """Collectives, clipping, Muon with its Newton-Schulz, AdamW; at a rate that leaves the weights nearly alone."""
@@ -90,16 +92,17 @@ class TrainStep:
     def guards(self) -> None:
         """What of a step looks for NaN, signals and due checkpoints; the agreement a GPU has every few steps alone."""
         self.optimizer.skipped += ~torch.isfinite(self.norm)
-        self.checkpoints.poll(self.number)
+        self.checkpoints.after(self.number, self.clock)
 
     def save(self) -> None:
-        """What training waits for when a checkpoint begins; the one before is on the disk already."""
-        self.checkpoints.save(self.number, {})
+        """What training waits for when a checkpoint is written."""
+        self.checkpoints.path.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.save(self.number, self.clock)
 
-    def whole(self, batches: Iterator[list[tg.Batch]]) -> None:
+    def whole(self, batches: Iterator[tuple[int, list[tg.Batch]]]) -> None:
         """As `train` does it, with the next batches read by a thread; notes how long it waited for them."""
         start = time.perf_counter()
-        ready = next(batches)
+        _, ready = next(batches)
         self.waits.append(time.perf_counter() - start)
         for batch in ready:
             self.batch = batch.to(self.run.device)
@@ -116,8 +119,7 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
     batches = step.data.steps(1)
     parts: dict[str, Callable[[], object]] = {
         "data": step.read, "forward": step.forward, "backward": step.backward, "newton_schulz": step.newton_schulz,
-        "optimizer": step.update, "ema": step.ema.update, "guards": step.guards, "checkpoint, begun": step.save,
-        "step, one being written": lambda: step.whole(batches), "checkpoint, on disk": step.checkpoints.wait,
+        "optimizer": step.update, "ema": step.ema.update, "guards": step.guards, "checkpoint": step.save,
         "step": lambda: step.whole(batches)}
     if not step.looped:  # what of a step does not shrink with its rows: bench/scaling.py draws the line through both
         few = tg.random_batch(-(-step.data.micro_rows // 8), cfg).to(run.device)
@@ -129,7 +131,7 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
     tokens, size = step.batch.ids.numel(), run.dtype.itemsize
     flops = tokens * predict.forward_flops(cfg, step.plan, float((step.batch.positions + 1.0).mean()))
     moved = activation_bytes(cfg, step.plan, tokens, size)
-    banks, steps = sum(own.numel() for own in step.own), len(tg.coefficients(cfg))
+    banks, steps = sum(own.numel() for own in step.own), len(step.steps)
     orthogonal = newton_schulz_flops(step.own, steps)
     # fp32: Muon reads gradient, momentum and weight and writes two of them; AdamW has one moment more.
     updated = 20.0 * banks + 28.0 * step.small.numel()
@@ -163,7 +165,7 @@ def loader_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) ->
     """
     rows = []
     for seq_len, tokens in dict.fromkeys([(cfg.train_seq_len, cfg.micro_batch_tokens), (2048, 98_304)]):
-        for shuffle in tg.CHOICES["shuffle"]:
+        for shuffle in ("window", "document", "coprime", "none"):
             shape = dataclasses.replace(cfg, train_seq_len=seq_len, micro_batch_tokens=tokens, shuffle=shuffle,
                                         train_batch_tokens=tokens // seq_len * seq_len * run.world)
             data, numbers = tg.TrainData(shape, run), itertools.count()

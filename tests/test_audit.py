@@ -91,7 +91,7 @@ def test_probes_look_where_something_was_learned():
     base = s.score()
     positions = audit.choose(s, base, np.random.default_rng(0))
     assert len(np.unique(base.shared)) == 3 and len(np.unique(base.own)) > 10
-    betas, hints = base.hints.betas.numpy()[positions] > 0, base.hints.ids.numpy()[positions]
+    betas, hints = base.hints[1].numpy()[positions] > 0, base.hints[0].numpy()[positions]
     right = hints == s.ids[1:][positions]
     assert (betas & right).any() and (betas & ~right).any()
     assert (base.shared[positions] != base.shared[0]).any()
@@ -100,7 +100,7 @@ def test_probes_look_where_something_was_learned():
 def test_the_tilted_distribution_is_the_black_box_one():
     """What the white-box probe says about each id is what the program reports when that id comes true."""
     s = subject(tg, **MODES["tilt"])
-    t = int(np.flatnonzero((s.score().hints.betas.numpy() > 0) & (s.ids[1:] != tg.BOS_ID))[-1])
+    t = int(np.flatnonzero((s.score().hints[1].numpy() > 0) & (s.ids[1:] != tg.BOS_ID))[-1])
     whole = s.score(probes=[t]).full[t]
     ids, nats = s.ids.copy(), []
     for ids[t + 1] in range(VOCAB):
@@ -127,7 +127,7 @@ UPDATED = "                optimizer.step()\n"
 SLOT = """
         with torch.enable_grad():
             delta = torch.zeros(logits.size(-1), requires_grad=True)
-            loss = model.kernels.cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
+            loss = softcapped_cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
             logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
 AGAIN = """
             if learns:
@@ -135,7 +135,6 @@ AGAIN = """
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 with torch.enable_grad():
-                    w = AdaptedWeights(base, model, adapters)
                     hidden = model(inputs, layers, w, cache)[:, -size:]
                     first, (nats, losses) = nats, scorer.nats(model, hidden, rows.targets[:, begin:end],
                                                               rows.numbers[:, begin:end], w)
@@ -144,8 +143,8 @@ AGAIN = """
 LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
             "phases = cfg.phased_ttt_num_phases\n"
             "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
-           ("chunks = range(0, stop, cfg.ttt_chunk_tokens)",
-            "chunks = documents[:np.searchsorted(val.starts, stop)].tolist()"),
+           ("starts = range(0, stop, cfg.ttt_chunk_tokens)",
+            "starts = documents[:np.searchsorted(val.starts, stop)].tolist()"),
            ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
             "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
 CALIBRATE = 'with run.phase("calibrate", "train"):'
@@ -154,9 +153,9 @@ PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
         (SCORED, AGAIN + SCORED)], ("D2", "C3"), dict(phased_ttt_num_phases=0)),
     "shared weights learn before the score": Plant("A", "sgd", [
-        ("            score_windows(model, mine, scorer, f\"chunk",
+        ("            score_windows(model, windows[cuts[c]:",
          "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
-         "            score_windows(model, mine, scorer, f\"chunk")], ("D2", "C3")),
+         "            score_windows(model, windows[cuts[c]:")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
         (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"),
         dict(phased_ttt_num_phases=0)),
@@ -166,12 +165,12 @@ PLANTS = {
     "mass added to the hint alone": Plant("E", "tilt", [
         ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], ("D3", "C2")),
     "the lookup context holds the target": Plant("E", "tilt", [
-        ("return Hints(hints[:-1], betas[:-1])", "return Hints(hints[1:], betas[1:])")], ("D2", "C2")),
+        ("return hints[:-1], betas[:-1]", "return hints[1:], betas[1:]")], ("D2", "C2")),
     "hints counted from the whole stream": Plant("E", "tilt", [
         ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
         ("D9", "C1")),
     "tilt only where the hint comes true": Plant("F", "tilt", [
-        ("betas = betas.double()", "betas = betas.double() * (hints == targets)")], ("D3", "C2")),
+        (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (hints == targets)")], ("D3", "C2")),
     "smearing across documents": Plant("L", "none", [
         ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], ("D6", "C1")),
     "attention across documents": Plant("L", "none", [
@@ -183,14 +182,14 @@ PLANTS = {
          'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
         ("D6", "C1")),
     "adapters averaged over the batch": Plant("P", "lora", [
-        (UPDATED, UPDATED + "                for peer in adapters.parameters():\n"
+        (UPDATED, UPDATED + "                for peer in w.parameters:\n"
          "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
     "the last chunk is not scored": Plant("C4", "lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
          "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4")),
     "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
     "shared weights learn from all parts": Plant("A", "lora", [
-        ("chunks = range(0, stop, cfg.ttt_chunk_tokens)", "chunks = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
+        ("starts = range(0, stop, cfg.ttt_chunk_tokens)", "starts = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
         ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
          "sgd.learn(at, min(at + cfg.ttt_chunk_tokens, val.num_targets),")],
         ("D1", "C3")),
@@ -198,7 +197,7 @@ PLANTS = {
         ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
          "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
     "updates are not in the ledger": Plant("A", "sgd", [
-        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, part.begin, part.end)", "pass")], ("D4", "C3")),
+        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)", "pass")], ("D4", "C3")),
     "the ledger counts a target twice": Plant("C4", "none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
@@ -206,8 +205,8 @@ PLANTS = {
         ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
         ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
-         "    return sorted((DocumentBatch(tuple(rows), tuple(chunk_edges(size[rows[0]], "
-         "'2' if size[rows[0]] <= 8 else '4')),")], ("D1", "C1")),
+         "    return sorted((DocumentBatch(tuple(rows), tuple(range(0, size[rows[0]] + 4, "
+         "2 if size[rows[0]] <= 8 else 4)),")], ("D1", "C1")),
 }
 
 
@@ -284,14 +283,14 @@ def test_a_rehearsal_that_fails_is_one_line(edits: list, token: int, words: str,
 
 # -- bytes ---------------------------------------------------------------------------------------------
 
-TEXT_BYTES = 'base[i] = len(text.encode("utf-8"))'
-BYTE_PIECE = "base[i] = 1\n"
+TEXT_BYTES = 'len(text.encode("utf-8"))'
+BYTE_PIECE = "base[i] = 1 if"
 
 
 @pytest.mark.parametrize("name, edits", [
     ("as it is", []),
-    ("the space counted twice", [(TEXT_BYTES, 'base[i] = len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
-    ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3\n")]),
+    ("the space counted twice", [(TEXT_BYTES, 'len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
+    ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3 if")]),
 ])
 def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict[str, str], plant):
     import sentencepiece
@@ -305,7 +304,7 @@ def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict
 def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch, plant):
     path = Path(dataset["tokenizer_path"])
     assert evidence.static_tokenizer(path).ok
-    wrong = plant("byte pieces", [(BYTE_PIECE, "base[i] = 3\n")])
+    wrong = plant("byte pieces", [(BYTE_PIECE, "base[i] = 3 if")])
     monkeypatch.setattr(evidence, "load_module", lambda _: wrong)
     finding = evidence.static_tokenizer(path)
     assert not finding.ok and "wrong=256" in finding.figures

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY
 import bench.all as bench
 import train_gpt as tg
 from bench.common import setting
-from bench.studies import caseops, memory, scaling
+from bench.studies import caseops, scaling
 from bench.studies.profiling import UPDATE, analyze, gpu_work
 from tests.stress import faults
 from tools.common import program
@@ -73,7 +73,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], sa
     ("ngram 0", {}, "0: expected at least 0.001"), ("ngram 0.001", {"NGRAM_RULES": "x"}, "NGRAM_RULES=x: expected"),
     ("plain_step x", {}, "invalid int value: 'x'"), ("plain_step 0", {}, "at least one step"),
     ("scaling README.md", {}, "README.md: not the JSON of"), ("scaling requirements.lock", {}, "not the JSON of"),
-    ("memory x", {}, "x: expected no argument"), ("evaluation README.md x", {}, "x: expected a number of targets")])
+    ("evaluation README.md x", {}, "x: expected a number of targets")])
 def test_a_mistake_at_a_bench_is_one_line(command: str, env: dict[str, str], said: str, monkeypatch, capsys):
     """No traceback and status 2; as its own program, without the half minute of a start."""
     name, *arguments = command.split()
@@ -107,7 +107,6 @@ def test_a_bench_whose_run_fails_says_so_in_one_line(tmp_path: Path, monkeypatch
     failed = functools.partial(subprocess.CompletedProcess, [], 3, "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **more: failed())
     for body, words in ((lambda: faults.main([]), "run on 1 ranks fails: no luck"),
-                        (lambda: memory.measure("small", {}), "small: the run fails with status 3"),
                         (lambda: caseops.val_bpb(tmp_path, "v1", 2, 1, {}), "v1-2-1: the run fails with status 3")):
         with pytest.raises(tg.UserError, match=words):
             body()

@@ -29,14 +29,13 @@ def qkv(heads: int, kv_heads: int, width: int = 6) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax attention, one query of one head at a time."""
     out, shared = torch.zeros_like(q), q.size(2) // k.size(2)
     for row, begin, end in SEGMENTS:
         for t in range(begin, end):
             for head in range(q.size(2)):
-                first = max(begin, t + 1 - (window or t + 1))
-                keys, values = (x[row, first:t + 1, head // shared] for x in (k, v))
+                keys, values = (x[row, begin:t + 1, head // shared] for x in (k, v))
                 weights = (keys @ q[row, t, head] / math.sqrt(q.size(3))).exp()
                 out[row, t, head] = weights @ values / weights.sum()
     return out
@@ -44,7 +43,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
 
 def naive_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
     """What PyTorch's variable-length kernel computes, from the segment starts alone."""
-    assert enable_gqa and cu_seq_q is not cu_seq_k and torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0
+    assert enable_gqa and cu_seq_q is not cu_seq_k and torch.equal(cu_seq_q, cu_seq_k) and window_size == (-1, 0)
     shared, out = query.size(1) // key.size(1), torch.zeros_like(query)
     for begin, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist()):
         assert 0 <= end - begin <= max_q == max_k
@@ -52,8 +51,6 @@ def naive_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_
         scores = torch.einsum("qnh,knh->nqk", query[part], key[part].repeat_interleave(shared, dim=1))
         square = torch.ones(end - begin, end - begin, dtype=torch.bool)
         unseen = square.triu(1)
-        if window_size[0] >= 0:
-            unseen |= square.tril(-window_size[0] - 1)
         weights = (scores / math.sqrt(query.size(2))).masked_fill(unseen, -math.inf).softmax(-1)
         out[part] = torch.einsum("nqk,knh->qnh", weights, value[part].repeat_interleave(shared, dim=1))
     return out
@@ -74,11 +71,11 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return activated
 
 
-def check_attention(kernel: tg.Attention, heads: int, kv_heads: int, window: int) -> None:
+def check_attention(kernel: tg.Attention, heads: int, kv_heads: int) -> None:
     """Values and gradients are those of the loop over segments."""
     inputs = qkv(heads, kv_heads)
-    actual = kernel.run(*inputs, kernel.prepare(packed_rows()), window)
-    expected = naive_attention(*inputs, window)
+    actual = kernel.run(*inputs, kernel.prepare(packed_rows()))
+    expected = naive_attention(*inputs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(actual)
     for a, b in zip(torch.autograd.grad((actual * weight).sum(), inputs),
@@ -86,17 +83,15 @@ def check_attention(kernel: tg.Attention, heads: int, kv_heads: int, window: int
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [0, 1, 3, 99])
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 2), (3, 3), (4, 1)])
-def test_attention_and_its_gradient_equal_a_loop_over_segments(heads: int, kv_heads: int, window: int):
-    check_attention(tg.SDPA, heads, kv_heads, window)
+def test_attention_and_its_gradient_equal_a_loop_over_segments(heads: int, kv_heads: int):
+    check_attention(tg.SDPA, heads, kv_heads)
 
 
-@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("name", ["varlen", "fa3", "fa4"])
-def test_flash_attention_is_called_as_it_wants_to_be(name: str, window: int, varlen: list[str]):
-    """Segment starts and positions say the same; causal, with the window, in the real function's own parameters."""
-    check_attention(tg.varlen_attention(name), 4, 2, window)
+def test_flash_attention_is_called_as_it_wants_to_be(name: str, varlen: list[str]):
+    """Segment starts and positions say the same; causal, in the real function's own parameters."""
+    check_attention(tg.varlen_attention(name), 4, 2)
     assert varlen == {"varlen": []}.get(name, [name.upper()])
 
 
@@ -170,15 +165,6 @@ def test_the_norm_by_hand_stays_near_its_reference_in_bfloat16():
     for a, b in (outs, grads):
         assert a.dtype == b.dtype == torch.bfloat16
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
-def test_leaky_relu_squared_has_the_stated_value_and_derivative(slope: float):
-    x = torch.tensor([-3.0, -0.5, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
-    y = tg.leaky_relu_squared(x, slope)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(y.tolist(), [9 * slope**2, 0.25 * slope**2, 0.0625, 4.0])
-    torch.testing.assert_close(grad.tolist(), [-6 * slope**2, -slope**2, 0.5, 4.0])
 
 
 @pytest.mark.parametrize("cap", [5.0, 30.0])

@@ -79,7 +79,7 @@ def reference_embedding(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, ids: list[
     e = raw.copy()
     for t in range(len(ids)):
         if cfg.smear_gate_enabled and t > 0:
-            e[t] += p["smear_lambda"] * sigmoid(p["smear_gate"][0] @ raw[t, :cfg.gate_channels]) * raw[t - 1]
+            e[t] += p["smear_lambda"] * sigmoid(p["smear_gate"][0] @ raw[t, :tg.GATE_CHANNELS]) * raw[t - 1]
         if cfg.bigram_buckets:
             last = cfg.bigram_buckets - 1
             bucket = ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % last if t > 0 else last
@@ -98,7 +98,7 @@ def rope(x: np.ndarray, position: int, cfg: tg.ModelKnobs) -> np.ndarray:
 
 
 def reference_attention(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, n: np.ndarray) -> np.ndarray:
-    layers, heads, width, few = cfg.num_layers, cfg.num_heads, cfg.head_dim, n[:, :cfg.gate_channels]
+    layers, heads, width, few = cfg.num_layers, cfg.num_heads, cfg.head_dim, n[:, :tg.GATE_CHANNELS]
     q, k, v = ((n @ m.T).reshape(len(n), -1, width)
                for m in (p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][layers + i]))
     y = np.zeros_like(q)
@@ -348,27 +348,6 @@ def test_every_encoder_layer_is_taken_up_once_and_every_slot_used_once(layers: i
         assert pairs == [(encoder + j, encoder - 1 - j, j) for j in range(encoder)]
         assert all((v.skip_from is None) == (v.skip_slot is None) and v.number == i for i, v in enumerate(unrolled))
     assert encoder == tg.GPT(cfg).skip_weights.size(0)
-
-
-def test_windows_are_of_blocks_and_repeat_to_the_last_one():
-    layers = tg.unroll_layers(tiny(attn_windows="5,0,7"), True)
-    assert [(v.block, v.window) for v in layers] == [(0, 5), (1, 0), (2, 7), (1, 0), (2, 7), (3, 5)]
-    assert {v.window for v in tg.unroll_layers(tiny(), True)} == {0}
-    for wrong in ("", "5,", "-1", "a", "1234567"):
-        with pytest.raises(tg.UserError, match="ATTN_WINDOWS"):
-            tiny(attn_windows=wrong)
-
-
-def test_a_window_hides_what_lies_before_it_and_nothing_else():
-    """A token is seen by the block behind it up to two tokens later, through two blocks up to four."""
-    model = noisy(tiny(num_layers=2, num_loops=0, parallel_start_layer=1, attn_windows="3", smear_gate_enabled=False))
-    ids = np.array([[BOS, *range(5, 21)]])
-    before = hidden(model, batch_of(ids))
-    for changed in range(1, 16):
-        other = ids.copy()
-        other[0, changed] += 100
-        moved = (hidden(model, batch_of(other)) - before).abs().amax(-1)[0] > 0
-        assert moved.nonzero().flatten().tolist() == list(range(changed, min(changed + 5, 16)))
 
 
 def test_docstrings_show_what_happens():

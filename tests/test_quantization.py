@@ -151,16 +151,16 @@ def test_a_broken_hessian_is_one_clear_line():
 
 def test_scale_codes_are_eighths_of_an_octave_on_every_machine():
     every = torch.arange(-128, 128).to(torch.int8)
-    scales = tg.row_scales(every, 1.0)
+    scales = tg.scales_of(every, 1.0)
     assert [scales[i].item() for i in (0, 192, 200, 255)] == pytest.approx([2 ** -24, 1, 2, 2 ** (63 / 8)], rel=1e-7)
     assert torch.equal(tg.scale_codes(scales, tg.ROW_OFFSET), every)
-    assert torch.equal(tg.row_scales(every, 3.0), 3 * scales)
-    assert torch.equal(tg.scale_codes(tg.column_scales(every), 0), every)
+    assert torch.equal(tg.scales_of(every, 3.0), 3 * scales)
+    assert torch.equal(tg.scale_codes(tg.scales_of(every, 1.0, 0), 0), every)
     some = torch.logspace(-6, 1, 400)
-    nearest, above = (tg.row_scales(tg.scale_codes(some, tg.ROW_OFFSET, up), 1.0) for up in (torch.round, torch.ceil))
+    nearest, above = (tg.scales_of(tg.scale_codes(some, tg.ROW_OFFSET, up), 1.0) for up in (torch.round, torch.ceil))
     assert ((nearest / some).log2().abs() <= 1 / 16 + 1e-6).all()
     assert ((above / some).log2() >= -1e-6).all() and ((above / some).log2() <= 1 / 8 + 1e-6).all()
-    assert (tg.row_scales(tg.scale_codes(torch.zeros(3), tg.ROW_OFFSET), 1.0) > 0).all()
+    assert (tg.scales_of(tg.scale_codes(torch.zeros(3), tg.ROW_OFFSET), 1.0) > 0).all()
 
 
 @pytest.mark.parametrize("softness", [0.0, 0.7, 1.0])
@@ -296,13 +296,13 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
             continue
         assert q.codes.dtype == torch.int16 and q.rows.dtype == torch.int8 and q.rows.shape == values.shape[:-1]
         if q.stored == "int8":
-            step = tg.row_scales(q.rows, 1.0)[..., None]
+            step = tg.scales_of(q.rows, 1.0)[..., None]
             assert q.columns is None and torch.equal(q.dequantize(scale), q.codes.float() * step)
             top = q.codes.abs().amax(-1)[values.abs().amax(-1) > 0]
             assert (top <= 127).all() and (top >= 116).all() and not q.codes[values.abs().amax(-1) == 0].any()
             assert ((q.dequantize(scale) - values).abs() <= 0.51 * step).all()
             continue
-        step = tg.row_scales(q.rows, scale)[..., None] * tg.column_scales(q.columns)
+        step = tg.scales_of(q.rows, scale)[..., None] * tg.scales_of(q.columns, 1.0, 0)
         torch.testing.assert_close(q.dequantize(scale), q.codes.float() * step)
         if quant == "sdclip":
             bits, sigmas = grids[q.stored]
@@ -368,7 +368,7 @@ def test_each_matrix_is_rounded_for_the_inputs_it_reads(run: tg.Run):
             used.add(key)
             bits, _ = cfg.grid(q.stored.removeprefix("gptq:"))
             order = hessians[key].diagonal().argsort(descending=True)  # costly columns first
-            expected = solve(matrices[name][:, order], hessians[key][order][:, order], tg.row_scales(q.rows, 1.0), bits)
+            expected = solve(matrices[name][:, order], hessians[key][order][:, order], tg.scales_of(q.rows, 1.0), bits)
             assert (q.codes[:, order] != expected).float().mean() < 0.01
     assert used == set(hessians)
     for quant in ("sdclip", "waterfill"):

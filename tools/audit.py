@@ -105,8 +105,8 @@ def watching(module: ModuleType) -> type:
             out = super().nats(model, hidden, targets, numbers, w)
             flat, scores = numbers.flatten().cpu().numpy(), out[0].detach().flatten().double().cpu().numpy()
             real = np.flatnonzero((targets.flatten() != module.IGNORE).cpu().numpy())  # the rest is padding
-            rows, adapters = hidden.size(0) if hidden.dim() == 3 else 1, getattr(w, "adapters", None)
-            own_R = fingerprint(adapters.parameters() if adapters is not None else [], rows)
+            rows = hidden.size(0) if hidden.dim() == 3 else 1
+            own_R = fingerprint(getattr(w, "parameters", []), rows)
             own = own_R.repeat_interleave(len(flat) // rows).numpy()
             shared = int(fingerprint([*w.matrices.values(), *model.parameters()]))
             unseen = np.isnan(self.first[flat[real]])
@@ -262,7 +262,7 @@ def choose(subject: Subject, base: Outcome, rng: np.random.Generator) -> list[in
     adapted, shared = base.own != base.own[subject.starts[subject.document(targets)]], has_learned(base)
     kinds = [~adapted & ~shared, adapted & ~shared, shared & ~adapted, adapted & shared]
     if base.hints is not None:
-        hinted, right = base.hints.betas.cpu().numpy() > 0, base.hints.ids.cpu().numpy() == subject.ids[1:]
+        hinted, right = base.hints[1].cpu().numpy() > 0, base.hints[0].cpu().numpy() == subject.ids[1:]
         kinds += [hinted & right, hinted & ~right]
     chosen: list[int] = []
     for kind in kinds:
@@ -304,8 +304,8 @@ def probe_targets(subject: Subject, base: Outcome, positions: Sequence[int], rng
     for number, t in enumerate(positions):
         own, truth = base.full[t], int(ids[t + 1])
         sums.append(float(np.exp(-own).sum()))
-        hinted = base.hints is not None and float(base.hints.betas[t]) > 0
-        likely = int(base.hints.ids[t] if hinted else own.argmin())
+        hinted = base.hints is not None and float(base.hints[1][t]) > 0
+        likely = int(base.hints[0][t] if hinted else own.argmin())
         values = [likely] if number % 2 == 0 and likely != truth else [int(rng.integers(2, len(own)))]
         values += [bos] if t == positions[-1] else []
         spot = max(spot, abs(own[truth] - base.nats[t]))
@@ -567,7 +567,7 @@ def naive_hints(ids: Sequence[int], cfg: Any, module: ModuleType) -> tuple[list[
 def probe_hints(subject: Subject, base: Outcome) -> list[Finding]:
     """D9 for exact counts: there are no tables to shrink, so the hints are compared with plain dictionaries."""
     hints, betas = naive_hints(subject.ids.tolist(), subject.cfg, subject.module)
-    own_hints, own_betas = base.hints.ids.cpu().numpy(), base.hints.betas.cpu().numpy()
+    own_hints, own_betas = base.hints[0].cpu().numpy(), base.hints[1].cpu().numpy()
     live = (np.array(betas) > 0) | (own_betas > 0)
     bad = int(((np.abs(own_betas - betas) > 1e-5) | ((own_hints != hints) & live)).sum())
     return [finding("D9", "C1", not bad, f"hints={int(live.sum())} wrong={bad}",
@@ -720,7 +720,7 @@ def main(arguments: Sequence[str]) -> int:
     log = knobs.pop("LOG", "")
     environment = {name: value for name, value in os.environ.items() if name != "SCRIPT"}
     subject = artifact_subject(path, {**environment, **knobs})
-    unknown = sorted(set(knobs) - {"SCRIPT"} - {knob.name for knob in subject.module.knobs()})
+    unknown = sorted(set(knobs) - {"SCRIPT"} - {name.upper() for name in subject.module.kinds(subject.module.Config)})
     if unknown:
         raise ToolError(f"{unknown[0]}={knobs[unknown[0]]}: no such knob; ./run.sh knobs lists them")
     findings = audit(subject) + rehearse(subject.module, subject.cfg, subject.ids, subject.tokenizer)

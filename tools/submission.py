@@ -504,10 +504,10 @@ def config_lines(module: Any, config: Mapping[str, Any]) -> list[str]:
     """Return KNOB=value for what differs from the preset, which itself is named where it is not the default."""
     base = module.PRESETS[config["preset"]]
     lines = [] if config["preset"] == "record" else [f"PRESET={config['preset']}"]
-    for knob in module.knobs():
-        name = knob.name.lower()
-        if name not in PLACES and name != "preset" and config[name] != base.get(name, knob.default):
-            lines.append(f"{knob.name}={typed_text(config[name])}")
+    for name in module.kinds(module.Config):
+        default = base.get(name, getattr(module.Config, name))
+        if name not in PLACES and name != "preset" and config[name] != default:
+            lines.append(f"{name.upper()}={typed_text(config[name])}")
     return lines
 
 

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     steps, seeds = asked.steps, asked.seeds
     require(min(steps, seeds) > 0, f"{steps} {seeds}: expected at least one step and one seed")
-    names = {knob.name for knob in tg.knobs()}
+    names = {name.upper() for name in tg.kinds(tg.Config)}
     knobs = {**SHAPE, **{name: value for name, value in os.environ.items() if name in names}}
     tg.Config.from_env(knobs)
     train, val = documents(asked.train), documents(asked.val)

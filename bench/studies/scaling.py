@@ -73,7 +73,7 @@ def scaling_rows(cfg: tg.Config, each: float, fixed: float, speed: float, nvlink
         own = [bank[:1].expand(-(-len(bank) // world), *bank.shape[1:]) for bank in banks]
         padded = sum(slices.numel() for slices in own) * world
         compute = each * -(-cfg.train_rows // world) + fixed
-        orthogonal = 1e3 * newton_schulz_flops(own, len(tg.coefficients(cfg))) / speed
+        orthogonal = 1e3 * newton_schulz_flops(own, cfg.muon_backend_steps) / speed
         # gradients in fp32 are scattered, updates in bf16 gathered bank by bank, the small parameters all-reduced
         moving = sum(ring_ms(4.0 * world * s.numel(), world, 1, nvlink, network)
                      + ring_ms(2.0 * world * s.numel(), world, 1, nvlink, network) for s in own)

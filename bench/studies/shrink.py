@@ -23,16 +23,16 @@ def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) ->
         quantizer = timed(times, "factorize", run, tg.Quantizer, model, sums, cfg, run)
         unit = 2.0 ** quantizer.octaves_for(cfg.bits_per_weight * quantizer.weights) \
             if cfg.quant == "waterfill" else 1.0
-        tensors = timed(times, "gptq", run, quantizer.quantize, unit)
-        blob = timed(times, "pack", run, tg.pack, tensors, unit, quantizer.trellis.states,
-                     tg.pick_codec(cfg.codec), cfg, cfg.preset)
+        tensors = timed(times, "gptq", run, quantizer.quantize, unit, quantizer.solved)
+        streams = timed(times, "pack", run, tg.pack_streams, tensors, quantizer.states, ("range", "brotli"))
+        blob = tg.pack(streams, unit, quantizer.states, cfg, cfg.preset)
         timed(times, "unpack", run, tg.unpack, blob)
     tokens = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len) * cfg.train_seq_len
     grams = sum(2 * gram.size(0) ** 2 for gram in sums.gram.values())  # over stored products; visits of the loop: more
     plan = tg.unroll_layers(cfg, looped=True)
     counted = {"calibrate": tokens * (2 * predict.forward_flops(cfg, plan, cfg.train_seq_len / 2) + grams),
                # each column's error goes to the columns after it: C^2 / 2 multiply-adds a row
-               "gptq": sum(w.size(0) * w.size(1) * w.size(2) ** 2 for _, _, _, w, *_ in quantizer.stacks)}
+               "gptq": sum(g.weights[..., 0].numel() * g.weights.size(2) ** 2 for g in quantizer.groups)}
     each = {"calibrate": tokens, "pack": quantizer.weights, "unpack": quantizer.weights}
     rows = []
     for name, seconds in times.items():

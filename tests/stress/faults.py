@@ -3,8 +3,9 @@
     ./run.sh bench faults [WORD ...]       all rows, or those whose name has one of the words
 
 Model and data are the tests'. A run with a fault is this program with a plant in it: at a place of one rank it kills,
-stops, fills the disk and so on. After each fault the same command with RESUME=auto and no plant must end in the verdict
-of a run that nothing disturbed. Rows that mount a small tmpfs or give up rights need root and are left out without.
+stops, fills the disk and so on. After each fault the same command with RESUME=auto and no plant, or EVAL_ONLY where
+the artifact is written, must end in the verdict of a run that nothing disturbed. Rows that mount a small tmpfs or
+give up rights need root and are left out without.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tools.common import program
 
 SECONDS = 120
 """Most that a run may take, which takes five on a quiet core."""
-PHASES = ("prime", "train", "calibrate", "gptq", "pack", "score_quantized", "adapt", "shared_sgd")
+PHASES = ("warmup", "train", "calibrate", "gptq", "pack", "score_quantized", "adapt", "shared_sgd")
 
 
 class Fault(NamedTuple):
@@ -89,7 +90,7 @@ def plant(faults: Sequence[Sequence[Any]], folder: Path) -> None:
             if name == place and calls[place] == int(number or 1) and rank == int(os.environ.get("RANK", 0)):
                 act(action, folder)
 
-    phase, update, pause, step = tg.Run.phase, tg.Ema.update, tg.ScoreCheckpoints.pause, tg.ShardedOptimizer.step
+    phase, update, allows, step = tg.Run.phase, tg.Ema.update, tg.EvalBudget.allows, tg.ShardedOptimizer.step
 
     @contextlib.contextmanager
     def entered(self: tg.Run, name: str, budget: str = "none") -> Iterator[None]:
@@ -101,12 +102,12 @@ def plant(faults: Sequence[Sequence[Any]], folder: Path) -> None:
     def poisoned(self: tg.ShardedOptimizer, lr_scale: float, momentum: float) -> torch.Tensor:
         calls["nan"] = calls.get("nan", 0) + bool(lr_scale)
         if any(action == "nan" and str(calls["nan"]) in place.split(",") for action, place, _ in faults) and lr_scale:
-            self.named["tok_emb"].grad[3, 3] = torch.nan
+            self.small["tok_emb"].grad[3, 3] = torch.nan
         return step(self, lr_scale, momentum)
 
     tg.Run.phase = entered
     tg.Ema.update = lambda self: (update(self), at("train"))[0]
-    tg.ScoreCheckpoints.pause = lambda self: (at("adapt"), pause(self))[1]
+    tg.EvalBudget.allows = lambda self: (at("adapt"), allows(self))[1]
     tg.ShardedOptimizer.step = poisoned
 
 
@@ -114,9 +115,9 @@ def plant(faults: Sequence[Sequence[Any]], folder: Path) -> None:
 
 
 def knobs_of(folder: Path, data: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """Environment of the tests' tiny run: a checkpoint after every step and while scoring, adaptation in two phases."""
+    """Environment of the tests' tiny run: a checkpoint after every step, adaptation in two phases."""
     from tests.conftest import TINY
-    values = {**TINY, **data, "log_dir": str(folder), "run_id": "r", "checkpoint_every": "0.000001", "resume": "auto",
+    values = {**TINY, **data, "log_dir": str(folder), "run_id": "r", "checkpoint_every": "1steps", "resume": "auto",
               "iterations": "6", "ngram_base_beta": "0", "diagnostic_evals": "quantized",
               "dist_timeout_seconds": "8", "ttt_batch_size": "2", **more}
     return {name.upper(): value for name, value in values.items()}
@@ -124,7 +125,7 @@ def knobs_of(folder: Path, data: Mapping[str, str], more: Mapping[str, str]) -> 
 
 def launch(env: Mapping[str, str], world: int, planted: str = "", folder: Path | None = None) -> subprocess.Popen:
     """The run, in one process or by torchrun; with a plant this program is run in its place."""
-    script = ["bench/faults.py"] if planted else ["train_gpt.py"]
+    script = ["-m", "tests.stress.faults"] if planted else ["train_gpt.py"]
     head = [sys.executable, *(("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}")
                               if world > 1 else ())]
     return subprocess.Popen([*head, *script], cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -143,16 +144,16 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Events of that name in the run's log."""
-    path = folder / "r.jsonl"
-    return [e for e in logs.events(path) if e["event"] == name] if path.exists() else []
+    """Events of that name in the run's log, and in that of its artifact's score."""
+    paths = [path for path in (folder / "r.jsonl", folder / "s.jsonl") if path.exists()]
+    return [e for path in paths for e in logs.events(path) if e["event"] == name]
 
 
 def said(err: str, folder: Path) -> str:
     """The first line that is this program's, or the last warning of its log; without folders."""
     lines = [line.partition("train_gpt.py: ")[2] for line in err.splitlines() if line.startswith("train_gpt.py: ")]
     lines += [line for line in err.splitlines() if "Error" in line or "Fatal" in line][-1:]
-    lines += [e["text"] for e in events(folder, "warning") if "prepare.py verify" not in e["text"]][-1:]
+    lines += [e["text"] for e in events(folder, "warning") if "data verify" not in e["text"]][-1:]
     lines += [f"skipped={e['skipped']} in the log" for e in events(folder, "train") if e.get("skipped")][-1:]
     return (lines or ["-"])[0].replace(f"{folder}/", "").replace(str(folder), "LOG_DIR")
 
@@ -197,13 +198,13 @@ def inject(fault: Fault, data: Mapping[str, str], expected: Mapping[int, tuple])
         if not first:
             for path in Path(data["data_path"]).iterdir():
                 (copy / path.name).write_bytes(path.read_bytes())
+            artifact = folder / "r.bin"
+            if artifact.exists():
+                env |= {"RUN_ID": "s", "EVAL_ONLY": str(artifact), "RESUME": "0"}
             status_again, err = finish(launch(env, fault.world))
             resumed, same = events(folder, "resume"), verdict(folder)
-            position = resumed[-1] if resumed else {}
-            at = f"step {position['position']['row'] // 12}" if "position" in position else \
-                "artifact" if position and not position["progress"] else \
-                f"{position['progress']['learned']} learned in phase {position['progress']['phase']}" if position and \
-                position["progress"]["learned"] else "its scores" if position else "the start"
+            at = f"step {resumed[-1]['step']}" if resumed else "the start"
+            at = "the artifact" if artifact.exists() and "EVAL_ONLY" in env else at
             at = at if status_again == 0 else f"fails: {said(err, folder)}"
         return {"fault": fault.name, "ranks": fault.world, "status": status, "seconds": round(seconds, 1),
                 "the user saw": text[:150], "went on from": at if not first else "did not stop",
@@ -244,11 +245,11 @@ def table() -> list[Fault]:
         Fault("out of memory in train", "memory", "train:3"), Fault("out of memory in adapt", "memory", "adapt:4")]
     if os.geteuid() == 0 and sys.platform == "linux":
         rows += [Fault(f"folder turns read-only in {place.split(':')[0]}", "read-only", place)
-                 for place in ("train:3", "write", "adapt:3")]
+                 for place in ("train:3", "pack", "adapt:3")]
         rows += [Fault("disk too small at the start", "none", "train", 0, 1, {"bigram_buckets": "65536"}, True),
                  Fault("disk full while training, room again at calibration", "fill&clear", "train:2&calibrate", 0, 1,
                        cap, True),
-                 Fault("disk full when the artifact is written", "fill", "write", 0, 1, cap, True),
+                 Fault("disk full when the artifact is written", "fill", "pack", 0, 1, cap, True),
                  Fault("disk full while scoring", "fill", "adapt:3", 0, 1, cap, True)]
     rows += [Fault(f"kill -9 of rank {rank} in {phase}", "SIGKILL", {"train": "train:4", "adapt": "adapt:6"}.get(
         phase, phase), rank, 2) for phase in PHASES for rank in (0, 1)]

@@ -52,7 +52,7 @@ MEMORY, SECONDS, ROOM = 64 << 20, 10.0, 1 << 30
 RAW = 1 << 20
 """Bytes of tensors that an artifact may claim here; the program's own bound is 256 times as large."""
 SMALL = tg.ModelKnobs(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, num_loops=0, rope_dims=4,
-                      parallel_start_layer=1, gate_window=5, bigram_buckets=8, bigram_dim=4)
+                      parallel_start_layer=1, bigram_buckets=8, bigram_dim=4)
 """Every kind of tensor in 4 KB."""
 
 
@@ -88,14 +88,14 @@ SHAPES = [(6, 70), (3, 130)]
 
 def read_codes(coder: str, data: bytes, folder: Path) -> object:
     """A stream of codes; its first byte chooses the trellis."""
-    found = tg.CODERS[coder][1](data[1:], SHAPES, (1, 4, 8)[data[0] % 3] if data else 1)
+    found = tg.CODERS[coder][1](data[1:], SHAPES, (1, 4)[data[0] % 2] if data else 1)
     return [matrix.tobytes() for matrix in found]
 
 
 def read_histograms(data: bytes, folder: Path) -> object:
     """A range-coded stream from what its Brotli parts unpack to, cut or filled up to the lengths that are asked for."""
     data = data.ljust(3, b"\0")
-    states, num_kept, num_escaped = (1, 4, 8)[data[0] % 3], 1 + data[1] % 4, data[2] % 8
+    states, num_kept, num_escaped = (1, 4)[data[0] % 2], 1 + data[1] % 4, data[2] % 8
     sizes = [sum(r + c + 1 for r, c in SHAPES), 2 * num_kept,
              2 * num_kept * tg.Trellis.of(states).density * (tg.ESCAPE + 1), 2 * num_escaped]
     edges = [3, *itertools.accumulate(sizes, initial=3)][1:]
@@ -109,32 +109,29 @@ def read_shard(data: bytes, folder: Path) -> object:
     """A training shard through everything that looks at its ids before training does."""
     (folder / "fineweb_train_000000.bin").write_bytes(data)
     stream = tg.TokenStream(folder, "fineweb_train")
-    tg.require(not (problem := stream.check(512)), problem)
-    stream.document_starts(), stream.document_keys()
+    stream.check(512)
+    stream.document_starts()
     return stream.read(0, len(stream)).tobytes()
 
 
 def read_sealed_shard(data: bytes, folder: Path) -> object:
-    """A shard that the manifest of its dataset lists, as `data/prepare.py verify` looks at it."""
+    """A shard that the manifest of its dataset lists, as `./run.sh data verify` looks at it."""
     from data import verify
     (folder / "fineweb_train_000000.bin").write_bytes(data)
     (seed,) = shards()
     listed = {"tokens": len(seed) // 2 - 512, "sha256": hashlib.sha256(seed).hexdigest()}
-    found = verify.examine(folder / "fineweb_train_000000.bin", listed, 512, None)
+    found = verify.examine(folder / "fineweb_train_000000.bin", listed, 512)
     tg.require(not found.problem, found.problem)
     return read_shard(data, folder)
 
 
 EXPECTED = {"weights.a": torch.zeros(3, 2), "skipped": torch.zeros((), dtype=torch.int32)}
-STATE = {"position": {"row": 0}, "knobs": {}, "stage": [32, 0.0], "changed": 0, "last": 1.0, "elapsed": 1.0,
-         "each": 1.0}
 
 
 def read_checkpoint(data: bytes, folder: Path) -> object:
-    """A checkpoint whose checksum always fits."""
+    """A checkpoint under its own checksum: whose bytes a stranger has chosen is not resumed."""
     (folder / "a.ckpt").write_bytes(data)
-    with mock.patch.object(tg, "digest_of", lambda *given: "fits"):
-        return tg.read_checkpoint(folder / "a.ckpt", tg.TrainCheckpoints.KINDS, {}, lambda state: EXPECTED)
+    return tg.load_checkpoint(folder / "a.ckpt", EXPECTED)[0]
 
 
 def dataset(folder: Path) -> tg.Config:
@@ -146,36 +143,35 @@ def dataset(folder: Path) -> tg.Config:
     return tg.Config(data_path=str(folder), vocab_size=64)
 
 
-QUIET = types.SimpleNamespace(rank=0, world=1, log=lambda *event, **values: None, gather=lambda x: x[None])
-"""As much of a `Run` as `check_data` asks for."""
+QUIET = types.SimpleNamespace(log=lambda *event, **values: None)
+"""As much of a `Run` as `check_stamp` asks for."""
 
 
 def read_manifest(data: bytes, folder: Path) -> object:
-    """A dataset's manifest.json, by training and by `data/prepare.py verify`."""
+    """A dataset's manifest.json, by training and by `./run.sh data verify`."""
     from data import verify
     cfg = dataset(folder)
     (folder / "manifest.json").write_bytes(data)
     (folder / "tokens.model").write_bytes(tokenizers()[0])
-    tg.check_data(tg.TokenStream(folder, "fineweb_train"), cfg, QUIET)
     tg.tokenizer_path(cfg)
     return verify.verify(folder, None)
 
 
-def read_documents(data: bytes, folder: Path) -> object:
-    """The list of validation documents."""
+def read_stamp(data: bytes, folder: Path) -> object:
+    """What the verification of a dataset left, by training."""
     cfg = dataset(folder)
-    (folder / "val_keys.u64").write_bytes(data)
-    return tg.check_data(tg.TokenStream(folder, "fineweb_train"), cfg, QUIET)
+    (folder / "verified.json").write_bytes(data)
+    return tg.check_stamp(cfg, QUIET)
 
 
 def read_tokenizer(data: bytes, folder: Path) -> object:
     """A SentencePiece model and its table of bytes."""
     (folder / "tokens.model").write_bytes(data)
-    return [table.tobytes() for table in tg.TokenBytes.build(tg.load_sentencepiece(folder / "tokens.model"))]
+    return [table.tobytes() for table in tg.TokenBytes.load(folder / "tokens.model", 400)]
 
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
-    """One file of a submission's folder, the others valid, by every reader in `records/`."""
+    """One file of a submission's folder, the others valid, by every reader in `tools/`."""
     from tools import logs, replay, show, submission
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder / "one")
@@ -209,8 +205,8 @@ def read_config(data: bytes, folder: Path) -> object:
 @functools.lru_cache(None)
 def artifacts() -> list[bytes]:
     """Of a small model with random codes: by the range coder with a trellis, by Brotli without; no digests."""
-    return [tg.pack(some_tensors(SMALL, states, 0), 0.02, states, coder, SMALL, "demo")[:-tg.DIGEST_BYTES]
-            for coder, states in (("range", 8), ("brotli", 1))]
+    return [tg.pack(tg.pack_streams(some_tensors(SMALL, states, 0), states, (coder,)), 0.02, states, SMALL,
+                    "demo")[:-tg.DIGEST_BYTES] for coder, states in (("range", 4), ("brotli", 1))]
 
 
 def some_tensors(model: tg.ModelKnobs, states: int, seed: int) -> dict[str, tg.Quantized]:
@@ -245,7 +241,7 @@ def code_streams(coder: str) -> list[bytes]:
     """Streams of codes with each trellis."""
     rng = np.random.default_rng(1)
     return [bytes([number]) + tg.CODERS[coder][0](some_codes(rng, SHAPES, states), states)
-            for number, states in enumerate((1, 4, 8))]
+            for number, states in enumerate((1, 4))]
 
 
 def histograms() -> list[bytes]:
@@ -268,8 +264,9 @@ def shards() -> list[bytes]:
 
 def checkpoints() -> list[bytes]:
     """One checkpoint."""
-    from safetensors.torch import save
-    return [save(EXPECTED, {"state": json.dumps(STATE), "sha256": "fits"})]
+    with tempfile.TemporaryDirectory() as folder:
+        tg.save_checkpoint(path := Path(folder) / "a.ckpt", EXPECTED, {"step": 3})
+        return [path.read_bytes()]
 
 
 @functools.lru_cache(None)
@@ -287,7 +284,7 @@ def tokenizers() -> list[bytes]:
 
 
 def manifests() -> list[bytes]:
-    """What `data/prepare.py` would have written of `dataset`."""
+    """What `./run.sh data` would have written of `dataset`."""
     with tempfile.TemporaryDirectory() as folder:
         dataset(Path(folder))
         entry = {split: {"documents": 2, "tokens": 5, "bytes": 9, "files": [
@@ -297,9 +294,11 @@ def manifests() -> list[bytes]:
     return [json.dumps({"format": 1, "tokenizer": {**tied, "vocab_size": 64}, **entry}).encode()]
 
 
-def document_lists() -> list[bytes]:
-    """The list of `dataset`'s two validation documents."""
-    return [np.array([[1, 3], [2, 2]], dtype="<u8").tobytes()]
+def stamps() -> list[bytes]:
+    """The stamp of `dataset`."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset(Path(folder))
+        return [json.dumps({"shards_sha256": tg.shards_sha256(Path(folder)), "shared_share": 0.0}).encode()]
 
 
 @functools.lru_cache(None)
@@ -309,13 +308,14 @@ def submission_files() -> dict[str, bytes]:
              "code_sha256": hashlib.sha256(b"pass\n").hexdigest()[:16], "run_id": "a", "seconds": 0.0}
     verdict = {"event": "verdict", "seed": 1, "val_loss": 2.0, "val_bpb": 1.2, "artifact_bytes": 99, "steps": 3,
                "train_seconds": 3.0, "eval_seconds": 1.0, "other_seconds": 1.0, "total_seconds": 5.0, "tokens": 42,
-               "bytes": 101, "ladder": {"ema": 1.3, "quantized": 1.31}, "ledger_sha256": "ab", "code_bytes": 5,
-               "weight_bytes": 94, "cap_bytes": 16000000, "illegal": "", "parameters": 9, "train_loss": 3.0,
+               "bytes": 101, "diagnostic_evals": {"ema": 1.3, "quantized": 1.31},
+               "ledger_sha256": "ab", "code_bytes": 5,
+               "weight_bytes": 94, "cap_bytes": 16000000, "parameters": 9, "train_loss": 3.0,
                "run_id": "a", "seconds": 5.0}
     lines = [start, {"event": "config", "preset": "demo", "vocab_size": 64, "seed": 1, "max_wallclock_seconds": 9},
              {"event": "phase", "name": "train", "seconds": 3.0, "phase_seconds": 3.0},
              {"event": "train_end", "steps": 3, "train_seconds": 3.0},
-             {"event": "artifact", "sha256": "ab", "path": "x"},
+             {"event": "artifact", "sha256": "ab", "path": "x", "weight_bytes": 9, "streams": {"int8": [9, 9]}},
              {"event": "phase", "name": "write", "seconds": 4.0, "phase_seconds": 1.0},
              {"event": "val_data", "documents": 2, "targets": 42, "bytes": 101,
               "compressors": {"xz": {"bits_per_byte": 2.0, "bytes": 25}}}, verdict]
@@ -381,7 +381,7 @@ TARGETS: dict[str, Target] = {
     "shard": Target(read_shard, shards, sealed=read_sealed_shard),
     "checkpoint": Target(read_checkpoint, checkpoints),
     "manifest": Target(read_manifest, manifests, json=True),
-    "documents": Target(read_documents, document_lists),
+    "stamp": Target(read_stamp, stamps, json=True),
     "tokenizer": Target(read_tokenizer, tokenizers),
     "log": submission_target("train_seed1.jsonl", json=True),
     "submission": submission_target("submission.json", json=True),

@@ -29,18 +29,16 @@ from bench.common import ROOT, show, small_data
 from tools.common import program
 from tools.logs import events, last
 
-LEFT_ALONE = frozenset("preset run_id log_dir artifact_dir eval_only data_dir dataset data_path tokenizer_path "
-                       "caseops_enabled vocab_size device threads compile resume dist_timeout_seconds wandb "
-                       "tensorboard".split())
+LEFT_ALONE = frozenset("preset run_id log_dir eval_only data_dir data_path tokenizer_path caseops_enabled vocab_size "
+                       "device compile resume dist_timeout_seconds".split())
 """Where things are; what would make every run a refusal, or (compile) minutes long; what needs other packages."""
 
-FOR_A_GPU = frozenset("triton varlen fa2 fa3 fa4".split())
+FOR_A_GPU = frozenset("triton varlen fa3 fa4".split())
 """Values that a CPU refuses."""
 
-TEXTS = {"checkpoint_every": ("1", "3steps", "x"), "attn_windows": ("64", "32,0", "256,64,0", "x"),
-         "train_seq_schedule": ("", "64@0.5,256@1", "128@1", "512@1"),
-         "diagnostic_evals": ("", "ema", "quantized,sliding", "plain"), "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
-         "ttt_chunk_size": ("16", "32:8,48", "300", "0"), "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
+TEXTS = {"checkpoint_every": ("1", "3steps", "x"), "diagnostic_evals": ("", "ema", "quantized,sliding", "plain"),
+         "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
+         "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
 """Values of the knobs that are text, good and bad."""
 
 BASE = dict(PRESET="demo", OMP_NUM_THREADS="1", WARMUP_STEPS="1", TRAIN_LOG_EVERY="4", GPTQ_CALIBRATION_BATCHES="2",
@@ -51,6 +49,7 @@ def drawn(number: int) -> dict[str, str]:
     """The knobs of draw `number`, as environment variables."""
     rng = np.random.default_rng(number)
     cfg, types = tg.Config(**tg.PRESETS["demo"]), typing.get_type_hints(tg.Config)
+    choices = {name: typing.get_args(kind) for name, kind in types.items() if typing.get_origin(kind) is typing.Literal}
     knobs = dict(BASE, **(dict(MAX_WALLCLOCK_SECONDS="4") if rng.random() < 0.5 else
                           dict(MAX_WALLCLOCK_SECONDS="0", ITERATIONS="8")))
     share, impossible = rng.uniform(0.02, 0.4), rng.random() < 0.1
@@ -58,8 +57,8 @@ def drawn(number: int) -> dict[str, str]:
         name, value = field.name, getattr(cfg, field.name)
         if name in LEFT_ALONE or name.upper() in knobs or rng.random() > share:
             continue
-        if name in tg.CHOICES:
-            new = rng.choice([value for value in tg.CHOICES[name] if value not in FOR_A_GPU])
+        if name in choices:
+            new = rng.choice([value for value in map(str, choices[name]) if value not in FOR_A_GPU])
         elif types[name] is bool:
             new = not value
         elif types[name] is str:
