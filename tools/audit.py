@@ -212,7 +212,7 @@ def piece_of_stream(module: ModuleType, cfg: Any, ids: np.ndarray, documents: in
     starts = np.append(np.flatnonzero(ids == module.BOS_ID), len(ids))
     length = 120
     if cfg.ttt == "lora":
-        length = max(length, module.chunk_edges(10_000, cfg.ttt_chunk_size)[2] + 24)
+        length = max(length, 2 * cfg.ttt_chunk_size + 24)
     pieces = [ids[a:min(b, a + length)].astype(np.int64) for a, b in zip(starts[:-1], starts[1:]) if b - a > 8]
     pieces = pieces[:max(2, documents // 4) if cfg.ngram_base_beta else documents]
     if not pieces:
