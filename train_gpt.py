@@ -182,7 +182,7 @@ class DataKnobs(Knobs):
 @dataclass(frozen=True, kw_only=True)
 class ModelKnobs(Knobs):
     """Model: shape and topology (stored in the artifact)"""
-    vocab_size: Annotated[int, Bound("2..65536 (ids are uint16)", lambda x: 1 < x <= 65_536)] = 8192  # V
+    vocab_size: Annotated[int, Bound("2..65536 (ids are uint16)", lambda x: 1 < x <= 65_536)] = 8192  # vocabulary V
     num_layers: Annotated[int, Bound("2..1024", lambda x: 2 <= x <= 1024)] = 11  # stored blocks L
     model_dim: Size = 512  # width D of the residual stream
     num_heads: Size = 8  # query heads N; head width H = D / N must be even
@@ -334,8 +334,8 @@ PRESETS: dict[str, dict] = {
 
 # First words that only this field's knobs have: a stranger with one of them is a misspelt knob, or a published name.
 KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP LOOP_ LQER_ MATRIX_ MLP_ MUON_ "
-                      "NGRAM_ NORMUON_ PARALLEL_ PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ SPARSE_ TIED_EMBED TRAIN_BATCH "
-                      "TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
+                      "NGRAM_ NORMUON_ PARALLEL_FINAL PARALLEL_RES PARALLEL_START PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ "
+                      "SPARSE_ TIED_EMBED TRAIN_BATCH TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, DataKnobs, RunKnobs):
@@ -395,7 +395,7 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         stored, names = dict(stored or {}), kinds(cls)
         known = [name.upper() for name in names]
         for name in sorted(set(env) - set(known)):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.905)
             require(not near and not name.startswith(KNOB_PREFIXES), f"{name}={env[name]}: no such knob; did you mean "
                     f"{''.join(difflib.get_close_matches(name, known, n=1, cutoff=0))}? (--help lists them all; "
                     f"`./run.sh train` translates the names that published commands use)")
@@ -429,9 +429,13 @@ def help_text() -> str:
     out = [f"usage: [KNOB=value ...] python train_gpt.py [--help]; presets: {', '.join(PRESETS)}"]
     for group in GROUPS:
         out += ["", str(group.__doc__)]
-        lines = re.findall(r"^    (\w+): .* = (.*?)(?:  # (.*))?$", inspect.getsource(group), re.MULTILINE)
-        for name, default, doc in lines:
-            out += [f"  {name.upper()}={default}  ({expectation(kinds(group)[name])})", f"      {doc}"]
+        lines = []
+        with contextlib.suppress(OSError):  # the packed script has no source to read comments from
+            lines = inspect.getsource(group).splitlines()
+        docs = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if line[4:5].isalpha()}
+        for name, kind in kinds(group).items():
+            out += [f"  {name.upper()}={show(getattr(group, name))}  ({expectation(kind)})",
+                    f"      {docs.get(name, '')}"]
     return "\n".join(out)
 
 
@@ -516,6 +520,7 @@ class Run(Ranks):
     def __init__(self, cfg, env: Mapping, log: bool = True):
         """`log`: open the log files; a test or a bench may do without."""
         super().__init__(cfg, env)
+        self.cfg = cfg
         self.started = self.charged_until = time.perf_counter()
         self.budget, self.charged = "none", {"train": 0.0, "eval": 0.0, "none": 0.0}  # seconds by budget
         self.status = "start"  # phase, and step where it has some: what is told of a rank that fails
@@ -548,12 +553,15 @@ class Run(Ranks):
                 f"RUN_ID={stem}: {checkpoint} exists; RESUME=1 goes on with it, or choose another RUN_ID")
         require(self.resumes or cfg.resume != "1",
                 f"RESUME=1: no checkpoint {checkpoint}; RESUME=auto starts anew without")
+        number = 2
         while not cfg.run_id and self.path(".txt").exists():  # another run began in this second
-            self.run_id += "x"
+            self.run_id, number = f"{stem}-{number}", number + 1
+        logs = [self.path(suffix) for suffix in (".txt", ".jsonl")]
+        for path in logs:
+            require(cfg.resume != "0" or not path.exists(), f"RUN_ID={stem}: {path} exists; choose another RUN_ID")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = [open(self.path(suffix), "xa"[cfg.resume != "0"], encoding="utf-8")
-                          for suffix in (".txt", ".jsonl")]
+            self.files = [open(path, "xa"[cfg.resume != "0"], encoding="utf-8") for path in logs]
         except OSError as error:
             raise UserError(f"RUN_ID={stem} LOG_DIR={cfg.log_dir}: {error}; choose another") from None
 
@@ -619,7 +627,7 @@ class Run(Ranks):
 
     def log(self, event: str, **values: Any):
         """One event: a line `seconds event name=value ...` on screen and in the log, an object in the JSON lines."""
-        if not self.is_main:
+        if not self.files:  # another rank, or a run without a log
             return
         seconds = time.perf_counter() - self.started
         line = f"{seconds:9.1f} {event:14s} " + " ".join(f"{k}={format_value(v)}" for k, v in values.items())

@@ -17,7 +17,7 @@ from bench.common import setting
 from bench.studies import caseops, scaling
 from bench.studies.profiling import UPDATE, analyze, gpu_work
 from tests.stress import faults
-from tools.common import program
+from tools.common import ToolError, program
 
 # -- every section ---------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def test_a_bench_whose_run_fails_says_so_in_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setattr(subprocess, "run", lambda *_, **more: failed())
     for body, words in ((lambda: faults.main([]), "run on 1 ranks fails: no luck"),
                         (lambda: caseops.val_bpb(tmp_path, "v1", 2, 1, {}), "v1-2-1: the run fails with status 3")):
-        with pytest.raises(tg.UserError, match=words):
+        with pytest.raises((tg.UserError, ToolError), match=words):
             body()
 
 
