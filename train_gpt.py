@@ -395,7 +395,8 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         stored, names = dict(stored or {}), kinds(cls)
         known = [name.upper() for name in names]
         for name in sorted(set(env) - set(known)):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.905)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.905 if len(name) > 10 else 0.88)
+            near = near * (name not in ("COMPILER", "TYPE"))  # these are a build system's
             require(not near and not name.startswith(KNOB_PREFIXES), f"{name}={env[name]}: no such knob; did you mean "
                     f"{''.join(difflib.get_close_matches(name, known, n=1, cutoff=0))}? (--help lists them all; "
                     f"`./run.sh train` translates the names that published commands use)")
