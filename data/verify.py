@@ -22,8 +22,16 @@ import numpy as np
 from data.caseops import TRANSFORMS
 from data.documents import one_line, require
 from tools.common import ToolError
-from train_gpt import (BOS_ID, SHARD_HEADER_BYTES, TokenBytes, UserError, file_sha256, load_sentencepiece, open_shard,
-                       shards_sha256)
+from train_gpt import (
+    BOS_ID,
+    SHARD_HEADER_BYTES,
+    TokenBytes,
+    UserError,
+    file_sha256,
+    load_sentencepiece,
+    open_shard,
+    shards_sha256,
+)
 from train_gpt import manifest as read_manifest
 
 FORMAT = 1  # of manifest.json

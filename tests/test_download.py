@@ -18,10 +18,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 from conftest import ROOT, write_shard
+from test_prepare import command
 
 import train_gpt as tg
 from data import download, verify
-from test_prepare import command
 from tools.common import ToolError
 
 NAME, COMMIT = "fineweb10B_sp1024", "0123456789abcdef0123456789abcdef01234567"

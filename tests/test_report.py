@@ -32,7 +32,7 @@ def log(path: Path, seed: int) -> dict[str, float]:
         ("setup", "none", 1.25), ("train", "train", 2.5), ("gptq", "train", 0.5), ("gptq", "train", 0.25),
         ("score", "eval", 3.5))]
     events.append(dict(event="train_end", steps=20))
-    events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200, 
+    events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200,
                        streams={"int8": [300, 300], "gptq:mlp": [1600, 600]}))
     events += [dict(event="score", name=n, val_loss=2.4, val_bpb=x) for n, x in (("ema", 1.2), ("lora", bpb))]
     sums = dict(targets=[2.0, 4.0], nats=[math.log(2) * 3, math.log(2) * 5], bytes=[2.0, 0.0])

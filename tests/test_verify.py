@@ -12,8 +12,8 @@ from test_prepare import VOCAB, command, manifest_of, side_of, write_jsonl
 from test_prepare import made as build
 
 import train_gpt as tg
-from data import verify
 from data import text as tx
+from data import verify
 from tools.common import ToolError
 
 
