@@ -106,8 +106,6 @@ NonNegative = Annotated[float, Bound("0 or more", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Bound("a positive number", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, Bound("a fraction, 0..1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Bound("0 <= value < 1", lambda x: 0 <= x < 1)]
-Period = Annotated[str, Bound("seconds such as 60, or steps such as 500steps",
-                              re.compile(r"\d+(\.\d+)?|\d+steps").fullmatch)]
 
 def some_of(names: str) -> Callable:
     """A test for lists of different ones of these names, with commas between them; they may be empty."""
@@ -164,7 +162,7 @@ class RunKnobs(Knobs):
     attention: Literal["auto", "sdpa", "varlen", "fa3", "fa4"] = "auto"  # auto: the fastest here (section 5)
     kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP; auto: Triton's on a GPU in bfloat16
     dist_timeout_seconds: Positive = 900.0  # a collective that takes longer ends the run
-    checkpoint_every: Period = "0"  # seconds (60) or steps (500steps) between checkpoints; 0: only on a signal
+    checkpoint_every: Count = 0  # steps between checkpoints; 0: only on a signal
     resume: Literal["0", "1", "auto"] = "0"  # go on with the training of RUN_ID; auto: where it has a checkpoint
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,7 +467,6 @@ class Ranks:
             store = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo", store=store, rank=self.rank,
                                     world_size=self.world, timeout=limit)
-
         else:  # every collective is the identity
             self.all_reduce = self.broadcast = self.broadcast_object = lambda value: value
             self.reduce_scatter = self.all_gather = lambda value: lambda: value
@@ -887,7 +884,6 @@ class TrainData:
 
     def steps(self, first: int = 0) -> Iterator:
         """(step, its micro-batches) from `first` on; the next two are built by a thread while the device works."""
-
         with ThreadPoolExecutor(1) as pool:
             ahead = collections.deque(pool.submit(self.step, first + i) for i in range(2))
             try:
@@ -1782,8 +1778,7 @@ class GPT(nn.Module):
             x = 0.5 * (x + lane)
         return norm(x)
 
-    def total_loss(self, batch: Batch, layers: Sequence, dtype: torch.dtype,
-                   weights: Callable = Weights) -> Tensor:
+    def total_loss(self, batch: Batch, layers: Sequence, dtype: torch.dtype, weights: Callable = Weights) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""
         w = weights(self, dtype)
         logits = w.linear("head", None, self(batch, layers, w).flatten(0, 1))
@@ -2048,8 +2043,7 @@ class TrainClock:
     MAX_WALLCLOCK_SECONDS=0 the fraction is step / ITERATIONS.
     """
 
-    def __init__(self, cfg, run, step: int = 0, elapsed: float = 0.0,
-                 now: Callable = time.perf_counter):
+    def __init__(self, cfg, run, step: int = 0, elapsed: float = 0.0, now: Callable = time.perf_counter):
         """`step` and `elapsed` seconds: where a checkpoint goes on; `now`: the clock, which a test simulates."""
         self.cfg, self.run, self.now = cfg, run, now
         self.budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
@@ -2847,8 +2841,7 @@ def shipped_source(path: Path) -> bytes:
             b'linecache.cache["train_gpt"]=len(s),None,s.splitlines(True),"train_gpt"\n'
             b'exec(compile(s,"train_gpt","exec"))\n')
 
-def search(pack_at: Callable, cap: int, guess: float, finest: float, slope: float,
-           late: Callable) -> bytes:
+def search(pack_at: Callable, cap: int, guess: float, finest: float, slope: float, late: Callable) -> bytes:
     """The largest blob that `pack_at` makes within `cap` bytes, to a thousandth of it; empty where none fits.
 
     `pack_at(octaves)` packs with a global scale of 2^octaves: larger is coarser and smaller. From `guess` on, the next
@@ -2986,8 +2979,7 @@ def pack_rows(windows: Sequence, seq_len: int) -> list[list[Window]]:
             bisect.insort(room, (free - length, row))
     return rows
 
-def window_batch(rows: Sequence, ids: np.ndarray, num_rows: int, seq_len: int
-                 ) -> tuple:
+def window_batch(rows: Sequence, ids: np.ndarray, num_rows: int, seq_len: int) -> tuple:
     """(batch, flat positions that are scored, their target numbers) of some packed rows."""
     segments = [[ids[window.begin:window.end + 1] for window in row] for row in rows]
     where, numbers = [], []
@@ -3319,8 +3311,7 @@ def cosine(i: int, count: int) -> float:
     """From 1 at i = 0 to 0 at the last of `count`."""
     return 0.5 * (1 + math.cos(math.pi * i / max(1, count - 1)))
 
-def score_and_learn(score: Callable, learn: Callable, spans: Sequence,
-                    scorer: Scorer, budget: EvalBudget):
+def score_and_learn(score: Callable, learn: Callable, spans: Sequence, scorer: Scorer, budget: EvalBudget):
     """Scores each part, then lets the shared weights learn: the one order of everything that adapts.
     After `score(i)`, `learn(i)` learns from targets spans[i] = (begin, end); begin = end: nothing is learned."""
     for i, (begin, end) in enumerate(spans):
@@ -3410,8 +3401,7 @@ def backward(loss: Tensor) -> Tensor:
     loss.backward()
     return loss.detach()
 
-def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: Config,
-           run: Run):
+def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: Config, run: Run):
     """Runs every graph on random tokens and the optimizer at learning rate 0, then forgets its momentum.
     Compilation and allocation happen here, outside the clock; the weights do not change by a bit."""
     for loss in losses.values():
@@ -3423,12 +3413,9 @@ def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: C
 class Checkpoints:
     """Saves training when CHECKPOINT_EVERY says so or a signal asks to stop, and goes on from what was saved."""
 
-    def __init__(self, model, optimizer, average, data, cfg, run
-                 ):
+    def __init__(self, model, optimizer, average, data, cfg, run):
         self.model, self.optimizer, self.average, self.data = model, optimizer, average, data
-        self.cfg, self.run, self.path, self.written = cfg, run, run.path(".ckpt"), time.perf_counter()
-        number, by_step = float(cfg.checkpoint_every.removesuffix("steps")), cfg.checkpoint_every.endswith("steps")
-        self.seconds, self.steps = number * (not by_step), int(number * by_step)
+        self.cfg, self.run, self.path = cfg, run, run.path(".ckpt")
 
     def knobs(self) -> dict:
         """What must be the same in the run that goes on: the corpus, and every knob that decides how training does."""
@@ -3446,7 +3433,7 @@ class Checkpoints:
 
     def save(self, step: int, clock: TrainClock):
         """Writes the state before `step`; a disk that is full ends no run."""
-        tensors, self.written = self.tensors(), time.perf_counter()
+        tensors = self.tensors()
         if self.run.is_main:
             try:
                 save_checkpoint(self.path, tensors, {"step": step, "elapsed": clock.seconds(), "knobs": self.knobs()})
@@ -3456,11 +3443,10 @@ class Checkpoints:
 
     def after(self, step: int, clock: TrainClock) -> bool:
         """Saves if that is due or asked for, once `step` steps are done; returns whether the run is to stop."""
-        by_step = self.steps > 0 and step % self.steps == 0
-        if step % clock.every and not by_step:
+        due = self.cfg.checkpoint_every > 0 and step % self.cfg.checkpoint_every == 0
+        if step % clock.every and not due:
             return False
-        due = by_step or 0 < self.seconds <= time.perf_counter() - self.written
-        due, self.run.stop = self.run.broadcast(torch.tensor([due, self.run.stop])).tolist()
+        self.run.stop = int(self.run.broadcast(torch.tensor(self.run.stop)))
         if due or self.run.stop:
             self.save(step, clock)
         return self.run.stop > 0
@@ -3490,8 +3476,7 @@ MAX_SKIPPED_STEPS = 3  # a gradient that is not finite counts as zero; after mor
 class Report:
     """The log lines of training: the first steps, then every TRAIN_LOG_EVERY; and validation of the live weights."""
 
-    def __init__(self, model, optimizer, cfg, run, clock, step
-                 ):
+    def __init__(self, model, optimizer, cfg, run, clock, step):
         self.model, self.optimizer, self.cfg, self.run, self.clock = model, optimizer, cfg, run, clock
         self.logged, self.stage, self.val = (step, clock.seconds()), None, None
 
@@ -3547,7 +3532,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
             if checkpoints.after(step + 1, clock):  # saves when due or asked to stop; true: stop
                 run.end_by_signal()
         run.can_wait = False
-        if checkpoints.seconds or checkpoints.steps:
+        if cfg.checkpoint_every:
             checkpoints.save(step, clock)  # the artifact is not made yet
     figures = {"steps": step, "train_loss": float(run.all_reduce(loss.clone()))}
     run.log("train_end", **figures, train_seconds=clock.seconds(), tokens=step * cfg.train_batch_tokens,

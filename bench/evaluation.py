@@ -117,7 +117,8 @@ def main(arguments: Sequence[str]) -> int:
         batches = tg.plan_batches(np.arange(50_000), web_lengths(50_000), wide, 8)
         dealt = tg.assign_to_ranks(batches, 8)
         loads = [sum(job.cost for job in jobs) for jobs in dealt]
-        plans.append({"name": f"chunks of {chunks}", "steps_of_a_rank": max(sum(len(job.edges) - 1 for job in jobs) for jobs in dealt),
+        steps = max(sum(len(job.edges) - 1 for job in jobs) for jobs in dealt)
+        plans.append({"name": f"chunks of {chunks}", "steps_of_a_rank": steps,
                       "waits": 1 - sum(loads) / 8 / max(loads), "tokens_of_a_rank": max(loads)})
     show("50,000 documents, 8 ranks, by chunks: the costliest rank, and the share of time the mean one waits", plans)
     print(json.dumps(dict(ways=rows, schedule=plans)))

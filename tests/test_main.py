@@ -103,7 +103,7 @@ def test_an_artifact_without_room_names_the_remedy(dataset, tmp_path, capsys, mo
 
     monkeypatch.setattr(tg, "write_whole", full)
     monkeypatch.setattr(tg, "fit_to_cap", lambda *_: b"an artifact")
-    assert tg.main([], environment(dataset, tmp_path, checkpoint_every="4steps")) == 2
+    assert tg.main([], environment(dataset, tmp_path, checkpoint_every="4")) == 2
     err = capsys.readouterr().err
     assert "r.bin: cannot write: [Errno 28] No space left on device; make room; RESUME=1 RUN_ID=r goes on from" in err
     assert err.count("\n") == 1 and not (tmp_path / "r.bin").exists()

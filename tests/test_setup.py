@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = (ROOT / "run.sh").read_text()
-MODULES = {name.lower(): name for name in "pyarrow zstandard huggingface_hub rich packaging optuna scipy matplotlib "
+MODULES = {name.lower(): name for name in "pyarrow huggingface_hub rich packaging optuna scipy matplotlib "
            "triton pytest hypothesis atheris".split()}
 """What the groups bring, by distribution (its module has the same name)."""
 

@@ -117,7 +117,7 @@ def plant(faults: Sequence[Sequence[Any]], folder: Path) -> None:
 def knobs_of(folder: Path, data: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
     """Environment of the tests' tiny run: a checkpoint after every step, adaptation in two phases."""
     from tests.conftest import TINY
-    values = {**TINY, **data, "log_dir": str(folder), "run_id": "r", "checkpoint_every": "1steps", "resume": "auto",
+    values = {**TINY, **data, "log_dir": str(folder), "run_id": "r", "checkpoint_every": "1", "resume": "auto",
               "iterations": "6", "ngram_base_beta": "0", "diagnostic_evals": "quantized",
               "dist_timeout_seconds": "8", "ttt_batch_size": "2", **more}
     return {name.upper(): value for name, value in values.items()}

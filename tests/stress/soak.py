@@ -36,7 +36,7 @@ LEFT_ALONE = frozenset("preset run_id log_dir eval_only data_dir data_path token
 FOR_A_GPU = frozenset("triton varlen fa3 fa4".split())
 """Values that a CPU refuses."""
 
-TEXTS = {"checkpoint_every": ("1", "3steps", "x"), "diagnostic_evals": ("", "ema", "quantized,sliding", "plain"),
+TEXTS = {"checkpoint_every": ("1", "3", "x"), "diagnostic_evals": ("", "ema", "quantized,sliding", "plain"),
          "ttt_lora_on": ("q,v", "mlp", "head,o,k", ""),
          "ngram_rules": ("3:0.5:1", "2:0.5:1,6:0.9:4", "0:1:1")}
 """Values of the knobs that are text, good and bad."""
