@@ -22,12 +22,6 @@ Words: a *block* is stored, a *layer* is one execution of a block; *bytes* are U
 """
 from __future__ import annotations
 
-import os
-
-if __name__ == "__main__":  # what libraries read once, before they are imported
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin a little: 1.3 x on a CPU (LOG 2026-11-22)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective a lost rank left
-
 import ast
 import bisect
 import collections
@@ -40,15 +34,17 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import math
+import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
+import textwrap
 import time
 import traceback
 import typing
@@ -58,13 +54,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
-
 # ----------------------------------------------------------------------------------------------------
 # 1 Config: every number that can change a result
 # ----------------------------------------------------------------------------------------------------
@@ -72,6 +61,7 @@ from tqdm import tqdm
 # model's knobs alone (they travel in the artifact). A knob is one line: its environment name is the field in capitals,
 # the annotation bounds it, the comment is its documentation: `--help` and docs/knobs.md are made from it. The defaults
 # are the preset `record`: record #1855 (2026-04-27), except where a comment says otherwise. Names follow the records.
+# Nothing here needs torch: a command line is judged before it is imported, which takes seconds.
 # Safe to change: any default; to add a knob, add a field and read it somewhere (a test looks for the reader).
 
 class UserError(Exception):
@@ -242,7 +232,7 @@ class OptimizerKnobs(Knobs):
     muon_momentum_warmup_start: Decay = 0.92  # Muon's momentum at step 0
     muon_momentum_warmup_steps: Count = 1500  # steps over which it rises
     muon_coefficients: Literal["polar", "classic"] = "polar"  # Polar Express (#1344) or Jordan et al. 2024
-    muon_backend_steps: Size = 5  # Newton-Schulz steps; Polar Express has 5
+    muon_backend_steps: Annotated[int, Bound("1..5", lambda x: 1 <= x <= 5)] = 5  # Newton-Schulz steps
     muon_row_normalize: bool = True  # rows of the update are normalised before Newton-Schulz (MuonEq-R, #1217)
     normuon_beta2: Decay = 0.0  # decay of the per-row second moment that rescales the update (NorMuon); 0: none
     muon_wd: NonNegative = 0.095  # decoupled weight decay of the matrices
@@ -354,9 +344,6 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         self.expect("ttt_chunk_size", self.ttt_chunk_size <= self.eval_seq_len or self.ttt != "lora",
                     f"at most EVAL_SEQ_LEN={self.eval_seq_len}, one forward")
         ngram_rules(self.ngram_rules)
-        most = len(NEWTON_SCHULZ[self.muon_coefficients])
-        self.expect("muon_backend_steps", self.muon_backend_steps <= most, f"at most {most} with MUON_COEFFICIENTS="
-                    f"{self.muon_coefficients}")
         self.expect("gptq_reserve_seconds", wallclock == 0 or self.gptq_reserve_seconds < wallclock,
                     f"less than MAX_WALLCLOCK_SECONDS={wallclock:g}: something to train in")
         self.expect("resume", self.resume == "0" or bool(self.run_id) and not self.eval_only,
@@ -426,16 +413,46 @@ def show(value: Any) -> str:
 def help_text() -> str:
     """What `--help` prints: the lines of the groups of knobs, as they stand in the source."""
     out = [f"usage: [KNOB=value ...] python train_gpt.py [--help]; presets: {', '.join(PRESETS)}"]
+    lines = Path(__file__).read_text(encoding="latin-1").splitlines()  # a packed script has no comments, nor UTF-8
+    docs = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in reversed(lines) if line[4:5].isalpha()}
     for group in GROUPS:
         out += ["", str(group.__doc__)]
-        lines = []
-        with contextlib.suppress(OSError):  # the packed script has no source to read comments from
-            lines = inspect.getsource(group).splitlines()
-        docs = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if line[4:5].isalpha()}
         for name, kind in kinds(group).items():
             out += [f"  {name.upper()}={show(getattr(group, name))}  ({expectation(kind)})",
                     f"      {docs.get(name, '')}"]
     return "\n".join(out)
+
+def configure(arguments: Sequence[str], env: Mapping, stored: Mapping | None = None) -> Config:
+    """The config that a command line asks for; `--help` prints the knobs and ends the program."""
+    if set(arguments) & {"--help", "-h"}:
+        print(help_text())
+        sys.exit(0)
+    require(not arguments, f"{' '.join(arguments)}: knobs are environment variables, such as SEED=42 python "
+            f"train_gpt.py; the only argument is --help")
+    return Config.from_env(env, stored)
+
+def complain(error: UserError, env: Mapping) -> int:
+    """Prints an error as one line, once for all ranks; returns the exit status."""
+    if env.get("RANK", "0") == "0" or isinstance(error, LocalError):
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+    return error.exit_code
+
+if __name__ == "__main__":
+    # What libraries read once, before they are imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin a little: 1.3 x on a CPU (LOG 2026-11-22)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective a lost rank left
+    try:
+        if not os.environ.get("EVAL_ONLY"):  # whose knobs lie in the artifact
+            configure(sys.argv[1:], os.environ)
+    except UserError as early:
+        sys.exit(complain(early, os.environ))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -511,6 +528,22 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.7g}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+# What the screen shows of an event, by its values; the log files have every event with all of them.
+SCREEN = {
+    "start": "{run_id}: {world} x {device}, {dtype}, threads {threads}, torch {torch}",
+    "model": "{parameters:,} parameters",
+    "stage": "after step {step:,}: {layers} layers",
+    "val_probe": "after step {step:,}: {val_bpb:.4f} bits a byte",
+    "checkpoint": "after step {step:,}: saved {path}",
+    "resume": "goes on after step {step:,} of {path}",
+    "train_end": "{steps:,} steps, {tokens:,} tokens, last loss {train_loss:.4f} nats",
+    "artifact": "{path}: {weight_bytes:,} bytes, and {code_bytes:,} of code",
+    "adaptation_cut": "no time to adapt on after {work:.0%} of the work; the rest is scored as it is",
+    "score": "{name}: {val_bpb:.4f} bits a byte",
+    "verdict": "val_bpb {val_bpb:.6f}, {artifact_bytes:,} of {cap_bytes:,} bytes, {train_seconds:.0f} s training, "
+               "{eval_seconds:.0f} s evaluation",
+    "warning": "warning: {text}"}
 
 class Run(Ranks):
     """Ranks, device, phase clock and log of this process. Use as a context manager."""
@@ -624,15 +657,20 @@ class Run(Ranks):
             torch.cuda.synchronize()
 
     def log(self, event: str, **values: Any):
-        """One event: a line `seconds event name=value ...` on screen and in the log, an object in the JSON lines."""
+        """One event: `seconds event name=value ...` in the log, an object in the JSON lines, on screen by SCREEN."""
         if not self.files:  # another rank, or a run without a log
             return
         seconds = time.perf_counter() - self.started
         line = f"{seconds:9.1f} {event:14s} " + " ".join(f"{k}={format_value(v)}" for k, v in values.items())
-        line = line.rstrip().replace("\n", " | ")
-        tqdm.write(line)
-        self.append(0, line)
+        self.append(0, line.rstrip().replace("\n", " | "))
         self.record(event, values)
+        self.say(SCREEN.get(event, "").format(**values))
+
+    def say(self, text: str):
+        """A line on rank 0's screen, wrapped to its width (80 columns without a terminal); nothing for no text."""
+        if self.files and text:
+            line, width = f"{time.perf_counter() - self.started:7.1f}  {text}", shutil.get_terminal_size().columns
+            tqdm.write(textwrap.fill(line, width, subsequent_indent=" " * 9, break_on_hyphens=False))
 
     def record(self, event: str, values: Mapping):
         """One object in the JSON lines alone; a number that is not finite becomes null."""
@@ -650,9 +688,9 @@ class Run(Ranks):
                 print(f"train_gpt.py: {file.name}: {error}; make room", file=sys.stderr, flush=True)
 
     def progress(self, total: float, name: str, unit: str) -> tqdm:
-        """A progress bar with rate and time left on rank 0's terminal; silent in a file."""
+        """A progress bar with the time left on rank 0's terminal; silent in a file."""
         return tqdm(total=total, desc=name, unit=unit, leave=False, dynamic_ncols=True,
-                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
+                    bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}",
                     disable=not (self.is_main and sys.stderr.isatty()))
 
     def compiled(self, function: Callable) -> Callable:
@@ -1841,7 +1879,7 @@ def route(name: str) -> Route:
 # Coefficients (a, b, c) of each Newton-Schulz step. Five of Polar Express (Amsel et al. 2025; #1344) take singular
 # values in [0.001, 1] to [0.86, 1.14]; five classic ones (Jordan et al. 2024) to [0.47, 1.20].
 NEWTON_SCHULZ = {
-    "classic": ((3.4445, -4.7750, 2.0315),) * 64,
+    "classic": ((3.4445, -4.7750, 2.0315),) * 5,
     "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
               (4.042929935166739, -2.808917465908714, 0.5000178451051316),
               (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -3476,24 +3514,32 @@ MAX_SKIPPED_STEPS = 3  # a gradient that is not finite counts as zero; after mor
 class Report:
     """The log lines of training: the first steps, then every TRAIN_LOG_EVERY; and validation of the live weights."""
 
-    def __init__(self, model, optimizer, cfg, run, clock, step):
-        self.model, self.optimizer, self.cfg, self.run, self.clock = model, optimizer, cfg, run, clock
+    def __init__(self, model, optimizer, cfg, run, clock, step, bar):
+        self.model, self.optimizer, self.cfg, self.run, self.clock, self.bar = model, optimizer, cfg, run, clock, bar
         self.logged, self.stage, self.val = (step, clock.seconds()), None, None
+        self.losses, self.loss = [], math.nan  # of the steps that are not in the JSON lines yet; the last that is
+        self.fifths = 0  # of the budget, that a screen without a progress bar has seen
 
     def step(self, step: int, progress: float, stage: Stage, loss: Tensor, norm: Tensor):
         """Logs `step` steps done, if it is time to; `loss` is this rank's share. Raises `DivergedError`."""
         cfg, run = self.cfg, self.run
+        self.losses.append(loss)
+        self.bar.update(100 * progress - self.bar.n)
         if stage != self.stage:
             self.stage = stage
             run.log("stage", step=step - 1, progress=progress, rounded=stage.rounded,
                     layers=len(unroll_layers(cfg, stage.looped)))
         if step <= 5 or step % cfg.train_log_every == 0:
-            total, seconds, skipped = float(run.all_reduce(loss.clone())), self.clock.seconds(), self.optimizer.skipped
+            total, seconds, skipped = self.flush(step), self.clock.seconds(), self.optimizer.skipped
             each = (seconds - self.logged[1]) / (step - self.logged[0])
+            speed = int(cfg.train_batch_tokens / max(1e-9, each))
             run.log("train", step=step, progress=progress, loss_nats=total, grad_norm=norm.item(), skipped=int(skipped),
-                    lr_scale=lr_scale(cfg, progress), ms_per_step=1000 * each, train_seconds=seconds,
-                    tok_per_s=int(cfg.train_batch_tokens / max(1e-9, each)))
+                    lr_scale=lr_scale(cfg, progress), ms_per_step=1000 * each, train_seconds=seconds, tok_per_s=speed)
             self.logged = (step, seconds)
+            self.bar.set_postfix_str(f"step {step:,}, loss {total:.3f}, {speed:,} tok/s")
+            if self.bar.disable and int(5 * progress) > self.fifths:  # no terminal: a line now and then
+                self.fifths = int(5 * progress)
+                run.say(f"{progress:4.0%} of training: step {step:,}, loss {total:.4f}, {speed:,} tokens/s")
             if skipped > MAX_SKIPPED_STEPS:
                 raise DivergedError(f"loss or gradient is not finite at step {step}, in {int(skipped)} steps so far; "
                                     f"lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
@@ -3505,6 +3551,14 @@ class Report:
             run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
             self.logged = (step, self.clock.seconds())
 
+    def flush(self, step: int) -> float:
+        """Writes the losses of the last steps up to `step` to the JSON lines (a collective); returns that of `step`."""
+        if self.losses:
+            losses = self.run.all_reduce(torch.stack(self.losses)).tolist()
+            first, self.losses, self.loss = step - len(losses) + 1, [], losses[-1]
+            self.run.record("steps", {"first": first, "loss_nats": [round(loss, 5) for loss in losses]})
+        return self.loss
+
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
     """Trains within the budget and leaves the averaged weights in the model; returns figures for the verdict."""
     losses = {stage: stage_loss(model, stage, cfg, run) for stage in stages(cfg)}
@@ -3513,16 +3567,15 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
         warmup(losses, optimizer, data, cfg, run)
         checkpoints = Checkpoints(model, optimizer, average, data, cfg, run)
         start, elapsed = checkpoints.restore()
-    step, loss = start, torch.full((), math.nan, device=run.device)
+    step = start
     with run.phase("train", "train"), run.progress(100, "train", "%") as bar:
         clock = TrainClock(cfg, run, start, elapsed)
-        report = Report(model, optimizer, cfg, run, clock, start)
+        report = Report(model, optimizer, cfg, run, clock, start, bar)
         run.can_wait = True  # a signal is looked at after the step
         for step, batches in data.steps(start):
             progress = clock.progress(step)  # used share of the budget, the same on every rank
             if progress >= 1:
                 break
-            bar.update(100 * progress - bar.n)
             run.status = f"train step {step + 1}"
             stage = stage_at(cfg, progress)  # loop on or off, rounded or not: one compiled graph each
             loss = sum(backward(losses[stage](batch)) for batch in batches)
@@ -3534,7 +3587,7 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
         run.can_wait = False
         if cfg.checkpoint_every:
             checkpoints.save(step, clock)  # the artifact is not made yet
-    figures = {"steps": step, "train_loss": float(run.all_reduce(loss.clone()))}
+    figures = {"steps": step, "train_loss": report.flush(step)}
     run.log("train_end", **figures, train_seconds=clock.seconds(), tokens=step * cfg.train_batch_tokens,
             peak_mib=torch.cuda.max_memory_allocated() >> 20)
     require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
@@ -3615,15 +3668,19 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     installed = ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton")
     versions = {name: importlib.metadata.version(name) for name in installed if importlib.util.find_spec(name)}
     decisive = {name: value for name, value in vars(cfg).items() if name not in NO_RESULT}
-    device = torch.cuda.get_device_name(run.device) if run.is_cuda else platform.processor() or platform.machine()
+    device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if run.is_cuda:
+        device = torch.cuda.get_device_name(run.device)
     run.log("start", run_id=run.run_id, python=platform.python_version(), torch=torch.__version__, device=device,
             world=run.world, dtype=str(run.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
             compile=run.compiles, attention=model.kernels.attention.name, kernels=model.kernels.fused,
             code_sha256=file_sha256(Path(__file__)), code_bytes=code_bytes, **versions,
             config_sha256=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest())
     run.record("config", vars(cfg))
-    run.log("knobs", **{name.upper(): show(value) for name, value in vars(cfg).items()
-                        if value != getattr(Config, name)})  # those that differ from the preset record
+    # Those that differ from the preset `record`; on screen those that differ from the preset.
+    run.log("knobs", **{k.upper(): show(value) for k, value in vars(cfg).items() if value != getattr(Config, k)})
+    run.say(" ".join(f"{k.upper()}={show(value)}" for k, value in vars(cfg).items()
+                     if value != PRESETS[cfg.preset].get(k, getattr(Config, k)) and k not in NO_RESULT))
     run.log("model", parameters=sum(p.numel() for p in model.parameters()),
             layers=[layer.block for layer in unroll_layers(cfg, looped=False)],
             layers_looped=[layer.block for layer in unroll_layers(cfg, looped=True)])
@@ -3653,12 +3710,7 @@ def out_of_memory(cfg: Config, run: Run) -> Iterator:
 
 def main(arguments: Sequence[str], env: Mapping) -> int:
     """The whole program; returns the exit status (0 done, 2 user error, 3 diverged, 128 + the signal that ended it)."""
-    if set(arguments) & {"--help", "-h"}:
-        print(help_text())
-        return 0
     try:
-        require(not arguments, f"{' '.join(arguments)}: knobs are environment variables, such as SEED=42 python "
-                f"train_gpt.py; the only argument is --help")
         blob, stored = b"", {}
         if env.get("EVAL_ONLY"):
             path = Path(env["EVAL_ONLY"])
@@ -3666,7 +3718,7 @@ def main(arguments: Sequence[str], env: Mapping) -> int:
             blob = path.read_bytes()
             artifact = unpack(blob, str(path))
             stored = {**vars(artifact.model), "preset": artifact.preset}
-        cfg = Config.from_env(env, stored)
+        cfg = configure(arguments, env, stored)
         with Run(cfg, env) as run, out_of_memory(cfg, run):
             with run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))
@@ -3678,9 +3730,7 @@ def main(arguments: Sequence[str], env: Mapping) -> int:
             evaluate(blob, average, code_bytes, cfg, run, figures)
         return 0
     except UserError as error:
-        if env.get("RANK", "0") == "0" or isinstance(error, LocalError):
-            print(f"train_gpt.py: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(error, env)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
