@@ -304,20 +304,21 @@ GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantK
 NO_RESULT = frozenset("run_id log_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
                       "dist_timeout_seconds".split())
 
-# The demo's shape is wide and shallow because a CPU without a compiler is bound by elementwise passes, not by products,
-# and a hashed bigram table teaches it most of what three minutes can; figures in docs/LOG.md (2026-11-22).
+# The demo is as small as it is because two CPU cores learn more in three minutes from many steps than from large ones; a
+# hashed bigram table, adapters and hints from short contexts do most of the rest. Figures in docs/LOG.md (2026-11-28).
 PRESETS: dict[str, dict] = {
     "record": {},
     "demo": dict(
-        data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048,
-        shuffle="document", vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3,
-        num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=2, qk_gain_init=3.0,
+        data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=1024,
+        shuffle="document", vocab_size=1024, num_layers=2, model_dim=96, num_heads=4, num_kv_heads=2, xsa_last_n=2,
+        num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=1, qk_gain_init=3.0,
         tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
         tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
-        ema_decay=0.97, max_wallclock_seconds=195.0, gptq_reserve_seconds=13.0, warmup_steps=1, train_log_every=50,
+        ema_decay=0.97, max_wallclock_seconds=165.0, gptq_reserve_seconds=12.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
-        diagnostic_evals="ema,quantized,sliding", eval_seconds_budget=60.0, ttt_context="cache", ttt_lora_rank=8,
-        ttt_lora_alpha=16.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0, ngram_base_beta=2.0),
+        diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_lora_rank=8,
+        ttt_lora_alpha=16.0, ttt_lora_lr=0.008, phased_ttt_num_phases=0, ngram_base_beta=3.0,
+        ngram_rules="2:0.5:2,3:0.5:1,4:0.5:1,6:0.5:1,8:0.5:1,12:0.5:1,16:0.5:1"),
 }
 
 # First words that only this field's knobs have: a stranger with one of them is a misspelt knob, or a published name.
