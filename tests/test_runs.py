@@ -95,12 +95,14 @@ def test_no_line_is_wider_than_the_terminal(width, folder, capsys, monkeypatch):
 
 def test_runs_of_several_presets_do_not_show_all_that_these_set(folder, capsys):
     for preset in ("demo", "record"):
-        knobs = vars(tg.Config.from_env({"PRESET": preset, "MATRIX_LR": "0.5"}))
-        write(folder, preset, 1, **knobs)
+        knobs = vars(tg.Config.from_env({"PRESET": preset, "MATRIX_LR": "0.5", "NUM_LAYERS": "11"}))
+        own = {name.upper(): tg.show(value) for name, value in knobs.items() if value != getattr(tg.Config, name)}
+        write(folder, preset, 1, dict(event="knobs", **own), **knobs)
     for name in ("old", "going", "broken", "resumed"):
         (folder / f"{name}.jsonl").unlink()
     head, *lines = printed(capsys, "PRESET")
-    assert head[8:] == ["PRESET", "MATRIX_LR"] and [line[-2:] for line in lines] == [["demo", "0.5"], ["record", "0.5"]]
+    assert head[8:] == ["PRESET", "MATRIX_LR", "NUM_LAYERS"]
+    assert [line[-3:] for line in lines] == [["demo", "0.5", "11"], ["record", "0.5", "-"]]
     (folder / "demo.jsonl").unlink()
     assert printed(capsys)[0][8:] == ["MATRIX_LR"]  # a single run, beside its preset
 

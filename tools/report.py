@@ -36,7 +36,7 @@ section p { margin: 0 0 .5rem; color: var(--faint); max-width: 40rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, #notes th, #notes td { text-align: left; }
-#notes td:last-child { white-space: normal; }
+#notes td { white-space: pre-line; vertical-align: top; }
 summary { cursor: pointer; color: var(--faint); }
 """
 Rows = list[list[Any]]
@@ -225,7 +225,7 @@ def rows_step(run: Run) -> Rows:
 SECTIONS = (
     Section("runs", "Runs", "", "run id|val_bpb|that is|val_loss|bytes|of the cap|parameters|steps|train s|eval s|"
             "other s|seed|machine|code", rows_runs),
-    Section("notes", "What to know first", "", "what", lambda r: [[note] for note in notes(r)]),
+    Section("notes", "What to know first", "", "what", lambda r: [["\n".join(notes(r))]]),
     Section("loss", "Training loss", "Of each step's batch, pale, and its running mean over a fiftieth of the steps; "
             "dots where only the logged steps are known. The axes leave out the first steps.",
             "step|seconds|million tokens|loss, nats|factor of the rates",
@@ -317,8 +317,9 @@ def knobs_html(runs: Sequence[Run], labels: Sequence[str]) -> str:
         rows = [[label, *(values.get(name) for name in names)] for label, values in zip(labels, apart)]
     else:
         preset = str(runs[0].knobs.get("preset"))
+        usual = {**({knob.name: knob.default for knob in knobs.read()} if names else {}), **preset_values(preset)}
         title, head = f"Knobs that differ from PRESET={preset}", ["knob", "value", "of the preset"]
-        rows = [[name, apart[0][name], preset_values(preset)[name]] for name in names]
+        rows = [[name, apart[0][name], usual.get(name)] for name in names]
     body = table(head, rows) if names else "<p>None.</p>"
     return f"<section id=knobs><h2>{html.escape(title)}</h2>{body}</section>\n"
 

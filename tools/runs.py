@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 import shutil
 import sys
 import time
@@ -29,17 +30,19 @@ NARROW = 80
 
 @functools.cache
 def preset_values(name: str) -> dict[str, Any]:
-    """Return what a preset sets each knob to; the defaults where it is unknown."""
-    values = {knob.name: knob.default for knob in knobs.read()}
-    with suppress(KeyError):
-        values |= knobs.preset(name)
-    return values
+    """Return the knobs (NAME: value) that a preset of `train_gpt.py` sets; none where it is unknown."""
+    found = re.search(r"^PRESETS.*?^}", knobs.TRAINER.read_text(encoding="utf-8"), re.M | re.S)
+    with suppress(KeyError):  # to read the whole source would take longer than all the rest
+        return knobs.preset(name, found[0] if found else "")
+    return {}
 
 
 def changed(run: Run) -> dict[str, Any]:
-    """Return the knobs (NAME: value) of a run that differ from its preset, as `train_gpt.py` has it now."""
-    usual, own = preset_values(str(run.knobs.get("preset"))), {name.upper(): value for name, value in run.knobs.items()}
-    return {name: value for name, value in own.items() if name != "PRESET" and usual.get(name, value) != value}
+    """Return the knobs (NAME: value) of a run that differ from what its preset sets, and else from the defaults."""
+    usual, not_default = preset_values(str(run.knobs.get("preset"))), run.last("knobs")
+    own = {name.upper(): value for name, value in run.knobs.items() if name != "preset"}
+    return {name: value for name, value in own.items()
+            if (usual[name] != value if name in usual else name in not_default)}
 
 
 def told_apart(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -82,9 +82,8 @@ def table(run: Run) -> str:
     if warnings := run.all("warning"):
         rows.append(("warnings", f"{len(warnings)}, the last: {warnings[-1]['text']}"))
     text = [cut(f"{name:13s} {value}", 80) for name, value in rows]
-    page, packed = run.path.with_suffix(".html"), run.path.with_suffix(".bin")
-    files = {"log": run.path.with_suffix(".txt"),
-             "packed model": packed if packed.exists() else run.last("artifact").get("path"),
+    log, page, packed = (run.path.with_suffix(suffix) for suffix in (".txt", ".html", ".bin"))
+    files = {"log": log, "packed model": packed if packed.exists() else run.last("artifact").get("path"),
              "details": page if page.exists() else f"./run.sh report {run.name}"}
     return "\n".join([*text, *(f"{name:13s} {path}" for name, path in files.items() if path)])
 
