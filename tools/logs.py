@@ -35,15 +35,16 @@ def event_of(line: str | bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
-def events(path: Path, without: str = "") -> list[dict[str, Any]]:
+def events(path: Path, *without: str) -> list[dict[str, Any]]:
     """Return the events of one JSON-lines log. How many lines are damaged is said on stderr, once for each file.
 
     A last line without its end is not damaged: the run goes on, or a crash cut it. Lines that begin as the trainer's
-    events named `without` do are not looked at: the losses of all steps take longer to read than all the rest.
+    events named in `without` do are not looked at: those of training take longer to read than all the rest.
     """
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if without:
-        lines = [line for line in lines if f'"event": "{without}"' not in line[:60]]
+        named = re.compile(f'"event": "({"|".join(without)})"')
+        lines = [line for line in lines if not named.search(line, 0, 60)]
     found = [event for event in map(event_of, lines) if event is not None]
     damaged = sum(bool(line.strip()) for line in lines) - len(found)
     if damaged and path not in COMPLAINED:
@@ -108,9 +109,9 @@ class Run(NamedTuple):
         return "done" if self.last("verdict") else "failed" if self.error else "unfinished"
 
 
-def read_run(path: Path, without: str = "") -> Run:
+def read_run(path: Path, *without: str) -> Run:
     """Read the log of one run, `without` as in `events`."""
-    return Run(path, events(path, without))
+    return Run(path, events(path, *without))
 
 
 # -- the command line ------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ from tools.logs import Run, cut, differing, log_folder, read_run
 
 COLUMNS = "run when status steps loss bpb bytes secs".split()
 FORMS = {"loss": ".3f", "bpb": ".4f", "secs": ".0f"}
-NARROW = 80
-"""Characters of a line where there is no terminal."""
 
 
 @functools.cache
@@ -57,11 +55,13 @@ def told_apart(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def row(run: Run) -> dict[str, Any]:
     """Return the figures of one run by column; None where the log does not say."""
-    verdict, train = run.last("verdict"), run.last("train")
+    verdict = run.last("verdict")
+    log = run if verdict else read_run(run.path, "steps")  # how far it came
+    train = log.last("train")
     figures = {"steps": verdict.get("steps", train.get("step")),
                "loss": verdict.get("train_loss", train.get("loss_nats")),
                "bpb": verdict.get("val_bpb"), "bytes": verdict.get("artifact_bytes"),
-               "secs": verdict.get("total_seconds", run.events[-1].get("seconds"))}
+               "secs": verdict.get("total_seconds", log.events[-1].get("seconds"))}
     numbers = {name: value if isinstance(value, (int, float)) else None for name, value in figures.items()}
     return {"run": run.name, "when": run.path.stat().st_mtime, "status": run.status, **numbers}
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     if set(arguments) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    logs = [read_run(path, without="steps") for path in log_folder().glob("*.jsonl")]
+    logs = [read_run(path, "steps", "train") for path in log_folder().glob("*.jsonl")]
     runs = [run for run in logs if run.last("config")]
     if not runs:
         raise ToolError(f"{log_folder()}/: no run yet; ./run.sh makes one")
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         out.writeheader()
         out.writerows({**row, "when": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["when"]))} for row in rows)
     else:
-        print(table(columns, rows, shutil.get_terminal_size((NARROW, 24)).columns))
+        print(table(columns, rows, shutil.get_terminal_size((80, 24)).columns))
     return 0
 
 
