@@ -11,9 +11,10 @@ usage() {
 ./run.sh doctor [KNOB=v ...]          is this machine ready, how many steps will a run have
 ./run.sh data VERB ...                download | demo | text FILES... --name N | verify FOLDER
 ./run.sh knobs                        every knob: name, type, default, meaning
-./run.sh show [RUN]                   a finished run as a table (default: the newest in logs/)
+./run.sh runs [COLUMN] [--csv]        the runs in logs/ as a table, sorted by a column such as bpb
+./run.sh show [RUN]                   a finished run in short (default: the newest in logs/)
 ./run.sh compare A B                  two groups of runs: difference, t-test, verdict
-./run.sh report RUN ...               one HTML page with pictures
+./run.sh report RUN ...               one HTML page with pictures, of one or several runs
 ./run.sh sweep KNOB=a,b ... [-- KNOB=v ...]    train every combination; the same command resumes
 ./run.sh tune KNOB=a..b ... [-- KNOB=v ...]    search with Optuna
 ./run.sh audit ARTIFACT [KNOB=v ...]  try to refute an artifact's score
@@ -174,14 +175,15 @@ case $verb in
     esac
     ;;
   knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
+  runs) start "" tools.runs "$@" ;;
   show) start "" tools.show "$@" ;;
+  report) start "" tools.report "$@" ;;
   audit) start "" tools.audit "$@" ;;
   replay) start "" tools.replay "$@" ;;
   mirror) start "" tools.mirror "$@" ;;
   submit) start "" tools.submission submit "$@" ;;
   doctor) start tools tools.doctor "$@" ;;
   compare) start tools tools.compare "$@" ;;
-  report) start tools tools.report "$@" ;;
   sweep) start tools tools.sweep "$@" ;;
   tune) start tools tools.tune "$@" ;;
   bench)

@@ -39,23 +39,18 @@ def test_what_is_no_pair_is_refused(arguments, expected):
 
 
 def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
-    """In LOG_DIR; by default it takes the newest there. Bits a value are drawn from the artifact's figures."""
+    """In LOG_DIR; by default it takes the newest there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOG_DIR", "mine")
     with pytest.raises(ToolError, match="mine/: no run yet"):
         show.main([])
-    log = [dict(event="artifact", weight_bytes=1000, code_bytes=200, streams={"gptq:mlp": [1600, 600]}),
-           dict(event="verdict", diagnostic_evals={"ema": 1.0, "quantized": 1.01, "lora+ngram": 0.9}, val_bpb=0.9,
-                artifact_bytes=1200, cap_bytes=2000, weight_bytes=1000, code_bytes=200, parameters=12_345,
-                total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)]
+    log = dict(event="verdict", diagnostic_evals={"plain": 0.9}, val_bpb=0.9, artifact_bytes=1200, cap_bytes=2000,
+               parameters=12_345, total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)
     Path("mine").mkdir()
-    Path("mine/r.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    Path("mine/r.jsonl").write_text(json.dumps(log) + "\n")
     for arguments in ([], ["r"], ["mine/r.txt"]):
         assert show.main(arguments) == 0
-        text = capsys.readouterr().out
-        for part in ("12,345 parameters", "+0.0100   what the artifact's rounding costs", "n-gram tilt",
-                     "mlp            600   1,600 values, 3.000 bits each", "header         400"):
-            assert part in text
+        assert "12,345 parameters" in capsys.readouterr().out
     for arguments, expected in ((["s"], "s: no such log"), (["r", "r"], "expected one run")):
         with pytest.raises(ToolError, match=expected):
             show.main(arguments)
@@ -75,5 +70,6 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path):
 
 
 def test_examples_in_docstrings():
-    result = doctest.testmod(compare)
-    assert result.attempted and not result.failed
+    for module in (compare, show):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed

@@ -12,33 +12,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt as tg
-from tools import report
+from tools import charts, report
 from tools.common import ToolError
 
 
-def log(path: Path, seed: int) -> dict[str, float]:
-    """The log of a run with a stage, probes, scores and phases; returns its last loss and score."""
-    config = {k: getattr(tiny(), k) for k in tg.Config.__dataclass_fields__}
+def log(path: Path, seed: int, **knobs: object) -> dict[str, float]:
+    """The log of a run with stages, a probe, scores, phases and a warning; returns its last loss and score."""
+    config = {**{k: getattr(tiny(), k) for k in tg.Config.__dataclass_fields__}, "seed": seed, **knobs}
     bpb, loss = 1.05 + seed / 1000, 2.3 + seed / 100
     events = [dict(event="start", world=1, device="cpu", code_sha256="a" * 64), dict(event="config", **config),
               dict(event="model", parameters=9, layers=[0, 1, 2], layers_looped=[0, 1, 1, 2])]
     events += [dict(event="train", step=s, progress=s / 20, loss_nats=9 - s / 4 if s < 20 else loss, lr_scale=0.5,
-                    ms_per_step=100.0 + 50 * (s > 10), train_seconds=0.1 * s) for s in (1, 2, 10, 15, 20)]
-    events.insert(6, dict(event="stage", step=10, progress=0.5, layers=6, seq_len=32))
+                    skipped=0, ms_per_step=100.0 + 50 * (s > 10), train_seconds=0.1 * s) for s in (1, 2, 10, 15, 20)]
+    events.insert(6, dict(event="stage", step=10, progress=0.5, rounded=True, layers=6))
+    events.insert(3, dict(event="stage", step=0, progress=0.0, rounded=False, layers=3))
     events.append(dict(event="val_probe", step=10, val_loss=2.5, val_bpb=1.5))
-    events += [dict(event="phase", name=n, budget=b, phase_seconds=s) for n, b, s in (
-        ("setup", "none", 1.25), ("train", "train", 2.5), ("gptq", "train", 0.5), ("gptq", "train", 0.25),
-        ("score", "eval", 3.5))]
-    events.append(dict(event="train_end", steps=20))
+    events += [dict(event="phase", seconds=end, name=n, budget=b, phase_seconds=s) for n, b, s, end in (
+        ("setup", "none", 1.25, 1.25), ("train", "train", 2.5, 4), ("gptq", "train", 0.5, 4.5),
+        ("gptq", "train", 0.25, 5), ("pack", "none", 0.75, 5.9), ("allocate", "train", 1.0, 6),
+        ("score", "eval", 3.5, 10))]
+    events.append(dict(event="train_end", steps=21, train_loss=loss, train_seconds=2.1, tokens=21 * 384))
+    events.append(dict(event="warning", text="it is <late>"))
+    events.append(dict(event="adaptation_cut", budget_seconds=600.0, work=0.4))
+    events.append(dict(event="gptq_damping", failed=2, damp=0.01, next=0.1))
     events.append(dict(event="artifact", weight_bytes=1000, code_bytes=200,
                        streams={"int8": [300, 300], "gptq:mlp": [1600, 600]}))
+    events.append(dict(event="val_data", compressors={"xz -9e": {"bits_per_byte": 2.0, "bytes": 9}}))
     events += [dict(event="score", name=n, val_loss=2.4, val_bpb=x) for n, x in (("ema", 1.2), ("lora", bpb))]
     sums = dict(targets=[2.0, 4.0], nats=[math.log(2) * 3, math.log(2) * 5], bytes=[2.0, 0.0])
     events.append(dict(event="places", position=sums, length=sums))
-    events.append(dict(event="verdict", val_bpb=bpb, val_loss=2.4, artifact_bytes=1200, cap_bytes=16_000_000, steps=20,
-                       diagnostic_evals={"ema": 1.2, "lora": bpb}, seed=seed, train_seconds=3.25, eval_seconds=3.5,
+    events.append(dict(event="verdict", val_bpb=bpb, val_loss=2.4, artifact_bytes=1200, cap_bytes=16_000_000, steps=21,
+                       diagnostic_evals={"ema": 1.2, "lora": bpb}, seed=seed, train_seconds=3.25, eval_seconds=603.5,
                        other_seconds=1.25, total_seconds=8.0))
     path.write_text("".join(json.dumps({"seconds": float(i), **e}) + "\n" for i, e in enumerate(events)))
     return {"loss": loss, "bpb": bpb}
@@ -46,7 +54,7 @@ def log(path: Path, seed: int) -> dict[str, float]:
 
 class Parsed(HTMLParser):
     """Sections with their pictures and table cells; open elements; everything that would be loaded."""
-    VOID = {"meta", "br", "use", "path"}
+    VOID = {"meta"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +72,7 @@ class Parsed(HTMLParser):
         if tag == "section":
             self.section = values["id"]
             self.cells[self.section], self.pictures[self.section] = [], 0
-        if tag == "svg":
+        if tag == "svg" and "role" in values:
             self.pictures[self.section] += 1
         if tag not in self.VOID:
             self.open.append(tag)
@@ -98,16 +106,16 @@ def test_the_page_is_whole_and_loads_nothing(made: tuple):
     assert len(parsed.ids) == len(set(parsed.ids))
     assert "@import" not in text and all(url[:1] == "#" and url[1:] in parsed.ids
                                          for url in re.findall(r"url\(([^)]*)\)", text))
-    assert list(parsed.cells) == [s.id for s in report.SECTIONS]
-    assert all(parsed.pictures[s.id] == bool(s.plots or s.bars) for s in report.SECTIONS)
+    assert list(parsed.cells) == ["runs", "notes", "knobs", *(s.id for s in report.SECTIONS[2:])]
+    assert all(parsed.pictures[s.id] == len(s.plots) + bool(s.bars) for s in report.SECTIONS)
 
 
 def test_colours_are_the_readers(made: tuple):
     text, _, _ = made
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
-    assert "var(--s0)" in svgs and "var(--s1)" in svgs and "var(--ink)" in svgs
-    assert set(re.findall(r"#[0-9a-f]{6}", re.sub(r'(id|href)="[^"]*"|url\([^)]*\)', "", svgs))) <= {"#ffffff"}
+    assert "run s0" in svgs and "run s1" in svgs
+    assert not re.search(r"#[0-9a-f]{3}|rgb|style=|(fill|stroke)=", svgs)
 
 
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
@@ -115,9 +123,10 @@ BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browse
 SEEN = """<script>addEventListener("load", () => { const all = s => [...document.querySelectorAll(s)];
   all("details").forEach(d => d.open = true);
   document.body.innerHTML = JSON.stringify({width: innerWidth, needs: document.documentElement.scrollWidth,
-    pictures: all("section svg").map(e => e.getBoundingClientRect()).map(r => [r.width, r.height]),
+    pictures: all("section svg[role]").map(e => e.getBoundingClientRect()).map(r => [r.width, r.height]),
     tables: all("td").every(e => e.getBoundingClientRect().height > 8), page: getComputedStyle(document.body).color,
-    line: getComputedStyle(document.querySelector("#loss svg [style*='var(--s0)']")).stroke,
+    line: getComputedStyle(document.querySelector("#loss svg .run")).stroke, letters: Math.min(...all("svg text").map(
+      e => e.getBoundingClientRect().height)),
     loads: performance.getEntriesByType("resource").length}); })</script></body>"""
 """What a reader of the page would see, instead of the page."""
 
@@ -136,40 +145,109 @@ def test_a_browser_shows_every_picture_wide_and_narrow_light_and_dark(made: tupl
         assert seen["width"] == width and seen["needs"] <= width and seen["loads"] == 0 and seen["tables"]
         assert len(seen["pictures"]) == sum(parsed.pictures.values())
         assert all(200 < w <= width and h > 80 for w, h in seen["pictures"])
+        assert seen["letters"] > 12
         looks.append({seen["page"], seen["line"]})
     assert len(looks[0]) == len(looks[1]) == 2 and not looks[0] & looks[1]
 
 
 @pytest.mark.parametrize("section, expected", [
-    ("runs", ["run1", "1.051", "2.4", "1,200", "20", "3.25", "3.5", "1.25", "1", "1x cpu", "aaaaaaaa"]),
-    ("loss", ["run2", "20", "2", "0.00768", "2.32"]), ("bpb", ["run1", "step 10, live weights", "9", "2.5", "1.5"]),
-    ("bpb", ["run2", "lora", "18", "2.4", "1.052"]), ("scores", ["run1", "lora", "1.051", "-0.1490"]),
-    ("place", ["run1", "position", "1", "1.5", "2", "run1", "length"]),
-    ("clock", ["run1", "train", "gptq", "0.75"]), ("clock", ["run1", "train", "sum", "3.25"]),
-    ("clock", ["run1", "eval", "sum, of 600", "3.5"]), ("bytes", ["run1", "mlp", "600", "50.0 %", "1,600", "3"]),
-    ("bytes", ["run2", "header", "100", "8.3 %"]), ("bytes", ["run2", "code", "200", "16.7 %"]),
-    ("step", ["run1", "from the start", "8", "100", "3,840"]),
-    ("step", ["run1", "6 layers, rows of 32", "10", "150", "2,560"]), ("lr", ["run1", "20", "1", "0.5"]),
-    ("model", ["run1", "9", "with recurrence", "0 1 1 2"])])
+    ("runs", ["SEED=1", "run1", "1.051", "47.5 % ahead of xz -9e", "2.4", "1,200", "0.0 %", "9", "21", "3.25", "603.5",
+              "1.25", "1", "1x cpu", "aaaaaaaa"]),
+    ("notes", ["SEED=1", "scoring took 603.5 s of 600: 3.5 s over the budget\n"
+               "adaptation first stopped after 40 % of the work: too little time left\n"
+               "rounding (GPTQ) had to damp 2 Hessians more, up to 0.1 of their mean diagonal\n"
+               "warning: it is <late>", "SEED=2"]),
+    ("knobs", ["SEED", "SEED=1", "1", "SEED=2", "2"]),
+    ("loss", ["SEED=2", "20", "2", "0.00768", "2.32", "0.5"]), ("bpb", ["SEED=1", "10", "0.00384", "2.5", "1.5"]),
+    ("scores", ["SEED=1", "lora", "1.051", "-0.1490"]),
+    ("scores", ["SEED=1", "xz -9e", "2", "compressing the same text; the score is 47.5 % ahead of it"]),
+    ("place", ["SEED=1", "position", "1", "1.5", "2", "SEED=1", "length"]),
+    ("clock", ["SEED=1", "training", "gptq", "0.75"]), ("clock", ["SEED=1", "training", "allocate", "0.25"]),
+    ("clock", ["SEED=1", "training", "sum", "3.5"]), ("clock", ["SEED=1", "neither", "pack", "0.75"]),
+    ("clock", ["SEED=1", "scoring", "sum, of 600", "3.5"]), ("bytes", ["SEED=1", "mlp", "600", "50.0 %", "1,600", "3"]),
+    ("bytes", ["SEED=2", "header", "100", "8.3 %"]), ("bytes", ["SEED=2", "code", "200", "16.7 %"]),
+    ("step", ["SEED=1", "3 layers", "8", "100", "3,840"]),
+    ("step", ["SEED=1", "6 layers, rounded", "10", "150", "2,560"])])
 def test_figures_are_the_logs(section: str, expected: list[str], made: tuple):
-    cells = made[1].cells[section]
+    cells = [cell for cell in made[1].cells[section] if cell]
     assert any(cells[i:i + len(expected)] == expected for i in range(len(cells))), cells
 
 
 def test_lines_are_drawn_where_the_figures_are(tmp_path: Path):
-    """What is drawn, not only what stands in the table."""
-    from matplotlib.figure import Figure
+    """What is drawn, not only what stands in the table: places are linear in the values, or in the logarithm of x."""
     log(tmp_path / "a.jsonl", 1)
-    run = report.Run("a", report.events(tmp_path / "a.jsonl"))
-    drawn = {}
-    for section in report.SECTIONS:
-        if section.plots:
-            figure = Figure()
-            report.draw_plots(section, [run], figure)
-            drawn[section.id] = figure.axes[0].lines[0].get_xydata()
-    assert np.allclose(drawn["loss"], [(e["train_seconds"], e["loss_nats"]) for e in run.all("train")])
-    assert np.allclose(drawn["step"], [(10, 100.0), (15, 150.0), (20, 150.0)])
-    assert np.allclose(drawn["scores"], [(0, 1.2), (1, 1.051)])
+    run = report.read_run(tmp_path / "a.jsonl")
+    curve = report.curve(run)
+    assert [at for at, _, _ in curve] == pytest.approx([0.1, 0.2, 1, 1.5, 2, 2.1])
+    assert [loss for _, _, loss in curve] == pytest.approx([8.75, 8.5, 6.5, 5.25, 2.31, 2.31])
+    for points, log2 in (([(at, loss) for at, _, loss in curve], False), ([(1, 3.0), (2, 2.0), (8, 2.5)], True)):
+        svg = charts.draw_lines([points], "x", "y", log2=log2)
+        drawn = np.array(re.findall(r'cx="([-.0-9]+)" cy="([-.0-9]+)"', svg), float)
+        line = np.array([p.split(",") for p in re.search(r'class="run s0" points="([^"]*)"', svg)[1].split()], float)
+        assert len(drawn) == len(points) and np.array_equal(line, drawn)
+        x = np.log2([x for x, _ in points]) if log2 else [x for x, _ in points]
+        for places, values, way in ((drawn[:, 0], x, 1), (drawn[:, 1], [y for _, y in points], -1)):
+            slope, start = np.polyfit(values, places, 1)
+            assert np.allclose(places, slope * np.asarray(values) + start, atol=0.1) and slope * way > 0
+
+
+def test_a_grid_line_lies_where_its_number_says():
+    svg = charts.draw_lines([[(0, 10.0), (100, 30.0)]], "x", "y")
+    marks = re.findall(r'<text x="([.0-9]+)" y="[.0-9]+" text-anchor="middle">([.0-9]+)', svg)
+    grid = [float(x) for x in re.findall(r'class="grid" points="([-.0-9]+),180 \1,0"', svg)]
+    (first, _), (last, _) = [map(float, p) for p in re.findall(r'cx="([.0-9]+)" cy="([.0-9]+)"', svg)]
+    assert len(marks) == len(grid) > 3
+    for (text_at, text), at in zip(marks, grid):
+        assert float(text_at) == pytest.approx(charts.LEFT + at, abs=0.1)
+        assert first + (last - first) * float(text) / 100 == pytest.approx(at, abs=0.2)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=9), st.booleans())
+def test_axes_hold_their_values_and_have_marks_at_round_numbers(values: list[float], zero: bool):
+    values = [abs(v) for v in values] if zero else values
+    low, high, marks = charts.scale(values, zero)
+    assert low <= min(values) and high >= max(values) and low < high
+    room = 1e-6 * (high - low)  # of rounding
+    assert 2 <= len(marks) <= 7 and all(low - room <= at <= high + room for at, _ in marks)
+
+
+def test_every_step_is_read_and_many_points_are_thinned_to_what_shows(tmp_path: Path):
+    """A step that was taken again after a crash counts as the second time; what is not finite is null in the log."""
+    log(tmp_path / "a.jsonl", 1)
+    blocks = [dict(first=1, loss_nats=[9.0, 8.9]), dict(first=3, loss_nats=[7.0] * 8), dict(first=9, loss_nats=[6.0]),
+              dict(first=11, loss_nats=[None, 5.5])]
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.writelines(json.dumps({"seconds": 9, "event": "steps", **block}) + "\n" for block in blocks)
+    losses = {round(at / 0.1): loss for at, _, loss in report.curve(report.read_run(tmp_path / "a.jsonl"))}
+    assert losses == pytest.approx({1: 8.75, 2: 8.5, **dict.fromkeys(range(3, 9), 7.0), 9: 6.0, 10: 6.5, 12: 5.5,
+                                    15: 5.25, 20: 2.31, 21: 2.31})
+    noisy = [(float(i), 5.0 + (-1) ** i + 90 * (i == 777)) for i in range(5000)]
+    thin, mean = charts.thinned(noisy), charts.running_mean(noisy)
+    assert len(thin) <= 800 and (777.0, 94.0) in thin and thin == sorted(thin)
+    assert [x for x, _ in mean] == [x for x, _ in noisy] and mean[3000][1] == pytest.approx(5, abs=0.02)
+    svg = charts.draw_lines([noisy], "x", "y")
+    assert svg.count("<polyline class=\"run") == 2 and "circle" not in svg
+
+
+def test_runs_are_named_by_what_differs_else_by_their_ids(tmp_path: Path):
+    paths = [tmp_path / name / f"{name}.jsonl" for name in "abc"] + [tmp_path / "c" / "a.jsonl"]
+    for path, rate in zip(paths, (0.02, 0.03, 0.02, 0.02)):
+        path.parent.mkdir(exist_ok=True)
+        log(path, 1, matrix_lr=rate, code=rate)
+    runs = [report.read_run(path) for path in paths]
+    assert report.labels_of(runs[:1]) == ["a"]
+    assert report.labels_of(runs[:2]) == ["MATRIX_LR=0.02 CODE=0.02", "MATRIX_LR=0.03 CODE=0.03"]
+    assert report.labels_of(runs[:3]) == ["a", "b", "c"]
+    assert report.labels_of(runs) == [str(paths[0]), "b", "c", str(paths[3])]
+
+
+def test_one_run_shows_what_differs_from_its_preset(tmp_path: Path):
+    log(tmp_path / "a.jsonl", 1337, matrix_lr=0.5)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write(json.dumps({"event": "knobs", "MATRIX_LR": "0.5", "RUN_ID": "a"}) + "\n")
+    parsed = Parsed(report.page([report.read_run(tmp_path / "a.jsonl")]))
+    assert parsed.cells["knobs"] == ["knob", "value", "of the preset", "MATRIX_LR", "0.5", "0.026"]
+    assert parsed.cells["runs"][:2] == ["run id", "a"]
 
 
 def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):
@@ -179,8 +257,9 @@ def test_an_unfinished_run_and_its_error_are_shown(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:5], failed, '{"seconds": 2, "ev']))
     assert report.main([str(tmp_path / "a.jsonl"), f"OUT={tmp_path}/r.html"]) == 0
     text = (tmp_path / "r.html").read_text()
-    assert "unfinished" in text and html.escape("ended in an error: <&>") in text
-    assert Parsed(text).pictures["loss"] == 1 and "The logs hold nothing of this." in text
+    assert html.escape("failed: no score; it ended in an error: <&>") in text
+    parsed = Parsed(text)
+    assert parsed.pictures["loss"] == 2 and not {"scores", "bytes", "bpb"} & parsed.cells.keys()
 
 
 def test_runs_are_found_by_id_and_glob_and_only_out_is_an_option(tmp_path: Path, monkeypatch, capsys):
@@ -195,8 +274,10 @@ def test_runs_are_found_by_id_and_glob_and_only_out_is_an_option(tmp_path: Path,
         report.main(["SEED=3-k3"])
 
 
-def test_it_needs_no_torch_and_says_what_is_missing():
-    code = "import sys; from tools import common, report; s = common.program(report.main, 'report.py'); " \
-           "assert not {'torch', 'matplotlib'} & set(sys.modules); sys.exit(s)"
-    done = subprocess.run([sys.executable, "-c", code, "nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("report.py: nowhere: no such log"), done.stderr
+def test_it_needs_nothing_but_python_and_says_what_is_missing(tmp_path: Path):
+    log(tmp_path / "a.jsonl", 1)
+    for name, status in ((str(tmp_path / "a.jsonl"), 0), ("nowhere", 2)):
+        done = subprocess.run([sys.executable, "-S", "-m", "tools.report", name, f"OUT={tmp_path}/{status}.html"],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("report.py: nowhere: no such log") and not (tmp_path / "2.html").exists()

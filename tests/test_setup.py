@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = (ROOT / "run.sh").read_text()
-MODULES = {name.lower(): name for name in "pyarrow huggingface_hub rich packaging optuna scipy matplotlib "
+MODULES = {name.lower(): name for name in "pyarrow huggingface_hub rich packaging optuna scipy "
            "triton pytest hypothesis atheris".split()}
 """What the groups bring, by distribution (its module has the same name)."""
 
@@ -17,7 +17,8 @@ LIGHT = {
     "train": ("tools.launch train SEEDS=1", 2), "check": ("tools.submission check nowhere", 2),
     "audit": ("tools.audit --static bench/codec.py", 0), "compare": ("tools.compare 1.1,1.2 1.0,1.0", 0),
     "doctor": ("tools.doctor nonsense", 2), "mirror": ("tools.mirror nowhere wandb", 2),
-    "replay": ("tools.replay nowhere", 2), "report": ("tools.report nowhere", 2), "show": ("tools.show nowhere", 2),
+    "replay": ("tools.replay nowhere", 2), "report": ("tools.report nowhere", 2), "runs": ("tools.runs --help", 0),
+    "show": ("tools.show nowhere", 2),
     "submit": ("tools.submission submit X nowhere", 2), "sweep": ("tools.sweep nonsense", 2),
     "tune": ("tools.tune nonsense", 2)}
 NEEDS_TORCH = {"demo", "data", "bench", "knobs", "test"}

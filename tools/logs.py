@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +35,27 @@ def event_of(line: str | bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
-def events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of one JSON-lines log."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [event for event in map(event_of, lines) if event is not None]
+def events(path: Path, *without: str) -> list[dict[str, Any]]:
+    """Return the events of one JSON-lines log. How many lines are damaged is said on stderr, once for each file.
+
+    A last line without its end is not damaged: the run goes on, or a crash cut it. Lines that begin as the trainer's
+    events named in `without` do are not looked at: those of training take longer to read than all the rest.
+    """
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if without:
+        named = re.compile(f'"event": "({"|".join(without)})"')
+        lines = [line for line in lines if not named.search(line, 0, 60)]
+    found = [event for event in map(event_of, lines) if event is not None]
+    damaged = sum(bool(line.strip()) for line in lines) - len(found)
+    if damaged and path not in COMPLAINED:
+        COMPLAINED.add(path)
+        print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr)
+    end = event_of(rest)
+    return found if end is None else [*found, end]
+
+
+COMPLAINED: set[Path] = set()
+"""Logs of whose damaged lines the user has heard."""
 
 
 def last(log: Sequence[Mapping[str, Any]], event: str) -> Any:
@@ -51,6 +69,49 @@ def readable(what: object, look: Callable[..., Any], *arguments: Any) -> Any:
         return look(*arguments)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ToolError(f"{what}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+class Run(NamedTuple):
+    """The log of one run, also of one that goes on or has failed."""
+    path: Path
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Its run id, as its files are called."""
+        return self.path.stem
+
+    def all(self, *names: str) -> list[dict[str, Any]]:
+        """Return every event of these names."""
+        return [e for e in self.events if e["event"] in names]
+
+    def last(self, event: str) -> dict[str, Any]:
+        """Return the last event of that name; empty if there is none."""
+        return last(self.events, event) or {}
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The configuration but for WRITTEN, plus `code_sha256`; empty where the log has none."""
+        knobs = {k: v for k, v in self.last("config").items() if k not in WRITTEN | {"seconds", "event"}}
+        if self.last("start"):
+            knobs["code_sha256"] = self.last("start").get("code_sha256")
+        return knobs
+
+    @property
+    def error(self) -> str:
+        """The error that the run ended in; empty: in none, or it went on after it."""
+        end = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
+        return str(end.get("text") or end.get("kind") or "") if end.get("event") == "error" else ""
+
+    @property
+    def status(self) -> str:
+        """Whether it is done, has failed, or is unfinished: it goes on, or was killed."""
+        return "done" if self.last("verdict") else "failed" if self.error else "unfinished"
+
+
+def read_run(path: Path, *without: str) -> Run:
+    """Read the log of one run, `without` as in `events`."""
+    return Run(path, events(path, *without))
 
 
 # -- the command line ------------------------------------------------------------------------------------
@@ -73,6 +134,11 @@ def split_options(arguments: Sequence[str], names: Collection[str]) -> tuple[lis
     """Split arguments into (others, NAME=value with one of `names`): the id of a sweep's run has an = in it, too."""
     options = [a for a in arguments if "=" in a and a.partition("=")[0] in names]
     return [a for a in arguments if a not in options], pairs(options)
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text that is at most so many characters wide; an ellipsis stands for what was cut off."""
+    return text if len(text) <= width else text[:max(0, width - 1)].rstrip() + "…"
 
 
 def file_name(text: str) -> str:
@@ -131,13 +197,11 @@ class Scored(NamedTuple):
 
 def scored_log(path: Path) -> Scored | None:
     """Read the score of one log; None if the run has no verdict (unfinished, or it failed)."""
-    log = events(path)
-    verdict, config, start = (last(log, name) for name in ("verdict", "config", "start"))
-    if verdict is None:
+    run = read_run(path)
+    verdict = run.last("verdict")
+    if not verdict:
         return None
-    knobs = {k: v for k, v in (config or {}).items() if k not in PRIVATE | {"seconds", "event"}}
-    if start:
-        knobs["code_sha256"] = start.get("code_sha256")
+    knobs = {k: v for k, v in run.knobs.items() if k not in PRIVATE}
     return readable(path, lambda: Scored(str(verdict.get("run_id") or path.stem), float(verdict["val_bpb"]),
                                          verdict["bytes"] / verdict["tokens"], knobs, path))
 
@@ -183,9 +247,9 @@ def scored_group(text: str, folder: Path) -> tuple[list[Scored], list[Path]]:
     return list(scores.values()), unfinished
 
 
-def differing(runs: Sequence[Scored]) -> dict[str, list[Any]]:
+def differing(runs: Sequence[Scored] | Sequence[Run]) -> dict[str, list[Any]]:
     """Return the knobs (and code) in which runs differ, with their values; runs of unknown knobs are left out."""
-    configs = [run.knobs for run in runs if run.knobs]
+    configs = [knobs for run in runs if (knobs := run.knobs)]
     values = {name: list({json.dumps(knobs.get(name)): knobs.get(name) for knobs in configs}.values())
               for name in dict.fromkeys(name for knobs in configs for name in knobs)}
     return {name: distinct for name, distinct in values.items() if len(distinct) > 1}

@@ -9,69 +9,36 @@ setting and fits a narrow screen; it loads nothing.
 from __future__ import annotations
 
 import html
-import io
 import math
-import re
 import sys
-from collections import defaultdict
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools import charts, knobs
+from tools.charts import Bar, draw_bars, draw_lines, legend
 from tools.common import ToolError, program
-from tools.logs import events, last, log_folder, log_paths, readable, split_options
-from tools.show import Stream, streams
+from tools.logs import Run, cut, log_folder, log_paths, read_run, readable, split_options
+from tools.runs import preset_values, told_apart
+from tools.show import adaptation_cut, budget, compressors, margin, score_in_words
 
-INK, LINE = "#0a0b0c", "#0d0e0f"
-SERIES = [f"#{i}0a0b{i}" for i in range(1, 8)]
-"""Colours that no picture uses: the page puts its own in their place, which differ between light and dark."""
 STYLE = """
-:root { --page: #fcfcfb; --ink: #1d1f21; --faint: #63676b; --line: #d8dadb; --s0: #2166ac; --s1: #c4570a; --s2: #2b7a3d;
-  --s3: #a23b8f; --s4: #7a6010; --s5: #5b4fc4; --s6: #5d6266; }
-@media (prefers-color-scheme: dark) { :root { --page: #17191b; --ink: #e6e7e8; --faint: #9ba0a5; --line: #3b3f43;
-  --s0: #6fb1f0; --s1: #f29a55; --s2: #6fcb83; --s3: #e08bd0; --s4: #d5b95a; --s5: #a9a0ff; --s6: #a8adb2; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.05rem; margin: 0 0 .3rem; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 2rem 2.5rem; }
-section { min-width: 0; } section p { margin: 0 0 .5rem; color: var(--faint); max-width: 40rem; }
-#runs { grid-column: 1 / -1; }
-svg { width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif; }
+main { columns: 30rem; column-gap: 2.5rem; } .many #runs, .many #notes { column-span: all; }
+section { break-inside: avoid; margin-bottom: 2rem; }
+section p { margin: 0 0 .5rem; color: var(--faint); max-width: 40rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, #notes th, #notes td { text-align: left; }
+#notes td { white-space: pre-line; vertical-align: top; }
 summary { cursor: pointer; color: var(--faint); }
-.bad { color: var(--s1); font-weight: 600; }
 """
-
-
-class Run(NamedTuple):
-    """The log of one run."""
-    name: str
-    events: list[dict[str, Any]]
-
-    def all(self, *names: str) -> list[dict[str, Any]]:
-        """Return every event of these names."""
-        return [e for e in self.events if e["event"] in names]
-
-    def last(self, event: str) -> dict[str, Any]:
-        """Return the last event of that name; empty if there is none."""
-        return last(self.events, event) or {}
-
-    @property
-    def scores(self) -> Mapping[str, float]:
-        """Name of each score of the artifact and its bits a byte; the last one counts."""
-        return self.last("verdict").get("diagnostic_evals", {})
-
-    @property
-    def error(self) -> str:
-        """The error that the run ended in; empty: in none, or it went on after it."""
-        end = next((e for e in reversed(self.events) if e["event"] in ("error", "start")), {})
-        return str(end.get("text") or end.get("kind") or "")
-
-
 Rows = list[list[Any]]
 
 
@@ -79,67 +46,111 @@ class Plot(NamedTuple):
     """One pair of axes with a line for each run."""
     x: str
     y: str
-    points: Callable[[Run], Iterable[Sequence[float]]]
-    """(x, y) of one run."""
-    tune: Callable[[Any, list[Run]], None] = lambda ax, runs: None
-    """What else is done to the axes."""
+    points: Callable[[Run], Iterable[tuple[Any, float | None]]]
+    """(x, y) of one run, by rising x."""
+    options: Mapping[str, bool] = {}
+    """Of `draw_lines`."""
+    levels: Callable[[Run], Mapping[str, float]] = lambda run: {}
+    """Named values of y, each a line across."""
 
 
 class Section(NamedTuple):
-    """One picture with its table."""
+    """A table, and the pictures of what it holds."""
     id: str
     title: str
     text: str
     head: str
     """Of the table, after the column `run`."""
     rows: Callable[[Run], Rows]
-    """Of the table, of one run; none at all: the logs hold nothing of this, and the section says so."""
+    """Of the table, of one run; none at all: the logs hold nothing of this."""
     plots: tuple[Plot, ...] = ()
-    """Pairs of axes, one below the other."""
-    bars: Callable[[list[Run], Any], None] | None = None
-    """Draws stacked bars on a matplotlib figure instead."""
+    bars: Callable[[Run], list[Bar]] | None = None
+    unit: str = ""
+    """Of the bars."""
 
 
 # -- what the logs say -----------------------------------------------------------------------------------
 
 
-def stages(run: Run) -> list[tuple[int, str]]:
-    """Return (first step, what runs from there on): how many layers, how long the rows, and whether rounded."""
-    later = [(e["step"], f"{e['layers']} layers, rows of {e['seq_len']:,}" + ", rounded" * bool(e.get("rounded")))
-             for e in run.all("stage")]
-    return [(0, "from the start"), *later]
+def streams(run: Run) -> list[tuple[str, int, int]]:
+    """Return (name, bytes, values) of what an artifact consists of; 0 values where the log does not say."""
+    artifact = run.last("artifact")
+    if not artifact:
+        return []
+    parts = [(name.removeprefix("gptq:"), size, values) for name, (values, size) in artifact["streams"].items()]
+    header = artifact["weight_bytes"] - sum(size for _, size, _ in parts)
+    return [*parts, ("header", header, 0), ("code", artifact["code_bytes"], 0)]
 
 
-def clock(run: Run) -> dict[str, dict[str, float]]:
-    """Return the seconds of every phase by budget (train, eval, none), in the order of time."""
-    spent: dict[str, dict[str, float]] = {"train": {}, "eval": {}, "none": {}}
-    for e in run.all("phase"):
-        spent[e["budget"]][e["name"]] = spent[e["budget"]].get(e["name"], 0.0) + e["phase_seconds"]
-    return spent
-
-
-def limit(run: Run, budget: str) -> float:
-    """Return the seconds of a budget; infinite where there is no limit."""
-    knob = {"train": "max_wallclock_seconds", "eval": "eval_seconds_budget"}.get(budget)
-    return run.last("config").get(knob) or math.inf
-
-
-def step_times(run: Run) -> dict[str, tuple[int, float]]:
-    """Return steps and their mean milliseconds by stage, from the logged rates after the first five steps."""
-    rates: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    before = 0
-    for e in run.all("train"):
-        stage = [text for first, text in stages(run) if first < e["step"]][-1]
-        if e["step"] > 5:
-            rates[stage].append((e["step"] - before, e["ms_per_step"]))
-        before = e["step"]
-    sums = {stage: (sum(n for n, _ in pairs), sum(n * ms for n, ms in pairs)) for stage, pairs in rates.items()}
-    return {stage: (steps, ms / steps) for stage, (steps, ms) in sums.items()}
+def logged(run: Run) -> list[dict[str, Any]]:
+    """Return the `train` events by step; of a step that was taken again after a crash, the later one."""
+    return [e for _, e in sorted({e["step"]: e for e in run.all("train")}.items())]
 
 
 def trained_tokens(run: Run, step: int) -> float:
     """Return the millions of tokens after that many steps."""
     return step * run.last("config").get("train_batch_tokens", 0) / 1e6
+
+
+def curve(run: Run) -> list[tuple[float, float, float]]:
+    """Return (seconds of training, million tokens, loss in nats a token) of each step, or of those that were logged.
+
+    The seconds of steps between two lines of the log lie evenly between those of the lines.
+    """
+    loss = {block["first"] + i: each for block in run.all("steps") for i, each in enumerate(block["loss_nats"])}
+    loss |= {e["step"]: e["loss_nats"] for e in logged(run)}
+    lines = [(0, 0.0), *((e["step"], e["train_seconds"]) for e in logged(run))]
+    end = run.last("train_end")
+    if end and end["steps"] > lines[-1][0]:
+        loss[end["steps"]] = end["train_loss"]
+        lines.append((end["steps"], end["train_seconds"]))
+    known = sorted(step for step, each in loss.items() if each is not None)
+    return [(since + (step - first) * (until - since) / (end - first), trained_tokens(run, step), loss[step])
+            for (first, since), (end, until) in pairwise(lines)
+            for step in known[bisect(known, first):bisect(known, end)]]
+
+
+def stages(run: Run) -> list[tuple[int, str]]:
+    """Return (first step, what runs from there on): how many layers, and whether rounded."""
+    later = [(e["step"], f"{e['layers']} layers" + ", rounded" * bool(e.get("rounded"))) for e in run.all("stage")]
+    return [(0, "from the start"), *later]
+
+
+def step_times(run: Run) -> dict[str, tuple[int, float]]:
+    """Return steps and their mean milliseconds by stage, from the logged rates after the first five steps."""
+    sums: dict[str, tuple[int, float]] = {}
+    before = 0
+    for e in logged(run):
+        stage, count = [text for first, text in stages(run) if first < e["step"]][-1], e["step"] - before
+        if e["step"] > 5:
+            steps, spent = sums.get(stage, (0, 0.0))
+            sums[stage] = (steps + count, spent + count * e["ms_per_step"])
+        before = e["step"]
+    return {stage: (steps, spent / steps) for stage, (steps, spent) in sums.items()}
+
+
+def clock(run: Run) -> dict[str, dict[str, float]]:
+    """Return the seconds of every phase by budget, in the order of time; without those of the phases inside it."""
+    spent: dict[str, dict[str, float]] = {"training": {}, "scoring": {}, "neither": {}}
+    names, inside = {"train": "training", "eval": "scoring", "none": "neither"}, []
+    for e in run.all("start", "phase"):
+        if e["event"] == "start":
+            inside = []
+            continue
+        seconds, begin = e["phase_seconds"], e["seconds"] - e["phase_seconds"] - 0.002  # both are rounded
+        own = seconds
+        while inside and inside[-1][0] >= begin:
+            own -= inside.pop()[1]
+        inside.append((begin, seconds))
+        phases = spent[names[e["budget"]]]
+        phases[e["name"]] = phases.get(e["name"], 0.0) + own
+    return spent
+
+
+def limit(run: Run, part: str) -> float:
+    """Return the seconds of a budget; infinite where there is no limit."""
+    knob = {"training": "max_wallclock_seconds", "scoring": "eval_seconds_budget"}.get(part)
+    return run.last("config").get(knob) or math.inf
 
 
 def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
@@ -149,44 +160,59 @@ def bpb_by_place(run: Run, what: str) -> list[tuple[int, float, int]]:
     return [(2 ** k, nats / math.log(2) / size, int(count)) for k, (nats, size, count) in each if size]
 
 
+def notes(run: Run) -> list[str]:
+    """Return what a reader should know before the figures: how the run ended, budgets, warnings."""
+    verdict, found = run.last("verdict"), []
+    if not verdict:
+        found.append(f"{run.status}: no score" + f"; it ended in an error: {run.error}" * bool(run.error))
+    for part, name in (("training", "train_seconds"), ("scoring", "eval_seconds")):
+        if verdict.get(name, 0.0) > limit(run, part):
+            found.append(f"{part} took {budget(verdict[name], limit(run, part))}")
+    if stopped := adaptation_cut(run):
+        found.append(f"adaptation {stopped}")
+    if skipped := run.last("train").get("skipped"):
+        found.append(f"{skipped} steps had a gradient that was not finite")
+    if damping := run.all("gptq_damping"):
+        found.append(f"rounding (GPTQ) had to damp {sum(e['failed'] for e in damping)} Hessians more, up to "
+                     f"{max(e['next'] for e in damping):g} of their mean diagonal")
+    found += [f"warning: {e['text']}" for e in run.all("warning")]
+    return found or ["no warning, and every budget was kept"]
+
+
 def rows_runs(run: Run) -> Rows:
     verdict, start = run.last("verdict"), run.last("start")
-    figures = [verdict.get(name) for name in ("val_loss", "artifact_bytes", "steps", "train_seconds", "eval_seconds",
-                                              "other_seconds", "seed")]
-    return [[verdict.get("val_bpb", "unfinished"), *figures, f"{start.get('world', '?')}x {start.get('device', '?')}",
+    size, cap = verdict.get("artifact_bytes"), verdict.get("cap_bytes")
+    figures = [verdict.get(name) for name in ("steps", "train_seconds", "eval_seconds", "other_seconds")]
+    beside = [f"{margin(verdict['val_bpb'], need)} {name}" for name, need in compressors(run).items() if verdict]
+    return [[run.name, verdict.get("val_bpb", run.status), ", ".join(beside), verdict.get("val_loss"), size,
+             f"{100 * size / cap:.1f} %" if size and cap else None, run.last("model").get("parameters"), *figures,
+             str(run.knobs.get("seed", "")), f"{start.get('world', '?')}x {start.get('device', '?')}",
              start.get("code_sha256", "")[:8]]]
 
 
-def rows_model(run: Run) -> Rows:
-    model = run.last("model")
-    plans = {"at first": model.get("layers"), "with recurrence": model.get("layers_looped")}
-    return [[model["parameters"], when, " ".join(map(str, plan))] for when, plan in plans.items() if plan]
-
-
 def rows_scores(run: Run) -> Rows:
-    scores = list(run.scores.values())
-    steps = [None, *(f"{b - a:+.4f}" for a, b in zip(scores, scores[1:]))]
-    return [[name, score, step] for (name, score), step in zip(run.scores.items(), steps)]
+    verdict = run.last("verdict")
+    scores, bpb = verdict.get("diagnostic_evals", {}), verdict.get("val_bpb")
+    steps = [None, *(f"{b - a:+.4f}" for a, b in pairwise(scores.values()))]
+    return [*([name, value, step, score_in_words(name)] for (name, value), step in zip(scores.items(), steps)),
+            *([name, need, None, f"compressing the same text; the score is {margin(bpb, need)} it"]
+              for name, need in compressors(run).items() if bpb)]
 
 
 def rows_clock(run: Run) -> Rows:
     rows: Rows = []
-    for budget, phases in clock(run).items():
-        rows += [[budget, name, seconds] for name, seconds in phases.items()]
-        most = limit(run, budget)
+    for part, phases in clock(run).items():
+        rows += [[part, name, round(seconds, 3)] for name, seconds in phases.items()]
+        most = limit(run, part)
         if phases:
-            rows.append([budget, f"sum, of {most:g}" if math.isfinite(most) else "sum", round(sum(phases.values()), 3)])
+            rows.append([part, f"sum, of {most:g}" if math.isfinite(most) else "sum", round(sum(phases.values()), 3)])
     return rows
 
 
 def rows_bytes(run: Run) -> Rows:
-    artifact = run.last("artifact")
-    if not artifact:
-        return []
-    parts = [*streams(artifact), Stream("code", artifact["code_bytes"], 0)]
-    total = sum(part.size for part in parts)
-    return [[part.name, part.size, f"{100 * part.size / total:.1f} %", part.values or None, part.bits]
-            for part in parts]
+    total = sum(size for _, size, _ in streams(run))
+    return [[name, size, f"{100 * size / total:.1f} %", values or None, 8 * size / values if values else None]
+            for name, size, values in streams(run)]
 
 
 def rows_step(run: Run) -> Rows:
@@ -194,209 +220,143 @@ def rows_step(run: Run) -> Rows:
     return [[stage, steps, ms, round(1000 * tokens / ms)] for stage, (steps, ms) in step_times(run).items()]
 
 
-# -- pictures --------------------------------------------------------------------------------------------
-
-
-def draw_plots(section: Section, runs: list[Run], figure: Any) -> None:
-    """Draw a section's plots, one line a run in the run's colour."""
-    for plot, ax in zip(section.plots, figure.subplots(len(section.plots), 1, squeeze=False)[:, 0]):
-        for i, run in enumerate(runs):
-            points = list(plot.points(run))
-            if points:
-                ax.plot(*zip(*points), color=SERIES[i % 7], label=run.name, lw=1.1, marker="o", ms=2.5)
-        ax.set(xlabel=plot.x, ylabel=plot.y)
-        plot.tune(ax, runs)
-
-
-def leave_out_the_first_steps(ax: Any, runs: list[Run]) -> None:
-    late = [e["loss_nats"] for r in runs for e in r.all("train") if e["progress"] > 0.02 and e["loss_nats"]]
-    if late:
-        ax.set_ylim(min(late) - 0.1, max(late) + 0.1)
-
-
-def octaves(ax: Any, runs: list[Run]) -> None:
-    ax.set_xscale("log", base=2)
-
-
-def mark_stages(ax: Any, runs: list[Run]) -> None:
-    for i, run in enumerate(runs):
-        for first, _ in stages(run)[1:]:
-            ax.axvline(first, color=SERIES[i % 7], lw=0.8, ls=(0, (2, 3)))
-    ax.set_ylim(bottom=0)
-
-
-def score_tokens(run: Run) -> Iterable[Sequence[float]]:
-    """Return (millions of trained tokens, bits a byte) of every validation."""
-    steps = run.last("train_end").get("steps", 0)
-    return [(trained_tokens(run, e.get("step") or steps), e["val_bpb"]) for e in run.all("val_probe", "score")]
-
-
-def draw_bars(figure: Any, bars: Mapping[str, Mapping[str, float]]) -> Any:
-    """Draw horizontal bars of parts; a part has one colour in all bars, the smallest share the last one."""
-    from matplotlib.patches import Patch
-    ax, total = figure.subplots(), defaultdict(float)
-    for parts in bars.values():
-        for name, size in parts.items():
-            total[name] += size
-    order = sorted(total, key=lambda name: -total[name])
-    colours = dict(zip(order[:6], SERIES))
-    for place, parts in enumerate(bars.values()):
-        left = 0.0
-        for name in sorted(parts, key=order.index):
-            ax.barh(place, parts[name], left=left, height=0.62, color=colours.get(name, SERIES[6]), alpha=0.75)
-            left += parts[name]
-    ax.set_yticks(range(len(bars)), list(bars))
-    ax.invert_yaxis()
-    handles = [Patch(color=colour, alpha=0.75) for colour in [*colours.values(), SERIES[6]]]
-    figure.legend(handles, [*colours, "other"], loc="outside lower center", ncols=4)
-    return ax
-
-
-def draw_bytes(runs: list[Run], figure: Any) -> None:
-    ax = draw_bars(figure, {run.name: {row[0]: row[1] / 1e6 for row in rows_bytes(run)} for run in runs})
-    cap = max(run.last("verdict").get("cap_bytes", 0) for run in runs) / 1e6
-    ax.axvline(cap, color=INK, lw=1.5)
-    ax.set(xlabel=f"million bytes; the line is the cap of {cap:g}")
-
-
-def draw_clock(runs: list[Run], figure: Any) -> None:
-    names = {"train": "training", "eval": "evaluation", "none": "neither"}
-    ax = draw_bars(figure, {f"{run.name}\n{names[budget]}": phases for run in runs
-                            for budget, phases in clock(run).items()})
-    for place, most in enumerate(limit(run, budget) for run in runs for budget in names):
-        if math.isfinite(most):
-            ax.plot([most, most], [place - 0.42, place + 0.42], color=INK, lw=2)
-    ax.set(xlabel="seconds; the marks are the budgets")
-
+# -- the sections ----------------------------------------------------------------------------------------
 
 SECTIONS = (
-    Section("runs", "Runs", "", "val_bpb|val_loss|bytes|steps|train s|eval s|other s|seed|machine|code", rows_runs),
-    Section("model", "Model", "The block that each layer runs, in order.", "parameters|when|blocks", rows_model),
-    Section("loss", "Training loss", "Of single batches, so it is noisy; the axes leave out the first steps.",
-            "step|seconds|million tokens|loss, nats",
-            lambda r: [[e["step"], e["train_seconds"], trained_tokens(r, e["step"]), e["loss_nats"]]
-                       for e in r.all("train")],
-            (Plot("seconds of training", "nats a token",
-                  lambda r: ((e["train_seconds"], e["loss_nats"]) for e in r.all("train")), leave_out_the_first_steps),
-             Plot("million tokens", "nats a token",
-                  lambda r: ((trained_tokens(r, e["step"]), e["loss_nats"]) for e in r.all("train")),
-                  leave_out_the_first_steps))),
-    Section("bpb", "Bits a byte", "Validation while training (VAL_LOSS_EVERY), then every score of the artifact; the "
-            "last one counts.", "what|seconds|val_loss|val_bpb",
-            lambda r: [[e.get("name", f"step {e.get('step')}, live weights"), e["seconds"], e["val_loss"], e["val_bpb"]]
-                       for e in r.all("val_probe", "score")],
-            (Plot("seconds since the start", "bits a byte",
-                  lambda r: ((e["seconds"], e["val_bpb"]) for e in r.all("val_probe", "score"))),
-             Plot("million tokens", "bits a byte", score_tokens))),
-    Section("scores", "Diagnostic scores", "The averaged weights, what rounding costs them, and what windows and "
-            "adaptation give back.", "score|val_bpb|to the one before", rows_scores,
-            (Plot("score", "bits a byte", lambda r: r.scores.items()),)),
-    Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long the "
+    Section("runs", "Runs", "", "run id|val_bpb|that is|val_loss|bytes|of the cap|parameters|steps|train s|eval s|"
+            "other s|seed|machine|code", rows_runs),
+    Section("notes", "What to know first", "", "what", lambda r: [["\n".join(notes(r))]]),
+    Section("loss", "Training loss", "Of each step's batch, pale, and its running mean over a fiftieth of the steps; "
+            "dots where only the logged steps are known. The axes leave out the first steps.",
+            "step|seconds|million tokens|loss, nats|factor of the rates",
+            lambda r: [[e["step"], e["train_seconds"], trained_tokens(r, e["step"]), e["loss_nats"], e["lr_scale"]]
+                       for e in logged(r)],
+            (Plot("seconds of training", "nats a token", lambda r: [(at, loss) for at, _, loss in curve(r)],
+                  dict(late=True)),
+             Plot("million tokens", "nats a token", lambda r: [(at, loss) for _, at, loss in curve(r)],
+                  dict(late=True)))),
+    Section("bpb", "Validation while training", "VAL_LOSS_EVERY; of the weights as they are then.",
+            "step|million tokens|val_loss|val_bpb",
+            lambda r: [[e["step"], trained_tokens(r, e["step"]), e["val_loss"], e["val_bpb"]]
+                       for e in r.all("val_probe")],
+            (Plot("million tokens", "bits a byte",
+                  lambda r: [(trained_tokens(r, e["step"]), e["val_bpb"]) for e in r.all("val_probe")]),)),
+    Section("scores", "Scores", "The averaged weights, what rounding costs them, what windows and adaptation give "
+            "back; the last score counts. Dashed: what compressors need for the same text.",
+            "score|val_bpb|to the one before|what it is", rows_scores,
+            (Plot("score", "bits a byte", lambda r: r.last("verdict").get("diagnostic_evals", {}).items(),
+                  levels=compressors),)),
+    Section("place", "By place", "The score that counts, by how far a target lies in its document and by how long its "
             "document is.", "by|from|val_bpb|targets",
             lambda r: [[what, *row] for what in ("position", "length") for row in bpb_by_place(r, what)],
             (Plot("target of its document, and up to twice that", "bits a byte",
-                  lambda r: [row[:2] for row in bpb_by_place(r, "position")], octaves),
+                  lambda r: [(at, bpb) for at, bpb, _ in bpb_by_place(r, "position")], dict(log2=True)),
              Plot("targets of the document, and up to twice as many", "bits a byte",
-                  lambda r: [row[:2] for row in bpb_by_place(r, "length")], octaves))),
-    Section("clock", "Where the time went", "Every phase is charged to training, to evaluation or to neither (set-up, "
-            "compilation, diagnostics). Validation while training stands in training's bar, though it is not charged.",
-            "budget|phase|seconds", rows_clock, bars=draw_clock),
-    Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code.",
-            "tensors|bytes|share|values|bits a value", rows_bytes, bars=draw_bytes),
-    Section("step", "Step time", "Between two log lines. Dotted: a new stage (recurrence, row length, rounding).",
-            "stage|steps|ms a step|tokens a second", rows_step,
-            (Plot("step", "ms a step",
-                  lambda r: ((e["step"], e["ms_per_step"]) for e in r.all("train") if e["step"] > 5), mark_stages),)),
-    Section("lr", "Learning rate", "Dots that end early are a run that ended before its schedule.",
-            "step|used fraction|factor", lambda r: [[e["step"], e["progress"], e["lr_scale"]] for e in r.all("train")],
-            (Plot("used fraction of the budget", "factor of the rates",
-                  lambda r: ((e["progress"], e["lr_scale"]) for e in r.all("train"))),)),
+                  lambda r: [(at, bpb) for at, bpb, _ in bpb_by_place(r, "length")], dict(log2=True)))),
+    Section("clock", "Where the time went", "Every phase is charged to training, to scoring or to neither (set-up, "
+            "compilation, packing, diagnostics). The marks are the budgets.", "budget|phase|seconds", rows_clock,
+            bars=lambda r: [Bar(part, phases, limit(r, part)) for part, phases in clock(r).items() if phases],
+            unit="seconds"),
+    Section("bytes", "Where the bytes went", "The artifact by kind of tensor, and the code. The mark is the cap.",
+            "tensors|bytes|share|values|bits a value", rows_bytes, unit="million bytes",
+            bars=lambda r: [Bar("", {name: size / 1e6 for name, size, _ in streams(r)},
+                                r.last("verdict").get("cap_bytes", math.inf) / 1e6)] if streams(r) else []),
+    Section("step", "Step time", "Between two lines of the log.", "stage|steps|ms a step|tokens a second", rows_step,
+            (Plot("step", "ms a step", lambda r: ((e["step"], e["ms_per_step"]) for e in logged(r) if e["step"] > 5),
+                  dict(zero=True)),)),
 )
 
 
 # -- the page --------------------------------------------------------------------------------------------
 
 
-def picture(section: Section, runs: list[Run]) -> str:
-    """Return the section's picture as an SVG element in the page's colours."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    height = 1.5 + 0.5 * len(runs) if section.bars else 0.7 + 2.0 * len(section.plots)
-    small = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.color": LINE, "grid.linewidth": 0.5, "axes.edgecolor": LINE, "axes.axisbelow": True,
-             "svg.fonttype": "none", "svg.hashsalt": section.id, "legend.frameon": False, "legend.fontsize": 7,
-             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)}
-    with matplotlib.rc_context(small):
-        figure = Figure(figsize=(5.2, height), layout="constrained")
-        if section.bars:
-            section.bars(runs, figure)
-        else:
-            draw_plots(section, runs, figure)
-            if len(runs) > 1:
-                figure.axes[0].legend(*figure.axes[0].get_legend_handles_labels())
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg"):]
-    for i, colour in enumerate(SERIES):
-        svg = svg.replace(colour, f"var(--s{i})")
-    svg = svg.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{section.id}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(section.title)}"', 1)
-
-
 def table(head: Sequence[str], rows: Rows) -> str:
     """Return an HTML table; numbers keep seven digits."""
     def cell(value: Any) -> str:
-        if value is None:
-            return ""
         form = {float: ".7g", int: ","}.get(type(value), "")
-        return html.escape(format(value, form))
+        return "" if value is None else html.escape(format(value, form))
 
     body = "".join("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>\n" for row in rows)
     return ("<div class=scroll><table><thead><tr>" + "".join(f"<th>{cell(c)}</th>" for c in head) +
             f"</tr></thead><tbody>{body}</tbody></table></div>")
 
 
-def section_html(section: Section, runs: list[Run]) -> str:
-    """Return one section: its text, its picture, and the figures behind it."""
-    rows = [[run.name, *row] for run in runs for row in section.rows(run)]
-    body = table(["run", *section.head.split("|")], rows)
+def section_html(section: Section, runs: Sequence[Run], labels: Sequence[str]) -> str:
+    """Return one section: its text, its pictures, and the figures behind them; empty where the logs hold nothing."""
+    named = [(label if len(runs) > 1 else "", run) for label, run in zip(labels, runs)]
+    rows = [[label, *row] for label, run in named for row in section.rows(run)]
     if not rows:
-        body = "<p>The logs hold nothing of this.</p>"
-    elif section.plots or section.bars:
-        body = f"{picture(section, runs)}<details><summary>Figures</summary>{body}</details>"
+        return ""
+    head = ["run", *section.head.split("|")]
+    if len(runs) == 1:  # a column that says the same in each row; and a single row is read better as a column
+        head, rows = head[1:], [row[1:] for row in rows]
+        if len(rows) == 1 and len(head) > 1:
+            head, rows = ["", ""], [list(pair) for pair in zip(head, rows[0])]
+    body, pictures = table(head, rows), ""
+    for plot in section.plots:
+        lines = [[(x, y) for x, y in plot.points(run) if y is not None] for run in runs]
+        levels = {name: y for run in runs for name, y in plot.levels(run).items()}
+        pictures += draw_lines(lines, plot.x, plot.y, levels=levels, **plot.options)
+    if pictures and len(runs) > 1:
+        pictures = legend(labels) + pictures
+    if section.bars:
+        bars = [bar._replace(name=f"{label} {bar.name}".strip()) for label, run in named for bar in section.bars(run)]
+        pictures += draw_bars(bars, section.unit)
+    if pictures:
+        body = f"{pictures}<details><summary>Figures</summary>{body}</details>"
     text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
-    return f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>"
+    return f"<section id={section.id}><h2>{html.escape(section.title)}</h2>{text}{body}</section>\n"
 
 
-def page(runs: list[Run]) -> str:
-    """Return the whole page."""
-    title = html.escape(", ".join(run.name for run in runs))
-    notes = "".join(f"<p class=bad>{html.escape(f'{run.name}: ended in an error: {run.error}')}</p>"
-                    for run in runs if run.error)
+def knobs_html(runs: Sequence[Run], labels: Sequence[str]) -> str:
+    """Return the knobs in which runs differ, of a single one those that differ from its preset."""
+    apart = told_apart(runs)
+    names = list(dict.fromkeys(name for values in apart for name in values))
+    if len(runs) > 1:
+        title, head = "Knobs that differ", ["run", *names]
+        rows = [[label, *(values.get(name) for name in names)] for label, values in zip(labels, apart)]
+    else:
+        preset = str(runs[0].knobs.get("preset"))
+        usual = {**({knob.name: knob.default for knob in knobs.read()} if names else {}), **preset_values(preset)}
+        title, head = f"Knobs that differ from PRESET={preset}", ["knob", "value", "of the preset"]
+        rows = [[name, apart[0][name], usual.get(name)] for name in names]
+    body = table(head, rows) if names else "<p>None.</p>"
+    return f"<section id=knobs><h2>{html.escape(title)}</h2>{body}</section>\n"
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run: the knobs that tell it from the others, else its run id, else its path."""
+    names = [run.name for run in runs]
+    ids = [str(run.path) if names.count(run.name) > 1 else run.name for run in runs]
+    said = [" ".join(f"{name}={knobs.typed_text(value)}" for name, value in values.items())
+            for values in told_apart(runs)]
+    unique = len(runs) > 1 and len(set(said)) == len(runs) and max(map(len, said)) <= 60
+    return said if unique else ids
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the whole page; `readable(what, page, runs)` where the logs may be a stranger's."""
+    labels = labels_of(runs)
+    title = html.escape(runs[0].name if len(runs) == 1 else cut(f"{len(runs)} runs: {', '.join(labels)}", 150))
+    parts = [section_html(section, runs, labels) for section in SECTIONS]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
-            f"{notes}<main>\n" + "\n".join(section_html(section, runs) for section in SECTIONS) +
-            "\n</main></body></html>\n")
+            f'<meta name="color-scheme" content="light dark"><style>{charts.STYLE}{STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n"
+            f"<main{' class=many' * (len(runs) > 1)}>\n{parts[0]}{parts[1]}{knobs_html(runs, labels)}"
+            f"{''.join(parts[2:])}</main></body></html>\n")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page of the runs that are named."""
     names, options = split_options(arguments, ("OUT",))
-    if not names or "--help" in names:
+    if not names or {"-h", "--help"} & set(names):
         print(__doc__)
         return 0 if names else 2
-    paths = [path for name in names for path in log_paths(name, log_folder())]
-    stems = [path.stem for path in paths]
-    runs = [Run(path.stem if stems.count(path.stem) == 1 else str(path), events(path)) for path in paths]
-    for path, run in zip(paths, runs):
+    runs = [read_run(path) for name in names for path in log_paths(name, log_folder())]
+    for run in runs:
         if not run.last("config"):
-            raise ToolError(f"{path}: no log of a run (no config in it)")
+            raise ToolError(f"{run.path}: no log of a run (no config in it)")
     out = Path(options.get("OUT", "report.html"))
     out.write_text(readable(", ".join(run.name for run in runs), page, runs), encoding="utf-8")
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")

@@ -1,79 +1,91 @@
-"""Prints the short table of a finished run: its scores, the artifact's bytes, the seconds of each phase.
+"""The short table of a finished run: how good the model is, how large, how long it took, and where to read on.
 
     python -m tools.show [RUN]        RUN: run id, or path of a log; default: the newest in LOG_DIR (logs)
 
-Reads only what the run logged and the manifest of its dataset; computes nothing anew.
+Reads only what the run logged; computes nothing anew. `report` has the details.
 """
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from tools.common import ToolError, program
-from tools.logs import events, find_log, last, log_folder, readable
+from tools.logs import Run, cut, find_log, log_folder, read_run, readable
 
-SCORES = {"ema": "averaged weights, before quantization", "quantized": "from the artifact, plain",
-          "sliding": "from the artifact, sliding windows", "plain": "from the artifact, plain",
-          "lora": "documents' own adapters learn from what is scored", "sgd": "the model learns from what is scored"}
-
-
-class Stream(NamedTuple):
-    """One stream of an artifact: tensors of one kind, packed together."""
-    name: str
-    size: int
-    """Bytes."""
-    values: int
-    """0 where the log does not say."""
-
-    @property
-    def bits(self) -> float | None:
-        """Bits a value."""
-        return 8 * self.size / self.values if self.values else None
+SCORES = {"ema": "trained weights, averaged over the last steps", "quantized": "the same weights, rounded and packed",
+          "sliding": "packed weights, each target after a long context", "plain": "packed weights",
+          "lora": "packed weights that learn while scoring a text",
+          "sgd": "packed weights that learn from all that is scored"}
+"""What each way to score is, in plain words."""
 
 
-def streams(artifact: Mapping[str, Any]) -> list[Stream]:
-    """Return the streams of an `artifact` event, and what else the file holds."""
-    parts = [Stream(name.removeprefix("gptq:"), size, values) for name, (values, size) in artifact["streams"].items()]
-    return [*parts, Stream("header", artifact["weight_bytes"] - sum(part.size for part in parts), 0)]
+def score_in_words(name: str) -> str:
+    """Say what a score is of: `lora+ngram` is `lora` with hints from n-grams."""
+    way, plus, _ = name.partition("+")
+    return SCORES.get(way, way) + " + n-grams" * bool(plus)
 
 
-def table(path: Path) -> str:
+def compressors(run: Run) -> dict[str, float]:
+    """Return the bits a byte that compressors need for the validation text, by their names."""
+    return {name: need["bits_per_byte"] for name, need in (run.last("val_data").get("compressors") or {}).items()}
+
+
+def margin(bpb: float, need: float) -> str:
+    """Say how far a score lies from what a compressor needs for the same text, both in bits a byte.
+
+    >>> margin(1.8, 2.0), margin(2.1, 2.0)
+    ('10.0 % ahead of', '5.0 % behind')
+    """
+    share = 100 * (need - bpb) / need
+    return f"{abs(share):.1f} % {'ahead of' if share >= 0 else 'behind'}"
+
+
+def budget(seconds: float, most: float | None) -> str:
+    """Say how many seconds a part took, and whether that was more than its budget; None or 0: it has none."""
+    if not most:
+        return f"{seconds:.1f} s, no budget"
+    over = f": {seconds - most:.1f} s over the budget" * (seconds > most)
+    return f"{seconds:.1f} s of {most:g}{over}"
+
+
+def adaptation_cut(run: Run) -> str:
+    """Say when adaptation first had no time left; empty: it always had. It may have had some again later."""
+    work = run.last("adaptation_cut").get("work")
+    return "" if work is None else f"first stopped after {100 * work:.0f} % of the work: too little time left"
+
+
+def table(run: Run) -> str:
     """Return the table of one run. Raises `ToolError` if the run has no verdict."""
-    log = events(path)
-    verdict, artifact = last(log, "verdict"), last(log, "artifact")
-    if verdict is None:
-        raise ToolError(f"{path}: the run has no verdict (unfinished, or it failed); see {path.with_suffix('.txt')}")
-    scores, bpb = verdict["diagnostic_evals"], verdict["val_bpb"]
-    rows = [("val_bpb", "")]
-    for name, score in scores.items():
-        way, plus, _ = name.partition("+")
-        rows.append((f"  {name}", f"{score:.4f}   {SCORES.get(way, way)}{', n-gram tilt' if plus else ''}"))
-    compressors = (last(log, "val_data") or {}).get("compressors") or {}
-    for name, need in compressors.items():
-        rows.append((f"  {name}", f"{need['bits_per_byte']:.4f}   the same validation text, {need['bytes']:,} bytes"))
-    if compressors:
-        best = min(compressors, key=lambda name: compressors[name]["bits_per_byte"])
-        margin = compressors[best]["bits_per_byte"] - bpb
-        rows.append(("  margin", f"{margin:+.4f}   over {best} (positive: the model needs fewer bits)"))
-    if {"ema", "quantized"} <= set(scores):
-        cost = scores["quantized"] - scores["ema"]
-        rows.append(("  quantization", f"{cost:+.4f}   what the artifact's rounding costs"))
-    rows.append(("artifact", f"{verdict['artifact_bytes']:,} bytes of {verdict['cap_bytes']:,} "
-                             f"({verdict['weight_bytes']:,} weights + {verdict['code_bytes']:,} code)"))
-    for stream in streams(artifact) if artifact else ():
-        figures = f"   {stream.values:,} values, {stream.bits:.3f} bits each" if stream.bits else ""
-        rows.append((f"  {stream.name}", f"{stream.size:,}{figures}"))
-    rows.append(("model", f"{verdict['parameters']:,} parameters"))
-    if "steps" in verdict:
-        rows.append(("training", f"{verdict['steps']:,} steps, last loss {verdict['train_loss']:.3f} nats"))
-    rows.append(("seconds", f"{verdict['total_seconds']:.0f} = {verdict['train_seconds']:.0f} training + "
-                            f"{verdict['eval_seconds']:.0f} evaluation + {verdict['other_seconds']:.0f} other"))
-    rows += [(f"  {e['name']}", f"{e['phase_seconds']:.1f}") for e in log
-             if e["event"] == "phase" and e["phase_seconds"] >= 1]
-    rows.append(("log", str(path.with_suffix(".txt"))))
-    return "\n".join(f"{name:16s} {value}".rstrip() for name, value in rows)
+    verdict, config = run.last("verdict"), run.last("config")
+    if not verdict:
+        why = f"it failed: {cut(run.error, 300)}" if run.error else "it is unfinished, or was killed"
+        raise ToolError(f"{run.path}: the run has no verdict: {why}; see {run.path.with_suffix('.txt')}")
+    bpb, scores = verdict["val_bpb"], verdict["diagnostic_evals"]
+    rows = [("score", f"{bpb:.4f}  bits for each byte of the validation text; lower is better")]
+    rows += [(f"  {name}", f"{score:.4f}  {score_in_words(name)}") for name, score in scores.items()]
+    if {"ema", "quantized"} <= scores.keys():
+        rows.append(("  rounding", f"{scores['quantized'] - scores['ema']:+.4f} is what rounding the weights costs"))
+    for name, need in compressors(run).items():
+        rows.append((name, f"{need:.4f}  compressing the same text; the score is {margin(bpb, need)} it"))
+    size, cap = verdict["artifact_bytes"], verdict["cap_bytes"]
+    rows += [("artifact", f"{size:,} bytes with the code: {100 * size / cap:.1f} % of the {cap:,} allowed"),
+             ("model", f"{verdict['parameters']:,} parameters")]
+    if end := run.last("train_end"):
+        speed = f", {end['tokens'] / end['train_seconds']:,.0f} tokens a second" if end["train_seconds"] else ""
+        rows.append(("training", f"{end['steps']:,} steps{speed}, loss at the end {end['train_loss']:.3f} nats"))
+    rows += [("time", f"{verdict['total_seconds']:.1f} s"),
+             ("  training", budget(verdict["train_seconds"], config.get("max_wallclock_seconds"))),
+             ("  scoring", budget(verdict["eval_seconds"], config.get("eval_seconds_budget"))),
+             ("  neither", f"{verdict['other_seconds']:.1f} s for set-up, compiling, packing and the other scores")]
+    if stopped := adaptation_cut(run):
+        rows.append(("adaptation", stopped))
+    if warnings := run.all("warning"):
+        rows.append(("warnings", f"{len(warnings)}, the last: {warnings[-1]['text']}"))
+    text = [cut(f"{name:13s} {value}", 80) for name, value in rows]
+    log, page, packed = (run.path.with_suffix(suffix) for suffix in (".txt", ".html", ".bin"))
+    files = {"log": log, "packed model": packed if packed.exists() else run.last("artifact").get("path"),
+             "details": page if page.exists() else f"./run.sh report {run.name}"}
+    return "\n".join([*text, *(f"{name:13s} {path}" for name, path in files.items() if path)])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         path = max(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime, default=None)
         if path is None:
             raise ToolError(f"{folder}/: no run yet; ./run.sh makes one")
-    print(readable(path, table, path))
+    print(readable(path, table, read_run(path)))
     return 0
 
 
