@@ -304,8 +304,8 @@ GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantK
 NO_RESULT = frozenset("run_id log_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
                       "dist_timeout_seconds".split())
 
-# The demo is as small as it is because two CPU cores learn more in three minutes from many steps than from large ones; a
-# hashed bigram table, adapters and hints from short contexts do most of the rest. Figures in docs/LOG.md (2026-11-28).
+# The demo is small because two CPU cores learn more in three minutes from many steps than from large ones; a hashed
+# bigram table, adapters and hints from short contexts do most of the rest. Figures in docs/LOG.md (2026-11-28).
 PRESETS: dict[str, dict] = {
     "record": {},
     "demo": dict(
@@ -454,7 +454,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-
 
 # ----------------------------------------------------------------------------------------------------
 # 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files

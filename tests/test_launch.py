@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import train_gpt as tg
 from tools import knobs, launch
 from tools.common import ToolError
 
@@ -109,23 +110,14 @@ def test_processes_and_threads(monkeypatch):
     assert "--nproc_per_node=8" in launch.command(8) and len(launch.command(1)) == 2
 
 
-def test_the_run_takes_the_launchers_place(start, tmp_path):
-    """Whoever signals or waits for the launcher has the trainer; its status is the trainer's."""
-    process = start("SEED=5", "NPROC=1", SECONDS="30", STATUS="3")
+def test_a_run_gets_the_signals_and_its_status_is_the_launchers(start, tmp_path):
+    process = start("SEED=5", "NPROC=1", "AUDIT=1", SECONDS="30")
     given = told(tmp_path)
-    assert given["pid"] == process.pid and given["env"]["SEED"] == "5"
-    assert not {"NPROC", "AUDIT", "RUN_ID"} & set(given["env"])
-    process.terminate()
-    assert process.wait(20) == 143
-    assert start(STATUS="3").wait(20) == 3
-
-
-def test_a_run_that_something_follows_gets_the_signals_and_gives_its_status(start, tmp_path):
-    process = start("AUDIT=1", SECONDS="30")
-    given = told(tmp_path)
-    assert given["pid"] != process.pid and given["env"]["RUN_ID"].startswith("record-")
+    assert given["env"]["SEED"] == "5" and not {"NPROC", "AUDIT"} & set(given["env"])
+    assert given["env"]["RUN_ID"].startswith("record-")
     process.terminate()
     assert process.wait(20) == 143  # and nothing is audited
+    assert start(STATUS="3").wait(20) == 3
     status = launch.forwarded([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ)
     assert status == 128 + signal.SIGKILL
 
@@ -145,7 +137,6 @@ def commands(monkeypatch) -> list[list[str]]:
     """What would have been run, in turn: module or script, and arguments."""
     seen: list[list[str]] = []
     monkeypatch.setattr(launch, "forwarded", lambda command, env: seen.append([Path(c).name for c in command[1:]]) or 0)
-    monkeypatch.setattr(launch.os, "execve", lambda *_: pytest.fail("something follows"))
     return seen
 
 
@@ -154,11 +145,28 @@ def test_a_run_is_audited_by_its_own_log(commands):
     assert commands == [["train_gpt.py"], ["-m", "tools.audit", "r.bin", "LOG=l/r.jsonl".split("/")[-1]]]
 
 
-def test_the_demo_prepares_trains_and_shows(commands, capsys):
+def test_the_demo_prepares_data_and_trains_at_this_machines_size(commands, capsys):
     assert launch.demo({"DEVICE": "cpu", "RUN_ID": "d"}) == 0
-    assert [command[:3] for command in commands] == [["-m", "data.prepare", "demo"], ["train_gpt.py"],
-                                                     ["-m", "tools.show", "d.jsonl"]]
-    assert "EVAL_ONLY=logs/d.bin ./run.sh train" in capsys.readouterr().out
+    assert [command[:3] for command in commands] == [["-m", "data.prepare", "demo"], ["train_gpt.py"]]
+    assert "GFLOP/s" in capsys.readouterr().out
+    assert [launch.size_of(speed, flags) for speed, flags in ((500.0, "avx2 amx_bf16"), (100.0, "avx2"), (9.0, ""))] \
+        == ["large", "small", "tiny"]
+    for size in launch.SIZES.values():
+        tg.Config.from_env({"PRESET": "demo", **size})
+
+
+def test_a_run_ends_with_its_table_and_a_page_of_pictures(tmp_path, capsys):
+    log = tmp_path / "r.jsonl"
+    log.write_text('{"seconds": 1, "event": "config", "preset": "demo", "train_batch_tokens": 8}\n')
+    launch.finish(log)
+    assert f"pictures: {tmp_path / 'r.html'}" in capsys.readouterr().out and (tmp_path / "r.html").stat().st_size > 1000
+    assert launch.run_id({"RUN_ID": "r", "LOG_DIR": str(tmp_path)}) == "r"
+
+
+def test_a_name_of_a_run_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.time, "strftime", lambda form: "now")
+    (tmp_path / "demo-now.jsonl").touch()
+    assert launch.run_id({"PRESET": "demo", "LOG_DIR": str(tmp_path)}) == "demo-now-2"
 
 
 def test_a_mirror_that_is_missing_is_said_before_training(commands, monkeypatch):

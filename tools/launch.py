@@ -1,7 +1,8 @@
 """Starts a run: `./run.sh train [FOLDER] [KNOB=value ...]`, and `./run.sh demo [KNOB=value ...]`.
 
 FOLDER/config.env gives the knobs that neither the arguments nor the environment set. Variables of published commands
-become knobs (tools/foreign.py). The trainer is one process for each GPU under torchrun, else a single one.
+become knobs (tools/foreign.py). The trainer is one process for each GPU under torchrun, else a single one. A run ends
+with its short table and a page of pictures beside its log; the demo first looks how fast this machine is.
 
     NPROC=2         number of processes
     AUDIT=1         audit the artifact that the run has made
@@ -17,18 +18,28 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools import foreign, knobs
+from tools import foreign, knobs, report, show
 from tools.common import ToolError, program
-from tools.logs import pairs
+from tools.logs import pairs, read_run, readable
 
 ROOT = Path(__file__).resolve().parents[1]
 MIRRORS = {"WANDB": "wandb", "TENSORBOARD": "tensorboard"}
 MIRROR_SECONDS = 30
 """How long a mirror may take after the run has ended."""
+SIZES = {
+    "large": {"NUM_LAYERS": "3", "MODEL_DIM": "256", "XSA_LAST_N": "3", "PARALLEL_START_LAYER": "2",
+              "TRAIN_BATCH_TOKENS": "2048", "MICRO_BATCH_TOKENS": "2048", "TTT_LORA_LR": "0.004"},
+    "small": {},
+    "tiny": {"MODEL_DIM": "64"},
+}
+"""The demo's sizes as knobs over PRESET=demo: for CPUs with AMX, which multiply bfloat16 matrices several times as fast
+as others multiply float32; for two plain cores; and for slow ones (docs/LOG.md 2026-11-28)."""
+SLOW_GFLOPS = 30.0
 
 
 def config_env(folder: Path, known: Collection[str]) -> dict[str, str]:
@@ -98,8 +109,10 @@ def with_threads(env: Mapping[str, str], count: int) -> dict[str, str]:
 
 
 def run_id(env: Mapping[str, str]) -> str:
-    """RUN_ID, or a name for a run that something follows."""
-    return env.get("RUN_ID") or f"{env.get('PRESET') or 'record'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """RUN_ID, or a name by preset, date and time that no run has yet."""
+    stem = f"{env.get('PRESET') or 'record'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (env.get("RUN_ID") or stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+    return next(name for name in names if name == env.get("RUN_ID") or not log_of({**env, "RUN_ID": name}).exists())
 
 
 def log_of(env: Mapping[str, str]) -> Path:
@@ -150,43 +163,65 @@ def mirrored(env: Mapping[str, str], names: Sequence[str]) -> Iterator[None]:
             print(f"launch: the mirror goes on by itself after {MIRROR_SECONDS} s", file=sys.stderr)
 
 
-def train(env: dict[str, str], comes_back: bool = False) -> int:
-    """Train and score; returns the trainer's exit status.
+def finish(log: Path) -> None:
+    """Write the page of pictures of a run beside its log, and print its short table if it has a score."""
+    run = read_run(log)
+    page = log.with_suffix(".html")
+    page.write_text(readable(log, report.page, [run]), encoding="utf-8")
+    print("\n" + readable(log, show.table, run) if run.last("verdict") else f"pictures: {page}", flush=True)
 
-    This process becomes the trainer, and does not return, where nothing is to be done afterwards.
-    """
+
+def train(env: dict[str, str]) -> int:
+    """Train and score; returns the exit status of the trainer, or of the audit after it."""
     count = processes(env)
     switches = {name: env.get(name) or "0" for name in ("AUDIT", *MIRRORS)}
     for name, value in switches.items():
         if value not in ("0", "1"):
             raise ToolError(f"{name}={value}: expected 0 or 1")
     env = with_threads({name: value for name, value in env.items() if name not in foreign.LAUNCHER}, count)
-    follow = [service for name, service in MIRRORS.items() if switches[name] == "1"]
-    sys.stdout.flush()
-    if not (comes_back or follow or switches["AUDIT"] == "1"):
-        os.execve(sys.executable, command(count), env)
     env["RUN_ID"] = run_id(env)
-    with mirrored(env, follow):
+    before = log_of(env).exists()  # then the trainer refuses, or resumes
+    with mirrored(env, [service for name, service in MIRRORS.items() if switches[name] == "1"]):
         status = forwarded(command(count), env)
+    if log_of(env).is_file() and (status == 0 or not before):
+        finish(log_of(env))
     if status == 0 and switches["AUDIT"] == "1":
         status = forwarded([sys.executable, "-m", "tools.audit", str(artifact_of(env)), f"LOG={log_of(env)}"], env)
     return status
 
 
+def gigaflops() -> float:
+    """Billions of float32 operations a second of a matrix product on all cores: the best of ten, so that what else
+    the machine does for a moment changes nothing."""
+    import numpy as np
+    a = np.ones((768, 768), dtype=np.float32)
+    best = min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
+    return 2 * 768 ** 3 / best / 1e9
+
+
+def size_of(speed: float, flags: str) -> str:
+    """The demo's size for a CPU of this speed (GFLOP/s in float32) with these feature flags (of /proc/cpuinfo)."""
+    if "amx_bf16" in flags:
+        return "large"
+    return "tiny" if speed < SLOW_GFLOPS else "small"
+
+
 def demo(env: dict[str, str]) -> int:
-    """Prepare the demo's data, train, and show what came out."""
+    """Prepare the demo's data, choose a size for this machine, train, and show what came out."""
     env = {**env, "PRESET": env.get("PRESET") or "demo"}
     env["RUN_ID"] = run_id(env)
-    status = forwarded([sys.executable, "-m", "data.prepare", "demo"], env) or train(env, comes_back=True)
-    if status:
+    if status := forwarded([sys.executable, "-m", "data.prepare", "demo"], env):
         return status
-    print(flush=True)
-    forwarded([sys.executable, "-m", "tools.show", str(log_of(env))], env)
+    info = Path("/proc/cpuinfo")
+    speed, flags = gigaflops(), info.read_text() if info.is_file() else ""
+    size = size_of(speed, flags)
+    print(f"\nMatrix products at {speed:.0f} GFLOP/s on this machine: the {size} demo, five minutes", flush=True)
+    if status := train({**SIZES[size], **env}):
+        return status
     print(f"""
-Next: ./run.sh knobs                                       every knob
-      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    the demo with other values
-      EVAL_ONLY={artifact_of(env)} ./run.sh train    score the same artifact again
-      ./run.sh data text FILES... --name mine              your own text""")
+Next: ./run.sh sample {env["RUN_ID"]} "import "     let it write
+      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02     other values (./run.sh knobs)
+      ./run.sh data text FILES... --name mine               your own text""")
     return 0
 
 
