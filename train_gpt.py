@@ -531,18 +531,17 @@ def format_value(value: Any) -> str:
 
 # What the screen shows of an event, by its values; the log files have every event with all of them.
 SCREEN = {
-    "start": "{run_id}: {world} x {device}, {dtype}, threads {threads}, torch {torch}",
+    "start": "{run_id}: {world} x {device}, {dtype}",
     "model": "{parameters:,} parameters",
-    "stage": "after step {step:,}: {layers} layers",
+    "stage": "from step {step:,} on: {layers} layers",
     "val_probe": "after step {step:,}: {val_bpb:.4f} bits a byte",
     "checkpoint": "after step {step:,}: saved {path}",
     "resume": "goes on after step {step:,} of {path}",
     "train_end": "{steps:,} steps, {tokens:,} tokens, last loss {train_loss:.4f} nats",
-    "artifact": "{path}: {weight_bytes:,} bytes, and {code_bytes:,} of code",
+    "artifact": "packed: {weight_bytes:,} bytes, and {code_bytes:,} of code",
     "adaptation_cut": "no time to adapt on after {work:.0%} of the work; the rest is scored as it is",
     "score": "{name}: {val_bpb:.4f} bits a byte",
-    "verdict": "val_bpb {val_bpb:.6f}, {artifact_bytes:,} of {cap_bytes:,} bytes, {train_seconds:.0f} s training, "
-               "{eval_seconds:.0f} s evaluation",
+    "verdict": "val_bpb {val_bpb:.6f}, {artifact_bytes:,} of {cap_bytes:,} bytes",
     "warning": "warning: {text}"}
 
 class Run(Ranks):
