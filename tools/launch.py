@@ -10,6 +10,7 @@ with its short table and a page of pictures beside its log; the demo first looks
 """
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -96,6 +97,25 @@ def command(count: int) -> list[str]:
     return [sys.executable, *(torchrun if count > 1 else []), str(ROOT / "train_gpt.py")]
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def idle_cores(seconds: float = 0.5) -> int:
+    """Cores that nothing else keeps busy, at least 1, by what /proc/stat counts meanwhile; all of them where it is
+    missing. Two threads that wait for each other at every operation are slower than one where a core is taken
+    (docs/LOG.md 2026-11-28)."""
+    counts = []
+    for pause in (seconds, 0.0):
+        with contextlib.suppress(OSError):
+            counts.append([int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]])
+        time.sleep(pause)
+    spent = [after - before for before, after in zip(*counts)] if len(counts) == 2 else []
+    idle = sum(spent[3:5]) / sum(spent) if sum(spent) else 1.0  # idle, and waiting for a disk
+    return max(1, round(idle * cores()))
+
+
 def with_threads(env: Mapping[str, str], count: int) -> dict[str, str]:
     """`env` and what OpenMP reads once: the cores are shared by the processes, and threads spin before they sleep.
 
@@ -103,8 +123,7 @@ def with_threads(env: Mapping[str, str], count: int) -> dict[str, str]:
     """
     settings = {"GOMP_SPINCOUNT": "2000"}
     if not env.get("OMP_NUM_THREADS") and not gpus(env):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        settings["OMP_NUM_THREADS"] = str(max(1, cores // count))
+        settings["OMP_NUM_THREADS"] = str(max(1, cores() // count))
     return {**settings, **{name: value for name, value in env.items() if value or name not in settings}}
 
 
@@ -213,10 +232,10 @@ def demo(env: dict[str, str]) -> int:
     if status := forwarded([sys.executable, "-m", "data.prepare", "demo"], env):
         return status
     info = Path("/proc/cpuinfo")
-    speed, flags = gigaflops(), info.read_text() if info.is_file() else ""
+    threads, speed, flags = idle_cores(), gigaflops(), info.read_text() if info.is_file() else ""
     size = size_of(speed, flags)
-    print(f"\nMatrix products at {speed:.0f} GFLOP/s on this machine: the {size} demo, five minutes", flush=True)
-    if status := train({**SIZES[size], **env}):
+    print(f"\n{threads} of {cores()} cores idle, matrix products at {speed:.0f} GFLOP/s: the {size} demo", flush=True)
+    if status := train({**SIZES[size], "OMP_NUM_THREADS": str(threads), **env}):
         return status
     print(f"""
 Next: ./run.sh sample {env["RUN_ID"]} "import "     let it write
