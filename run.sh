@@ -10,12 +10,13 @@ usage() {
 ./run.sh check [FOLDER] [KNOB=v ...]  are the knobs valid, what will run, how large will it be
 ./run.sh doctor [KNOB=v ...]          is this machine ready, how many steps will a run have
 ./run.sh data VERB ...                download | demo | text FILES... --name N | verify FOLDER
-./run.sh knobs                        every knob: name, type, default, meaning
+./run.sh knobs [WORD ...]             every knob: name, default, meaning; or those with WORD
 ./run.sh show [RUN]                   a finished run as a table (default: the newest in logs/)
 ./run.sh compare A B                  two groups of runs: difference, t-test, verdict
 ./run.sh report RUN ...               one HTML page with pictures
 ./run.sh sweep KNOB=a,b ... [-- KNOB=v ...]    train every combination; the same command resumes
 ./run.sh tune KNOB=a..b ... [-- KNOB=v ...]    search with Optuna
+./run.sh sample RUN ["a prompt"]      text from a finished run: TEMPERATURE=0.8 SEED=1 LENGTH=200
 ./run.sh audit ARTIFACT [KNOB=v ...]  try to refute an artifact's score
 ./run.sh replay RUN [KNOB=v ...]      run again what a log tells of, compare what comes out
 ./run.sh submit NAME RUN ...          the folder of a submission; ./run.sh check FOLDER checks one
@@ -173,8 +174,9 @@ case $verb in
       *) start data data.prepare "$@" ;;
     esac
     ;;
-  knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
+  knobs) start "" tools.knobs "$@" ;;
   show) start "" tools.show "$@" ;;
+  sample) start "" tools.sample "$@" ;;
   audit) start "" tools.audit "$@" ;;
   replay) start "" tools.replay "$@" ;;
   mirror) start "" tools.mirror "$@" ;;
