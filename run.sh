@@ -10,13 +10,14 @@ usage() {
 ./run.sh check [FOLDER] [KNOB=v ...]  are the knobs valid, what will run, how large will it be
 ./run.sh doctor [KNOB=v ...]          is this machine ready, how many steps will a run have
 ./run.sh data VERB ...                download | demo | text FILES... --name N | verify FOLDER
-./run.sh knobs                        every knob: name, type, default, meaning
+./run.sh knobs [WORD ...]             every knob: name, default, meaning; or those with WORD
 ./run.sh runs [COLUMN] [--csv]        the runs in logs/ as a table, sorted by a column such as bpb
 ./run.sh show [RUN]                   a finished run in short (default: the newest in logs/)
 ./run.sh compare A B                  two groups of runs: difference, t-test, verdict
 ./run.sh report RUN ...               one HTML page with pictures, of one or several runs
 ./run.sh sweep KNOB=a,b ... [-- KNOB=v ...]    train every combination; the same command resumes
 ./run.sh tune KNOB=a..b ... [-- KNOB=v ...]    search with Optuna
+./run.sh sample RUN ["a prompt"]      text from a finished run: TEMPERATURE=0.8 SEED=1 LENGTH=200
 ./run.sh audit ARTIFACT [KNOB=v ...]  try to refute an artifact's score
 ./run.sh replay RUN [KNOB=v ...]      run again what a log tells of, compare what comes out
 ./run.sh submit NAME RUN ...          the folder of a submission; ./run.sh check FOLDER checks one
@@ -44,6 +45,7 @@ usage_all() {
 
 Variables. Relative paths are those of this folder; what is for other programs goes before the command.
 PYTHON=python3.12     another interpreter for .venv (3.10 or newer); torch >= 2.9 that it has is used
+TORCH_INDEX=URL       where torch is installed from (default: the builds for CPUs where there is no GPU; empty: pip's index)
 NPROC=2               number of processes of a run (default: one for each GPU, or 1)
 OMP_NUM_THREADS=4     threads of one process (default on a CPU: all cores, divided by the processes)
 AUDIT=1               audit the artifact that a run has made
@@ -57,7 +59,7 @@ TXT
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 pip_install() {
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" ||
+  .venv/bin/python -m pip install --disable-pip-version-check "$@" ||
     fail "the installation failed (see above); once the cause is mended, the same command tries again"
 }
 
@@ -88,24 +90,26 @@ setup() {
   if [ ! -x .venv/bin/python ] || { [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" -VV)" != "$(.venv/bin/python -VV)" ]; }; then
     make_venv
   fi
-  local file stamp group
+  local file stamp group ready=
   for file in requirements.txt $(for group in "$@"; do echo "requirements-$group.txt"; done); do
     [ -f "$file" ] || fail "no $file: expected setup, or setup data|tools|dev ..."
     stamp=$(cat "$file"; .venv/bin/python -VV)
     [ "$(cat ".venv/stamp-$file" 2>/dev/null)" != "$stamp" ] || continue
     refuse_link "$file"
-    echo "run.sh: installing $file (once; minutes)" >&2
+    echo "run.sh: installing" $(grep -oE '^[A-Za-z_-]+' "$file" | uniq) "(once; it may take minutes)" >&2
     install_file "$file"
     echo "$stamp" >".venv/stamp-$file"
+    ready="run.sh: $file is installed, after $SECONDS s in all: .venv has $(du -sh .venv | cut -f1)"
   done
+  [ -z "$ready" ] || echo "$ready" >&2
 }
 
 # First what is pinned to its files' hashes; then torch and Triton, if they are wanted: builds for CPUs, CUDA and ROCm
 # share a version, not a hash, and which one a machine needs its own index says.
 install_file() {
-  local lock=${1%.txt}.lock wanted=.venv/wanted.txt borrowed=
+  local lock=${1%.txt}.lock wanted=.venv/wanted.txt borrowed= torch index
   if grep -qs "^# of $(digest "$1")$" "$lock"; then
-    pip_install --require-hashes -r "$lock"
+    pip_install --quiet --require-hashes -r "$lock"
   else
     echo "run.sh: $lock was not made from this $1: installing without hashes" >&2
   fi
@@ -117,7 +121,23 @@ install_file() {
     fi
   fi
   grep -vE "${borrowed:-^#}" "$1" >$wanted || true
-  pip_install -r $wanted
+  if torch=$(grep '^torch==' $wanted); then
+    index=${TORCH_INDEX-$(torch_index)}
+    echo "run.sh: $torch comes from ${index:-the index of pip}: about 200 MB for CPUs, over 500 MB with CUDA;" \
+      "TORCH_INDEX=URL sets another index, TORCH_INDEX= that of pip" >&2
+    pip_install $([ -t 1 ] || echo --quiet) ${index:+--index-url "$index"} "$torch"  # a terminal shows the progress
+  fi
+  pip_install --quiet -r $wanted
+}
+
+# Where Linux has no GPU and nobody has given pip an index: that of the builds for CPUs, if it answers. PyPI's are for CUDA.
+torch_index() {
+  local cpu=https://download.pytorch.org/whl/cpu
+  if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! compgen -G '/dev/nvidia*' >/dev/null &&
+    [[ ! $(.venv/bin/python -m pip config list) =~ index|find-links ]]; then
+    .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null && echo $cpu ||
+      echo "run.sh: $cpu cannot be reached" >&2
+  fi
 }
 
 digest() { .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"; }
@@ -127,7 +147,7 @@ digest() { .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(s
 lock() {
   local room file
   room=$(mktemp -d)
-  pip_install --target "$room" uv==0.13.9
+  pip_install --quiet --target "$room" uv==0.13.9
   compile() {
     grep -hvE '^(torch|triton)==' "$1" | PYTHONPATH=$room .venv/bin/python -m uv pip compile - --quiet --universal \
       --python-version 3.10 --no-header --no-annotate "${@:2}"
@@ -174,10 +194,11 @@ case $verb in
       *) start data data.prepare "$@" ;;
     esac
     ;;
-  knobs) setup; exec .venv/bin/python train_gpt.py --help ;;
+  knobs) start "" tools.knobs "$@" ;;
   runs) start "" tools.runs "$@" ;;
   show) start "" tools.show "$@" ;;
   report) start "" tools.report "$@" ;;
+  sample) start "" tools.sample "$@" ;;
   audit) start "" tools.audit "$@" ;;
   replay) start "" tools.replay "$@" ;;
   mirror) start "" tools.mirror "$@" ;;

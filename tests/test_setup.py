@@ -18,11 +18,11 @@ LIGHT = {
     "audit": ("tools.audit --static bench/codec.py", 0), "compare": ("tools.compare 1.1,1.2 1.0,1.0", 0),
     "doctor": ("tools.doctor nonsense", 2), "mirror": ("tools.mirror nowhere wandb", 2),
     "replay": ("tools.replay nowhere", 2), "report": ("tools.report nowhere", 2), "runs": ("tools.runs --help", 0),
-    "show": ("tools.show nowhere", 2),
+    "show": ("tools.show nowhere", 2), "sample": ("tools.sample nowhere", 2), "knobs": ("tools.knobs LORA", 0),
     "submit": ("tools.submission submit X nowhere", 2), "sweep": ("tools.sweep nonsense", 2),
     "tune": ("tools.tune nonsense", 2)}
-NEEDS_TORCH = {"demo", "data", "bench", "knobs", "test"}
-"""They run train_gpt.py, or read its formats and knobs."""
+NEEDS_TORCH = {"demo", "data", "bench", "test"}
+"""They run train_gpt.py, or read its formats."""
 
 
 def groups(verb: str) -> list[str]:

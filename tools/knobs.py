@@ -1,4 +1,7 @@
-"""Reads the knobs from the trainer's source, without torch: `python -m tools.knobs --markdown > docs/knobs.md`.
+"""Reads the knobs from the trainer's source, without torch.
+
+    ./run.sh knobs [WORD ...]                          for the screen, all or those with these words in them
+    python -m tools.knobs --markdown > docs/knobs.md   the table
 
 A knob is one line of a class whose name ends in Knobs: `matrix_lr: NonNegative = 0.026  # what it does`.
 """
@@ -57,7 +60,7 @@ def kind_text(annotation: ast.expr, aliases: dict[str, ast.expr]) -> str:
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):
         if annotation.value.id == "Literal":
             choices = ast.literal_eval(annotation.slice)
-            return ", ".join(map(str, choices if isinstance(choices, tuple) else (choices,)))
+            return "one of " + ", ".join(map(str, choices if isinstance(choices, tuple) else (choices,)))
         bound = next((node for node in ast.walk(annotation) if isinstance(node, ast.Call)), None)
         if annotation.value.id == "Annotated" and bound is not None:
             return ast.literal_eval(bound.args[0])
@@ -107,17 +110,34 @@ def markdown() -> str:
         value = f"`{typed_text(knob.default)}`" if knob.default != "" else ""
         if demo.get(knob.name, knob.default) != knob.default:
             value += f" [`{typed_text(demo[knob.name])}`]"
-        kind, doc = (text.replace("|", "\\|") for text in (knob.kind, knob.doc.replace("<", "&lt;")))
+        kind, doc = knob.kind.removeprefix("one of "), knob.doc.replace("<", "&lt;")
+        kind, doc = (cell.replace("|", "\\|") for cell in (kind, doc))
         lines.append(f"| `{knob.name}` | {value} | {kind} | {doc} |")
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the table."""
-    if list(arguments) != ["--markdown"]:
-        raise ToolError("expected --markdown; ./run.sh knobs prints the knobs for the screen")
-    sys.stdout.write(markdown())
-    return 0
+def text(words: Sequence[str] = ()) -> str:
+    """The knobs by group, as the trainer's --help has them; only those whose two lines have all the words, in any case.
+
+    Raises `ToolError` where none has.
+    """
+    lines, group = [], ""
+    for knob in read():
+        own = f"  {knob.name}={typed_text(knob.default)}  ({knob.kind})\n      {knob.doc}"
+        if all(word.lower() in own.lower() for word in words):
+            lines += ["", knob.group] * (knob.group != group) + [own]
+            group = knob.group
+    if not lines:
+        raise ToolError(f"{' '.join(words)}: no knob with that in its name or text; ./run.sh knobs lists them all")
+    return "\n".join(lines[1:])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table, or the text."""
+    if list(arguments) == ["--markdown"]:
+        sys.stdout.write(markdown())
+    else:
+        print(text(arguments))
 
 
 if __name__ == "__main__":

@@ -429,13 +429,19 @@ def check_sources(folder: Path, log: Log) -> Findings:
 
 
 def same_program(packed: Path, human: Path) -> bool:
-    """Return whether the packed source is the readable one as it would be shipped (compared as syntax trees)."""
+    """Return whether two sources differ in docstrings, comments and packing alone (compared as syntax trees)."""
+    def code(path: Path) -> str:
+        tree = ast.parse(unwrapped(path.read_bytes()))
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):  # constants that stand alone are docstrings
+                node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+                node.body = node.body or [ast.Pass()] * bool(body)
+        return ast.unparse(tree)
+
     try:
-        shipped = load_module(ROOT / "train_gpt.py").shipped_source(human)
-        trees = [ast.dump(ast.parse(unwrapped(source))) for source in (packed.read_bytes(), shipped)]
+        return code(packed) == code(human)
     except (SyntaxError, ValueError):
         return False
-    return trees[0] == trees[1]
 
 
 def check_texts(folder: Path, logs: Mapping[str, Log], told: Mapping[str, Any], expected: Mapping[str, Any]
