@@ -532,16 +532,13 @@ def format_value(value: Any) -> str:
 # What the screen shows of an event, by its values; the log files have every event with all of them.
 SCREEN = {
     "start": "{run_id}: {world} x {device}, {dtype}",
-    "model": "{parameters:,} parameters",
-    "stage": "from step {step:,} on: {layers} layers",
     "val_probe": "after step {step:,}: {val_bpb:.4f} bits a byte",
     "checkpoint": "after step {step:,}: saved {path}",
     "resume": "goes on after step {step:,} of {path}",
     "train_end": "{steps:,} steps, {tokens:,} tokens, last loss {train_loss:.4f} nats",
     "artifact": "packed: {weight_bytes:,} bytes, and {code_bytes:,} of code",
     "adaptation_cut": "no time to adapt on after {work:.0%} of the work; the rest is scored as it is",
-    "score": "{name}: {val_bpb:.4f} bits a byte",
-    "verdict": "val_bpb {val_bpb:.6f}, {artifact_bytes:,} of {cap_bytes:,} bytes",
+    "score": "{name}: {val_bpb:.6f} bits a byte",
     "warning": "warning: {text}"}
 
 class Run(Ranks):
@@ -3517,7 +3514,7 @@ class Report:
         self.model, self.optimizer, self.cfg, self.run, self.clock, self.bar = model, optimizer, cfg, run, clock, bar
         self.logged, self.stage, self.val = (step, clock.seconds()), None, None
         self.losses, self.loss = [], math.nan  # of the steps that are not in the JSON lines yet; the last that is
-        self.fifths = 0  # of the budget, that a screen without a progress bar has seen
+        self.quarters = 0  # of the budget, that a screen without a progress bar has seen
 
     def step(self, step: int, progress: float, stage: Stage, loss: Tensor, norm: Tensor):
         """Logs `step` steps done, if it is time to; `loss` is this rank's share. Raises `DivergedError`."""
@@ -3536,8 +3533,8 @@ class Report:
                     lr_scale=lr_scale(cfg, progress), ms_per_step=1000 * each, train_seconds=seconds, tok_per_s=speed)
             self.logged = (step, seconds)
             self.bar.set_postfix_str(f"step {step:,}, loss {total:.3f}, {speed:,} tok/s")
-            if self.bar.disable and int(5 * progress) > self.fifths:  # no terminal: a line now and then
-                self.fifths = int(5 * progress)
+            if self.bar.disable and int(4 * progress) > self.quarters:  # no terminal: a line now and then
+                self.quarters = int(4 * progress)
                 run.say(f"{progress:4.0%} of training: step {step:,}, loss {total:.4f}, {speed:,} tokens/s")
             if skipped > MAX_SKIPPED_STEPS:
                 raise DivergedError(f"loss or gradient is not finite at step {step}, in {int(skipped)} steps so far; "
@@ -3679,7 +3676,7 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     # Those that differ from the preset `record`; on screen those that differ from the preset.
     run.log("knobs", **{k.upper(): show(value) for k, value in vars(cfg).items() if value != getattr(Config, k)})
     run.say(" ".join(f"{k.upper()}={show(value)}" for k, value in vars(cfg).items()
-                     if value != PRESETS[cfg.preset].get(k, getattr(Config, k)) and k not in NO_RESULT))
+                     if value != PRESETS[cfg.preset].get(k, getattr(Config, k)) and k not in NO_RESULT | {"preset"}))
     run.log("model", parameters=sum(p.numel() for p in model.parameters()),
             layers=[layer.block for layer in unroll_layers(cfg, looped=False)],
             layers_looped=[layer.block for layer in unroll_layers(cfg, looped=True)])

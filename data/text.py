@@ -332,12 +332,12 @@ def summary(target: Path) -> str:
     manifest = read_manifest(target)
     lines = ["{:<12}".format("made") + "; ".join(
         f"{side}: {manifest[side]['documents']:,} documents, {manifest[side]['tokens']:,} tokens" for side in SIDES)]
-    dropped = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in manifest["source"]["dropped"].items())
-    lines.append(f"{'dropped':<12}{dropped}; repaired {manifest['source']['repaired']:,}")
     sizes = [f"{name} {size['bits_per_byte']:.4f}" for name, size in (manifest["compressors"] or {}).items()]
     if sizes:
         lines.append(f"{'to beat':<12}{', '.join(sizes)} bits a byte of the validation text")
     if manifest["source"]["kind"] == "files":
+        dropped = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in manifest["source"]["dropped"].items())
+        lines.append(f"{'dropped':<12}{dropped}; repaired {manifest['source']['repaired']:,}")
         knobs = f"DATA_PATH={target} VOCAB_SIZE={manifest['vocab_size']}"
         knobs += " CASEOPS_ENABLED=1" * ("transform" in manifest)
         lines.append(f"{'next':<12}./run.sh train PRESET=demo {knobs}")

@@ -145,10 +145,12 @@ def test_a_run_is_audited_by_its_own_log(commands):
     assert commands == [["train_gpt.py"], ["-m", "tools.audit", "r.bin", "LOG=l/r.jsonl".split("/")[-1]]]
 
 
-def test_the_demo_prepares_data_and_trains_at_this_machines_size(commands, capsys):
+def test_the_demo_prepares_data_and_trains_at_this_machines_size(commands, capsys, monkeypatch):
+    monkeypatch.setattr(launch.sample, "samples", lambda artifact: [f"text of {artifact}"])
     assert launch.demo({"DEVICE": "cpu", "RUN_ID": "d"}) == 0
     assert [command[:3] for command in commands] == [["-m", "data.prepare", "demo"], ["train_gpt.py"]]
-    assert "GFLOP/s" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GFLOP/s" in out and "text of logs/d.bin" in out and 1 <= launch.idle_cores(0.01) <= launch.cores()
     assert [launch.size_of(speed, flags) for speed, flags in ((500.0, "avx2 amx_bf16"), (100.0, "avx2"), (9.0, ""))] \
         == ["large", "small", "tiny"]
     for size in launch.SIZES.values():

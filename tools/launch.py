@@ -18,13 +18,14 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import timeit
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools import foreign, knobs, report, show
+from tools import foreign, knobs, report, sample, show
 from tools.common import ToolError, program
 from tools.logs import pairs, read_run, readable
 
@@ -234,13 +235,15 @@ def demo(env: dict[str, str]) -> int:
     info = Path("/proc/cpuinfo")
     threads, speed, flags = idle_cores(), gigaflops(), info.read_text() if info.is_file() else ""
     size = size_of(speed, flags)
-    print(f"\n{threads} of {cores()} cores idle, matrix products at {speed:.0f} GFLOP/s: the {size} demo", flush=True)
+    print(f"speed       {threads} of {cores()} cores idle, matrix products at {speed:.0f} GFLOP/s: the {size} demo", flush=True)
     if status := train({**SIZES[size], "OMP_NUM_THREADS": str(threads), **env}):
         return status
-    print(f"""
-Next: ./run.sh sample {env["RUN_ID"]} "import "     let it write
-      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02     other values (./run.sh knobs)
-      ./run.sh data text FILES... --name mine               your own text""")
+    print("\nIt writes:")
+    for text in sample.samples(artifact_of(env)):
+        print(textwrap.fill(" ".join(text.split()), 80, initial_indent="  ", subsequent_indent="  "))
+    print(f"""Next: ./run.sh sample {env["RUN_ID"]} "import "    let it go on
+      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    other values (./run.sh knobs)
+      ./run.sh data text FILES... --name mine              your own text""")
     return 0
 
 
