@@ -235,7 +235,7 @@ def demo(env: dict[str, str]) -> int:
     info = Path("/proc/cpuinfo")
     threads, speed, flags = idle_cores(), gigaflops(), info.read_text() if info.is_file() else ""
     size = size_of(speed, flags)
-    print(f"speed       {threads} of {cores()} cores idle, matrix products at {speed:.0f} GFLOP/s: the {size} demo", flush=True)
+    print(f"speed       {threads} of {cores()} cores idle, {speed:.0f} GFLOP/s: the {size} demo", flush=True)
     if status := train({**SIZES[size], "OMP_NUM_THREADS": str(threads), **env}):
         return status
     print("\nIt writes:")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A participant's day on a laptop, from a fresh clone: check, sweep, kill, resume, compare, report, submit, run again.
 #
-#     tests/stress/walk.sh >walk.txt 2>&1        about fifteen minutes on two cores; docs/walk.md is one such recording
+#     tests/stress/walk.sh >walk.txt 2>&1        about fifteen minutes on two cores
 #
 # Every command is printed as typed, with its exit status where that is not 0. It stops where something else than the
 # planned interruption fails. `script` gives none of them a terminal, so no bars are in the recording.
