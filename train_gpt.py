@@ -314,10 +314,10 @@ PRESETS: dict[str, dict] = {
         num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=1, qk_gain_init=3.0,
         tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
         tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
-        ema_decay=0.97, max_wallclock_seconds=165.0, gptq_reserve_seconds=12.0, warmup_steps=1, train_log_every=20,
+        ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=12.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
-        diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_lora_rank=8,
-        ttt_lora_alpha=16.0, ttt_lora_lr=0.008, phased_ttt_num_phases=0, ngram_base_beta=3.0,
+        diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
+        ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.006, phased_ttt_num_phases=0, ngram_base_beta=3.0,
         ngram_rules="2:0.5:2,3:0.5:1,4:0.5:1,6:0.5:1,8:0.5:1,12:0.5:1,16:0.5:1"),
 }
 
@@ -2492,7 +2492,7 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
 WRAPPER_MARK = b"#coding:latin-1\n#packed\n"
 
-@functools.lru_cache(maxsize=8)  # streams without codes stay as they are while `fit_to_cap` searches
+@functools.lru_cache(maxsize=64)  # streams without codes stay as they are while `fit_to_cap` searches
 def brotli_pack(data: bytes) -> bytes:
     """Brotli at quality 11 with the largest window."""
     import brotli

@@ -91,11 +91,10 @@ class Writer:
         yield restored(words[-1].rstrip("\ufffd"), self.transform)  # without half a character
 
 
-def samples(artifact: Path, count: int = 2, characters: int = 160) -> list[str]:
-    """Beginnings of `count` documents, cut to so many characters, without empty ones. Raises as `Writer` does."""
+def samples(artifact: Path, prompts: Sequence[str] = ("import ", "def "), characters: int = 150) -> list[str]:
+    """What the model writes after these beginnings of documents, cut to so many characters. Raises as `Writer` does."""
     writer = Writer(*find(str(artifact), os.environ))
-    begun = ("".join(writer.text(seed=seed, length=characters))[:characters] for seed in range(1, count + 1))
-    return [text for text in begun if text]
+    return ["".join(writer.text(prompt, temperature=0.5, length=characters // 2))[:characters] for prompt in prompts]
 
 
 def main(arguments: Sequence[str]) -> None:
