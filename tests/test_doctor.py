@@ -137,7 +137,8 @@ def test_what_verification_has_written_down_is_read(stamp, level, tmp_path):
     ({"PRESET": "demo"}, "./run.sh data demo"), ({}, "./run.sh data download --variant sp8192"),
     ({"VOCAB_SIZE": "1024"}, "./run.sh data download --variant sp1024"),
     ({"CASEOPS_ENABLED": "1"}, "./run.sh data download --variant caseops"), ({"DATA_PATH": "x"}, "see data/README.md")])
-def test_missing_data_comes_with_the_command_that_gets_it(knobs, remedy, run, tmp_path):
+def test_missing_data_comes_with_the_command_that_gets_it(knobs, remedy, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the demo's data may lie in this folder
     cfg = tg.Config.from_env({"DATA_DIR": str(tmp_path), **knobs})
     (line,) = doctor.data_lines(tg, cfg, run)
     assert (line.level, line.remedy) == ("failure", remedy)

@@ -91,7 +91,7 @@ class Writer:
         yield restored(words[-1].rstrip("\ufffd"), self.transform)  # without half a character
 
 
-def samples(artifact: Path, prompts: Sequence[str] = ("import ", "def "), characters: int = 150) -> list[str]:
+def samples(artifact: Path, prompts: Sequence[str] = ("import", "def"), characters: int = 150) -> list[str]:
     """What the model writes after these beginnings of documents, cut to so many characters. Raises as `Writer` does."""
     writer = Writer(*find(str(artifact), os.environ))
     return ["".join(writer.text(prompt, temperature=0.5, length=characters // 2))[:characters] for prompt in prompts]
