@@ -44,6 +44,7 @@ usage_all() {
 
 Variables. Relative paths are those of this folder; what is for other programs goes before the command.
 PYTHON=python3.12     another interpreter for .venv (3.10 or newer); torch >= 2.9 that it has is used
+TORCH_INDEX=URL       where torch is installed from (default: the builds for CPUs where there is no GPU; empty: pip's index)
 NPROC=2               number of processes of a run (default: one for each GPU, or 1)
 OMP_NUM_THREADS=4     threads of one process (default on a CPU: all cores, divided by the processes)
 AUDIT=1               audit the artifact that a run has made
@@ -57,7 +58,7 @@ TXT
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 pip_install() {
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" ||
+  .venv/bin/python -m pip install --disable-pip-version-check "$@" ||
     fail "the installation failed (see above); once the cause is mended, the same command tries again"
 }
 
@@ -88,24 +89,26 @@ setup() {
   if [ ! -x .venv/bin/python ] || { [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" -VV)" != "$(.venv/bin/python -VV)" ]; }; then
     make_venv
   fi
-  local file stamp group
+  local file stamp group ready=
   for file in requirements.txt $(for group in "$@"; do echo "requirements-$group.txt"; done); do
     [ -f "$file" ] || fail "no $file: expected setup, or setup data|tools|dev ..."
     stamp=$(cat "$file"; .venv/bin/python -VV)
     [ "$(cat ".venv/stamp-$file" 2>/dev/null)" != "$stamp" ] || continue
     refuse_link "$file"
-    echo "run.sh: installing $file (once; minutes)" >&2
+    echo "run.sh: installing $(grep -oE '^[A-Za-z_-]+' "$file" | uniq | paste -sd' ') (once; it may take minutes)" >&2
     install_file "$file"
     echo "$stamp" >".venv/stamp-$file"
+    ready="run.sh: $file is installed, after $SECONDS s in all: .venv has $(du -sh .venv | cut -f1)"
   done
+  [ -z "$ready" ] || echo "$ready" >&2
 }
 
 # First what is pinned to its files' hashes; then torch and Triton, if they are wanted: builds for CPUs, CUDA and ROCm
 # share a version, not a hash, and which one a machine needs its own index says.
 install_file() {
-  local lock=${1%.txt}.lock wanted=.venv/wanted.txt borrowed=
+  local lock=${1%.txt}.lock wanted=.venv/wanted.txt borrowed= torch index
   if grep -qs "^# of $(digest "$1")$" "$lock"; then
-    pip_install --require-hashes -r "$lock"
+    pip_install --quiet --require-hashes -r "$lock"
   else
     echo "run.sh: $lock was not made from this $1: installing without hashes" >&2
   fi
@@ -117,7 +120,29 @@ install_file() {
     fi
   fi
   grep -vE "${borrowed:-^#}" "$1" >$wanted || true
-  pip_install -r $wanted
+  if torch=$(grep '^torch==' $wanted); then
+    index=$(torch_index)
+    echo "run.sh: $torch comes from ${index:-the index of pip}: about 200 MB for CPUs, over 500 MB with CUDA;" \
+      "TORCH_INDEX=URL sets another index, TORCH_INDEX= that of pip" >&2
+    pip_install $([ -t 1 ] || echo --quiet) ${index:+--index-url "$index"} "$torch"  # a terminal shows the progress
+  fi
+  pip_install --quiet -r $wanted
+}
+
+# The index that torch comes from: TORCH_INDEX, where that is set; empty is the one of pip. Where Linux has no GPU and
+# nobody has given pip an index, it is that of the builds for CPUs, if it answers: PyPI's for Linux is the one for CUDA.
+torch_index() {
+  local cpu=https://download.pytorch.org/whl/cpu
+  if [ -n "${TORCH_INDEX+set}" ]; then
+    echo "$TORCH_INDEX"
+  elif [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! compgen -G '/dev/nvidia*' >/dev/null &&
+    ! .venv/bin/python -m pip config list | grep -qE 'index|find-links'; then
+    if .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null; then
+      echo $cpu
+    else
+      echo "run.sh: $cpu cannot be reached" >&2
+    fi
+  fi
 }
 
 digest() { .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"; }
@@ -127,7 +152,7 @@ digest() { .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(open(s
 lock() {
   local room file
   room=$(mktemp -d)
-  pip_install --target "$room" uv==0.13.9
+  pip_install --quiet --target "$room" uv==0.13.9
   compile() {
     grep -hvE '^(torch|triton)==' "$1" | PYTHONPATH=$room .venv/bin/python -m uv pip compile - --quiet --universal \
       --python-version 3.10 --no-header --no-annotate "${@:2}"
