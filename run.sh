@@ -95,7 +95,7 @@ setup() {
     stamp=$(cat "$file"; .venv/bin/python -VV)
     [ "$(cat ".venv/stamp-$file" 2>/dev/null)" != "$stamp" ] || continue
     refuse_link "$file"
-    echo "run.sh: installing $(grep -oE '^[A-Za-z_-]+' "$file" | uniq | paste -sd' ') (once; it may take minutes)" >&2
+    echo "run.sh: installing" $(grep -oE '^[A-Za-z_-]+' "$file" | uniq) "(once; it may take minutes)" >&2
     install_file "$file"
     echo "$stamp" >".venv/stamp-$file"
     ready="run.sh: $file is installed, after $SECONDS s in all: .venv has $(du -sh .venv | cut -f1)"
@@ -121,7 +121,7 @@ install_file() {
   fi
   grep -vE "${borrowed:-^#}" "$1" >$wanted || true
   if torch=$(grep '^torch==' $wanted); then
-    index=$(torch_index)
+    index=${TORCH_INDEX-$(torch_index)}
     echo "run.sh: $torch comes from ${index:-the index of pip}: about 200 MB for CPUs, over 500 MB with CUDA;" \
       "TORCH_INDEX=URL sets another index, TORCH_INDEX= that of pip" >&2
     pip_install $([ -t 1 ] || echo --quiet) ${index:+--index-url "$index"} "$torch"  # a terminal shows the progress
@@ -129,19 +129,13 @@ install_file() {
   pip_install --quiet -r $wanted
 }
 
-# The index that torch comes from: TORCH_INDEX, where that is set; empty is the one of pip. Where Linux has no GPU and
-# nobody has given pip an index, it is that of the builds for CPUs, if it answers: PyPI's for Linux is the one for CUDA.
+# Where Linux has no GPU and nobody has given pip an index: that of the builds for CPUs, if it answers. PyPI's are for CUDA.
 torch_index() {
   local cpu=https://download.pytorch.org/whl/cpu
-  if [ -n "${TORCH_INDEX+set}" ]; then
-    echo "$TORCH_INDEX"
-  elif [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! compgen -G '/dev/nvidia*' >/dev/null &&
-    ! .venv/bin/python -m pip config list | grep -qE 'index|find-links'; then
-    if .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null; then
-      echo $cpu
-    else
+  if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! compgen -G '/dev/nvidia*' >/dev/null &&
+    [[ ! $(.venv/bin/python -m pip config list) =~ index|find-links ]]; then
+    .venv/bin/python -c "import urllib.request as r; r.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null && echo $cpu ||
       echo "run.sh: $cpu cannot be reached" >&2
-    fi
   fi
 }
 

@@ -1,4 +1,5 @@
 """Installation by `run.sh`, with interpreters that say what they would do."""
+import glob
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ case "$0 $*" in
   *"import torch"*) exit {int(not lends_torch)} ;;
   *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python
                case "$*" in *system-site*) echo "include-system-site-packages = true" >.venv/pyvenv.cfg ;; esac ;;
+  *"-m pip config"*) echo "$PIP_CONFIG" ;;
+  *urllib*) exit $OFFLINE ;;
   *"-m pip"*) shift 3; echo PIP "$@" ;;
   *-VV*) echo Python 3 ;;
 esac
@@ -34,21 +37,26 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+TORCH = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+CPU = "--index-url https://download.pytorch.org/whl/cpu"
+
+
 def setup(clone: Path, *groups: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(["./run.sh", "setup", *groups], cwd=clone, capture_output=True, text=True,
                           env={"PATH": "/usr/bin:/bin", **env})
 
 
 def installed(done: subprocess.CompletedProcess) -> list[str]:
-    """What pip was asked for, file by file."""
+    """What pip was asked for: files, and torch with the index that it comes from."""
     assert done.returncode == 0, done.stderr
-    return [line.split(" -r ")[1] for line in done.stdout.splitlines()]
+    form = {"PIP", "--disable-pip-version-check", "--quiet", "--require-hashes", "-r"}
+    return [" ".join(word for word in line.split() if word not in form) for line in done.stdout.splitlines()]
 
 
 def test_a_group_is_installed_once_by_hash_until_it_changes(clone: Path):
     own = str(python(clone))
     done = setup(clone, PYTHON=own)
-    assert installed(done) == ["requirements.lock", ".venv/wanted.txt"] and "--require-hashes" in done.stdout
+    assert installed(done) == ["requirements.lock", TORCH, ".venv/wanted.txt"] and "--require-hashes" in done.stdout
     assert installed(setup(clone, "tools")) == ["requirements-tools.lock", ".venv/wanted.txt"]
     assert installed(setup(clone, "tools", PYTHON=own)) == []
     with (clone / "requirements-tools.txt").open("a") as file:
@@ -65,6 +73,27 @@ def test_a_torch_is_borrowed_only_where_the_new_environment_sees_it(clone: Path,
     assert installed(done) and ("does not see" in done.stderr) != sees
     wanted = (clone / ".venv" / "wanted.txt").read_text()
     assert ("torch==" in wanted) != sees and "numpy==" in wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux" or bool(glob.glob("/dev/nvidia*")), reason="a GPU, or no Linux")
+@pytest.mark.parametrize("env, index, told", [
+    ({}, f"{CPU} ", "comes from https://download.pytorch.org/whl/cpu: about 200 MB"),
+    ({"OFFLINE": "1"}, "", "cannot be reached"),
+    ({"PIP_CONFIG": "global.extra-index-url='file:///mine'\nother='x'"}, "", "comes from the index of pip"),
+    ({"TORCH_INDEX": ""}, "", "comes from the index of pip"),
+    ({"TORCH_INDEX": "https://mine"}, "--index-url https://mine ", "comes from https://mine")])
+def test_without_a_gpu_torch_is_the_build_for_cpus(env: dict[str, str], index: str, told: str, clone: Path):
+    """Unless pip has an index of its own, or the user names one; where it does not answer, pip's index serves."""
+    done = setup(clone, PYTHON=str(python(clone)), **env)
+    assert installed(done)[1] == index + TORCH and told in done.stderr
+
+
+def test_with_a_gpu_torch_comes_from_the_index_of_pip(clone: Path):
+    smi = clone / "nvidia-smi"
+    smi.write_text("")
+    smi.chmod(0o755)
+    done = setup(clone, PYTHON=str(python(clone)), PATH=f"{clone}:/usr/bin:/bin")
+    assert installed(done)[1] == TORCH
 
 
 def test_a_linked_environment_is_never_changed(clone: Path, tmp_path_factory):
