@@ -55,7 +55,7 @@ def installed(done: subprocess.CompletedProcess) -> list[str]:
 
 def test_a_group_is_installed_once_by_hash_until_it_changes(clone: Path):
     own = str(python(clone))
-    done = setup(clone, PYTHON=own)
+    done = setup(clone, PYTHON=own, TORCH_INDEX="")
     assert installed(done) == ["requirements.lock", TORCH, ".venv/wanted.txt"] and "--require-hashes" in done.stdout
     assert installed(setup(clone, "tools")) == ["requirements-tools.lock", ".venv/wanted.txt"]
     assert installed(setup(clone, "tools", PYTHON=own)) == []
