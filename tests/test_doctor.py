@@ -162,6 +162,29 @@ def test_the_probe_times_every_stage_and_leaves_nothing(run, monkeypatch):
     assert all(seconds > 0.05 for seconds in found.values())
 
 
+def test_of_a_batch_for_gpus_a_cpu_runs_a_part(run, monkeypatch):
+    """One row of twelve is run, and its time counts twelve times; that of the optimizer once."""
+    cfg, ran, loss = tiny(num_loops=0), [], tg.Tensor.backward
+    monkeypatch.setattr(doctor, "PROBE_TOKENS", cfg.train_seq_len)
+    monkeypatch.setattr(tg.Tensor, "backward", lambda t: (ran.append(1), doctor.time.sleep(0.05), loss(t))[1])
+    (seconds,) = set(doctor.measure(tg, cfg, run, 0.1).values())
+    assert 12 * 0.05 < seconds < 12 * 0.2 and len(ran) <= 2 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("seconds, knobs, level", [
+    (1.0, {}, "warning"), (0.1, {}, "ok"), (1.0, dict(iterations=50), "ok"), (1.0, dict(max_wallclock_seconds=0), "ok"),
+    (60.0, {}, "warning")])
+def test_too_few_steps_are_a_warning(seconds: float, knobs: dict, level: str, monkeypatch):
+    """What the clock cuts short is told with what to change; what was asked for in steps, or takes its time, is not."""
+    told = json.dumps({"seconds": {"loop off": seconds, "loop on": seconds}, "mib": 700})
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=told, stderr=""))
+    cfg = tiny(**{"max_wallclock_seconds": 110, "gptq_reserve_seconds": 10, "iterations": 10 ** 6, **knobs})
+    line = doctor.speed_line(tg, cfg, {}, 1)
+    assert line.level == level and f"MAX_WALLCLOCK_SECONDS={500 * seconds + 10:.0f}, " in line.remedy
+    steps = min(cfg.iterations, int((100 if cfg.max_wallclock_seconds else 600) / seconds + 1e-6))
+    assert f"predicts {steps:,} steps in" in line.found
+
+
 def test_a_probe_that_fails_is_a_line():
     env = {**os.environ, **{k.upper(): v for k, v in TINY.items()}, "NUM_HEADS": "3"}
     line = doctor.speed_line(tg, tiny(), env, 1)

@@ -10,6 +10,7 @@ into the budget, stage by stage. Exit status 0: no failure, 1: a failure, 2: bad
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -36,6 +37,10 @@ from tools.sweep import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_SECONDS = 30.0
+PROBE_TOKENS = 2048
+"""More of a batch a CPU does not run in the probe: a batch made for GPUs would take it hours, or all memory."""
+FEW_STEPS = 500
+"""With fewer a model is no use: the demo's has 2.83 bits a byte after 100, 2.46 after 200, 1.90 after 951; xz 2.05."""
 GIB = 1 << 30
 NEWEST_TORCH = (2, 13)
 """The last release of torch that this program was run with."""
@@ -156,7 +161,7 @@ def cuda_lines(torch: Any, driver: bool) -> Iterator[Line]:
         yield Line("failure", "cuda", "the driver sees GPUs, torch does not: " + (
             f"it is built for CUDA {build}, which needs a newer driver" if build else "it is built for the CPU"),
             "update the driver, or install an older CUDA build of torch 2.9 or newer" if build else
-            "unset PIP_EXTRA_INDEX_URL, rm -r .venv, ./run.sh setup; or set PYTHON to one whose torch has CUDA")
+            "unset PIP_EXTRA_INDEX_URL TORCH_INDEX; rm -r .venv; ./run.sh setup; or a PYTHON whose torch has CUDA")
     if not torch.cuda.is_available():
         return
     yield Line("ok", "cuda", f"{torch.version.cuda}, {torch.cuda.device_count()} devices")
@@ -239,7 +244,8 @@ def stage_name(at: Any) -> str:
 def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
     """Seconds of a training step in each stage of a run, `name: seconds`, within about `seconds` after compiling."""
     rows = -(-cfg.train_rows // run.world)
-    micro = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)
+    part = rows if run.is_cuda else min(rows, max(1, PROBE_TOKENS // cfg.train_seq_len))  # of which the time is taken
+    micro = min(part, cfg.micro_batch_tokens // cfg.train_seq_len)
     model = tg.build_model(cfg, run)
     optimizer, ema = tg.ShardedOptimizer(model, cfg, run), tg.Ema(model, cfg.ema_decay)
     batch = tg.random_batch(micro, cfg)
@@ -247,20 +253,24 @@ def measure(tg: Any, cfg: Any, run: Any, seconds: float) -> dict[str, float]:
     for at in tg.stages(cfg):
         loss = tg.stage_loss(model, at, cfg, run)
 
-        def steps(count: int, at: Any = at, loss: Any = loss) -> float:
+        def steps(count: int, loss: Any = loss, updates: bool = True) -> float:
             run.synchronize()
             start = time.perf_counter()
             for _ in range(count):
-                for _ in range(-(-rows // micro)):
+                for _ in range(-(-part // micro)):
                     (loss(batch.to(run.device)) / cfg.train_batch_tokens).backward()
-                optimizer.step(0.0, 0.0)
-                ema.update()
+                if updates:
+                    optimizer.step(0.0, 0.0)
+                    ema.update()
             run.synchronize()
             return (time.perf_counter() - start) / count
 
         steps(2)
-        each = run.broadcast_object(steps(2))  # as many on every rank
-        measured[stage_name(at)] = run.broadcast_object(steps(max(2, int(seconds / len(tg.stages(cfg)) / each))))
+        each = run.broadcast_object(steps(2))
+        if (count := int(seconds / len(tg.stages(cfg)) / each)) > 2:  # as many on every rank
+            each = run.broadcast_object(steps(count))
+        rest = (rows / part - 1) * steps(1, updates=False) if part < rows else 0.0
+        measured[stage_name(at)] = each + run.broadcast_object(rest)
     return measured
 
 
@@ -287,10 +297,15 @@ def speed_line(tg: Any, cfg: Any, env: Mapping[str, str], processes: int) -> Lin
         return Line("failure", "speed", f"training steps fail: {(memory or text[-1]).strip()[:300]}", remedy)
     told = json.loads(lines[-1])
     steps, budget = predicted_steps(tg, cfg, told["seconds"])
-    stages = [f"{1e3 * seconds:.1f} ms with {name}" for name, seconds in told["seconds"].items()]
-    return Line("ok", "speed", f"{processes} process{'es' * (processes > 1)}, {told['mib']:,} MiB each; a step: "
-                f"{', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, "
-                f"{600 / budget * steps:,.0f} in 600 s")
+    stages = [f"{1e3 * seconds:,.1f} ms with {name}" for name, seconds in told["seconds"].items()]
+    few = 0 < cfg.max_wallclock_seconds and steps < min(FEW_STEPS, cfg.iterations)
+    long = dataclasses.replace(cfg, max_wallclock_seconds=1e9, iterations=10 ** 12)
+    enough = FEW_STEPS * 1e9 / max(1, predicted_steps(tg, long, told["seconds"])[0]) + cfg.gptq_reserve_seconds
+    return Line("warning" if few else "ok", "speed", f"{processes} process{'es' * (processes > 1)}, "
+                f"{told['mib']:,} MiB each; a step: {', '.join(stages)}; predicts {steps:,} steps in {budget:.0f} s, "
+                f"{600 / budget * steps:,.0f} in 600 s", f"for {FEW_STEPS} steps: MAX_WALLCLOCK_SECONDS={enough:.0f}, "
+                f"fewer parameters (NUM_LAYERS={cfg.num_layers}, MODEL_DIM={cfg.model_dim}) or less than "
+                f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}{', or PRESET=demo' * (cfg.preset != 'demo')}")
 
 
 def probe() -> int:

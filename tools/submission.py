@@ -429,18 +429,21 @@ def check_sources(folder: Path, log: Log) -> Findings:
 
 
 def same_program(packed: Path, human: Path) -> bool:
-    """Return whether two sources differ in docstrings, comments and packing alone (compared as syntax trees)."""
+    """Return whether two sources differ in packing, docstrings and comments alone (compared as syntax trees).
+
+    The trainer packs in this way, too; to ask it would import torch.
+    """
     def code(path: Path) -> str:
         tree = ast.parse(unwrapped(path.read_bytes()))
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):  # constants that stand alone are docstrings
-                node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-                node.body = node.body or [ast.Pass()] * bool(body)
+                kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+                node.body = kept or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
         return ast.unparse(tree)
 
     try:
         return code(packed) == code(human)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         return False
 
 
