@@ -124,7 +124,7 @@ install_file() {
     index=${TORCH_INDEX-$(torch_index)}
     echo "run.sh: $torch comes from ${index:-the index of pip}: about 200 MB for CPUs, over 500 MB with CUDA;" \
       "TORCH_INDEX=URL sets another index, TORCH_INDEX= that of pip" >&2
-    pip_install $([ -t 1 ] || echo --quiet) ${index:+--index-url "$index"} "$torch"  # a terminal shows the progress
+    pip_install $([ -t 2 ] || echo --quiet) ${index:+--index-url "$index"} "$torch"  # a terminal shows the progress
   fi
   pip_install --quiet -r $wanted
 }
