@@ -314,7 +314,7 @@ PRESETS: dict[str, dict] = {
         num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=1, qk_gain_init=3.0,
         tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
         tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
-        ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=12.0, warmup_steps=1, train_log_every=20,
+        ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=8.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
         diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
         ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.006, phased_ttt_num_phases=0, ngram_base_beta=3.0,
@@ -536,7 +536,7 @@ SCREEN = {
     "checkpoint": "after step {step:,}: saved {path}",
     "resume": "goes on after step {step:,} of {path}",
     "train_end": "{steps:,} steps, {tokens:,} tokens, last loss {train_loss:.4f} nats",
-    "artifact": "packed: {weight_bytes:,} bytes, and {code_bytes:,} of code",
+    "artifact": "artifact: {weight_bytes:,} bytes, and {code_bytes:,} of code",
     "adaptation_cut": "no time to adapt on after {work:.0%} of the work; the rest is scored as it is",
     "score": "{name}: {val_bpb:.6f} bits a byte",
     "warning": "warning: {text}"}
