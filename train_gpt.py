@@ -1652,7 +1652,7 @@ class HeadGate(nn.Module):
         """weight: [L, N, G] initial values, which a bias replaces: weights then start at zero."""
         super().__init__()
         self.outer, self.inner = outer, inner
-        self.weight = nn.Parameter(weight * (bias == 0))
+        self.weight = nn.Parameter(torch.zeros(weight.shape) if bias else weight)
         self.bias = nn.Parameter(torch.full(weight.shape[:2], bias)) if bias else None
 
     def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
@@ -1664,7 +1664,7 @@ def head_gate(cfg: ModelKnobs) -> nn.Module:
     """The gate that ATTN_GATE names."""
     shape = (cfg.num_layers, cfg.num_heads)
     if cfg.attn_gate == "dense":  # reads the whole width (#1736, after Qwen's gated attention)
-        return HeadGate(0.01 * torch.randn(*shape, cfg.model_dim), bias=cfg.gated_attn_bias)
+        return HeadGate(gaussian(0.01, *shape, cfg.model_dim), bias=cfg.gated_attn_bias)
     zeros = torch.zeros(*shape, min(GATE_CHANNELS, cfg.model_dim))
     gates = {"none": NoGate, "output": functools.partial(HeadGate, zeros, outer=2.0),  # starts as the identity (#1667)
              "sparse": functools.partial(HeadGate, zeros, inner=0.5)}  # starts at one half (#1787)
@@ -1680,7 +1680,7 @@ class BigramHash(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(cfg.bigram_buckets, cfg.bigram_dim))
-        self.proj = nn.Parameter(nn.init.orthogonal_(torch.empty(cfg.model_dim, cfg.bigram_dim)))
+        self.proj = nn.Parameter(orthogonal_(torch.empty(1, cfg.model_dim, cfg.bigram_dim))[0])
         self.scale = nn.Parameter(torch.full((1,), 0.05))
 
     def forward(self, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -1706,16 +1706,19 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.kernels = cfg, Kernels()  # the references; `pick_kernels` has faster ones
         layers, dim, ones = cfg.num_layers, cfg.model_dim, torch.ones
-        self.tok_emb = nn.Parameter(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, dim))
+        self.tok_emb = nn.Parameter(gaussian(cfg.tied_embed_init_std, cfg.vocab_size, dim))
         banks = collections.defaultdict(list)
         for name, (rows, inputs) in matrix_shapes(cfg).items():
-            make = {True: torch.zeros, False: orthogonal}[MATRICES[name].zero]
-            banks[MATRICES[name].bank].append(make(layers, rows.stop - rows.start, inputs))
-        for bank, parts in banks.items():
-            self.register_parameter(bank, nn.Parameter(torch.cat(parts)))
+            banks[MATRICES[name].bank].append((MATRICES[name].zero, rows.stop - rows.start, inputs))
+        for bank, parts in banks.items():  # matrices of one bank have one shape
+            values = torch.zeros(len(parts) * layers, *parts[0][1:])
+            for (zero, *_), matrices in zip(parts, values.split(layers)):
+                orthogonal_(matrices[:layers * (not zero)])
+            self.register_parameter(bank, nn.Parameter(values))
         self.q_gain = nn.Parameter(torch.full((layers, cfg.num_heads), cfg.qk_gain_init))
         self.attn_scale, self.mlp_scale = nn.Parameter(ones(layers, dim)), nn.Parameter(ones(layers, dim))
-        self.resid_mix = nn.Parameter(torch.stack([ones(layers, dim), torch.zeros(layers, dim)], dim=1))
+        self.resid_mix = nn.Parameter(torch.zeros(layers, 2, dim))
+        self.resid_mix.data[:, 0] = 1
         num_skips = sum(layer.skip_slot is not None for layer in unroll_layers(cfg, looped=True))
         self.skip_weights = nn.Parameter(ones(num_skips, dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim)) if cfg.skip_gates_enabled else None
@@ -1818,9 +1821,16 @@ class GPT(nn.Module):
         logits = w.linear("head", None, self(batch, layers, w).flatten(0, 1))
         return softcapped_cross_entropy(logits, batch.targets.flatten(), self.cfg.logit_softcap).sum()
 
-def orthogonal(count: int, rows: int, cols: int) -> Tensor:
-    """[count, rows, cols]: each matrix with orthonormal rows or columns, whichever are fewer."""
-    return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
+def orthogonal_(matrices: Tensor) -> Tensor:
+    """Makes each of [K, O, I] a matrix with orthonormal rows or columns, whichever are fewer."""
+    for matrix in matrices.unbind() * (not matrices.is_meta):  # there, it would import half of torch: three seconds
+        nn.init.orthogonal_(matrix)
+    return matrices
+
+def gaussian(std: float, *shape: int) -> Tensor:
+    """Normal values of this deviation."""
+    values = torch.empty(*shape)
+    return values if values.is_meta else std * torch.randn(*shape)
 
 def shapes_of(cfg: ModelKnobs) -> GPT:
     """A model that takes no memory: names and shapes of its parameters."""
@@ -3620,7 +3630,7 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     path = cfg.eval_only or str(run.path(".bin"))
     with run.phase("load_artifact", "eval"):
         artifact = unpack(blob, path)
-        model = GPT(artifact.model).to(run.device)
+        model = shapes_of(artifact.model).to_empty(device=run.device)  # without initial values: all are loaded
         model.kernels = pick_kernels(cfg, run)
         load_tensors(model, artifact.tensors)
     run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
