@@ -46,6 +46,7 @@ import struct
 import sys
 import textwrap
 import time
+import tokenize
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -2861,6 +2862,26 @@ def load_tensors(model: GPT, tensors: Mapping):
     for name, values, _ in model.tensors():
         values.copy_(tensors[name])
 
+def without_prose(source: str) -> str:
+    """A program's text without docstrings, comments and empty lines, else as it is: the same on every Python."""
+    tree, lines = ast.parse(source), source.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]].rstrip()
+    in_strings, dropped = set(), set()  # numbers of lines, from 0
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Constant, ast.JoinedStr)):
+            in_strings.update(range(node.lineno, node.end_lineno or 0))
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            prose = [s for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)]
+            dropped.update(n for s in prose for n in range(s.lineno - 1, s.end_lineno or 0))
+            for s in prose[:len(prose) == len(body)]:  # nothing else is in it
+                lines[s.lineno - 1] = " " * s.col_offset + "pass"
+                dropped.remove(s.lineno - 1)
+    return "\n".join(line for n, line in enumerate(lines)
+                     if n not in dropped and (line.strip() or n in in_strings)) + "\n"
+
 def shipped_source(path: Path) -> bytes:
     """The script as a submission ships it: docstrings and comments stripped, LZMA, in a self-extracting wrapper.
 
@@ -2871,13 +2892,8 @@ def shipped_source(path: Path) -> bytes:
     source = path.read_bytes()
     if source.startswith(WRAPPER_MARK):
         return source
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            code = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-            node.body = code or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
-    data = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    code = without_prose(source.decode("utf-8"))
+    data = lzma.compress(code.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     # A NUL before a digit takes three digits: \0 and the digit would be read as one longer escape.
     data = re.sub(rb'[\\\n\r"]', lambda m: {b"\n": b"\\n", b"\r": b"\\r"}.get(m[0], b"\\" + m[0]), data)
     data = re.sub(rb"\0(?=[0-7])", rb"\\000", data).replace(b"\0", b"\\0")

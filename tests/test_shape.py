@@ -1,7 +1,10 @@
 """The file as it is to be read: its size, its sections, and what it may import, name and know where."""
 import ast
+import hashlib
+import inspect
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -68,6 +71,20 @@ def test_import_prints_nothing_and_needs_nothing_that_a_laptop_may_lack():
             "assert all(sys.modules[name] is None for name in absent)\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_ships_is_a_function_of_the_text_alone():
+    """Of this file on every Python that is at hand; and of what is easily taken for a comment or an empty line."""
+    odd = "s = '''a # b\n\n  c'''  # why\n\ndef f(x=\"#\"):\n    # why\n    '''What.'''\n\nt = (1,  # one\n\n     2)\n"
+    assert tg.without_prose(odd) == "s = '''a # b\n\n  c'''\ndef f(x=\"#\"):\n    pass\nt = (1,\n     2)\n"
+    code = ("import ast, hashlib, io, sys, tokenize\n" + inspect.getsource(tg.without_prose) +
+            "text = without_prose(open('train_gpt.py', encoding='utf-8').read())\n"
+            "compile(text, 'shipped', 'exec')\nprint(hashlib.sha256(text.encode()).hexdigest())\n")
+    pythons = [sys.executable, *map(shutil.which, (f"python3.{minor}" for minor in range(10, 15)))]
+    runs = [subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            for python in filter(None, pythons)]
+    told = {run.stdout for run in runs if run.returncode == 0}  # some are stubs of a version that is not installed
+    assert told == {hashlib.sha256(tg.without_prose(SOURCE).encode()).hexdigest() + "\n"}
 
 
 def test_the_environment_is_read_at_the_two_ends_of_the_file_only():
