@@ -51,7 +51,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -301,6 +301,10 @@ class EvalKnobs(Knobs):
 
 GROUPS = (RunKnobs, DataKnobs, ModelKnobs, OptimizerKnobs, ScheduleKnobs, QuantKnobs, EvalKnobs)
 
+# Knobs beside the model's that decide a score (rows of training are those of shared SGD): the artifact holds those that
+# are not its preset's.
+SCORE_KNOBS = frozenset([*EvalKnobs.__annotations__, "seed", "caseops_enabled", "train_seq_len", "train_batch_tokens",
+                         "micro_batch_tokens"]) - {"diagnostic_evals"}
 # Knobs that say where files are or when they are written: runs that differ in them alone have one config_sha256.
 NO_RESULT = frozenset("run_id log_dir data_dir data_path tokenizer_path eval_only resume checkpoint_every "
                       "dist_timeout_seconds".split())
@@ -366,6 +370,11 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
     def stride(self) -> int:
         """Targets by which sliding windows advance; whole windows where EVAL_STRIDE=0."""
         return self.eval_stride or self.eval_seq_len
+
+    def changed(self) -> dict:
+        """The knobs that are not the preset's, with their values."""
+        return {name: value for name, value in vars(self).items()
+                if value != PRESETS[self.preset].get(name, getattr(Config, name))}
 
     def grid(self, family: str) -> tuple:
         """(bits, clip in standard deviations) of SDClip's codes of one family of matrices: attn, mlp or embed."""
@@ -982,10 +991,12 @@ def file_sha256(path: Path) -> str:
 MAX_SHARED = 0.01  # of validation tokens in documents that training has, too: text repeats itself a little by nature;
 # the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)
 
-def shards_sha256(folder: Path) -> str:
+VALIDATION = "fineweb_val_*.bin"  # the shards of ids, and of bytes where there are some
+
+def shards_sha256(folder: Path, pattern: str = "fineweb_*.bin") -> str:
     """SHA-256 over name, size and first 4,096 bytes of every shard: what tells one export from another."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("fineweb_*.bin")):
+    for path in sorted(folder.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(4096))
@@ -1004,6 +1015,14 @@ def check_stamp(cfg: Config, run: Run):
             f"{folder}/verified.json: of other shards than those that are there; run {command} again")
     require(share <= MAX_SHARED, f"{folder}: {share:.1%} of the validation tokens are in documents that the training "
             f"shards hold, too: a score on them is void; fetch or prepare the data again (data/README.md)")
+
+def find_validation(cfg: Config, digest: str) -> Path:
+    """The dataset whose validation shards have this digest: the config's, or one beside it; else `UserError`."""
+    folders = [cfg.dataset_dir, *sorted(cfg.dataset_dir.parent.glob("*/"))]
+    match = [folder for folder in folders if shards_sha256(folder, VALIDATION)[:16] == digest]
+    require(bool(match), f"EVAL_ONLY={cfg.eval_only}: no dataset in {cfg.dataset_dir.parent} has the validation shards "
+            f"that it was made for; DATA_PATH=FOLDER scores it on those in FOLDER, and says so")
+    return match[0]
 
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
@@ -2491,13 +2510,14 @@ class Quantizer:
 # ----------------------------------------------------------------------------------------------------
 # 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
 # ----------------------------------------------------------------------------------------------------
-# Layout: magic, version, length of the header; the header (JSON, Brotli): model knobs, global scale of the codes,
-# states of the trellis, streams with coder, raw and packed length; the packed streams; BLAKE2b-128 of all before it.
+# Layout: magic, version, length of the header; the header (JSON, Brotli): the knobs of model and score, a digest of the
+# validation shards, global scale of the codes, states of the trellis, streams with coder, raw and packed length; the
+# packed streams; BLAKE2b-128 of all before it.
 # Codes of one family share a stream, coded by `range_pack` or by Brotli; the rest is Brotli's. No pickle: a reader
 # checks digest, bounds and sizes before it allocates. Rank 0 writes, all score what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 4
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28
@@ -2757,10 +2777,13 @@ def pack_streams(tensors: Mapping, states: int, coders: Sequence[str]) -> dict:
     with ThreadPoolExecutor() as pool:  # both coders leave the interpreter's lock while they work
         return {**streams, **dict(zip(matrices, pool.map(pack_codes, matrices.values())))}
 
-def pack(streams: Mapping, global_scale: float, states: int, model: ModelKnobs, preset: str) -> bytes:
-    """The artifact's bytes; the streams hold a model's tensors in the order of `GPT.tensors`."""
+def pack(streams: Mapping, global_scale: float, states: int, model: ModelKnobs, preset: str,
+         score: Mapping | None = None, validation: str = "") -> bytes:
+    """The artifact's bytes; the streams hold a model's tensors in the order of `GPT.tensors`.
+    score: SCORE_KNOBS that are not the preset's; validation: digest of the shards it is to be scored on, empty: any."""
     header = json.dumps({
-        "preset": preset, "global_scale": global_scale, "trellis": states,
+        "preset": preset, "global_scale": global_scale, "trellis": states, "score": score or {},
+        "validation": validation,
         "model": {name: getattr(model, name) for name in kinds(ModelKnobs)},
         "streams": [[name, s.coder, s.raw_bytes, len(s.data)] for name, s in streams.items()]}, separators=(",", ":"))
     head = struct.pack("<I", len(header)) + brotli_pack(header.encode())
@@ -2772,14 +2795,21 @@ class Artifact(NamedTuple):
     """What an artifact holds."""
     model: ModelKnobs
     preset: str
+    score: dict  # knobs of the score that are not the preset's
+    validation: str  # digest of the validation shards, empty: any
     tensors: dict  # stored name -> fp32 values
     streams: dict  # name -> (values, packed bytes)
+
+    @property
+    def knobs(self) -> dict:
+        """What a config takes from it, before the environment (EVAL_ONLY)."""
+        return {**vars(self.model), **self.score, "preset": self.preset}
 
 def read_header(blob: bytes) -> tuple:
     """Checks magic, version, digest and header of an artifact before anything of its size is allocated.
 
-    Returns (model, preset, global scale, trellis states, tensors [(name, stored, shape)], streams [(name, coder, raw
-    bytes, packed bytes)], where the first stream begins).
+    Returns (model, preset, knobs of the score, digest of the validation, global scale, trellis states, tensors [(name,
+    stored, shape)], streams [(name, coder, raw bytes, packed bytes)], where the first stream begins).
     """
     begin = ARTIFACT_HEAD.size
     require(len(blob) > begin + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
@@ -2794,9 +2824,10 @@ def read_header(blob: bytes) -> tuple:
             f"{head_bytes} packed and {header_bytes} unpacked bytes is not plausible")
     text, begin = brotli_unpack(blob[begin + 4:begin + head_bytes], header_bytes), begin + head_bytes
     try:
-        header, defaults = json.loads(text), vars(ModelKnobs())
-        require(all(type(value) is type(defaults[name]) for name, value in dict(header["model"]).items()),
-                "a knob in the header has a value that is none of its kind")
+        header, defaults = json.loads(text), vars(Config())
+        score, validation = dict(header["score"]), str(header["validation"])[:64]
+        require(all(type(value) is type(defaults[name]) for name, value in {**header["model"], **score}.items())
+                and set(score) <= SCORE_KNOBS, "a knob in the header has a value that is none of its kind")
         model, preset = ModelKnobs(**header["model"]), str(header["preset"])
         tensors = [(name, route(parameter).stored, list(values.shape))
                    for name, values, parameter in shapes_of(model).tensors()]
@@ -2815,11 +2846,11 @@ def read_header(blob: bytes) -> tuple:
     padded_values = sum(math.prod(shape[:-1]) * (shape[-1] + SEGMENT) for _, _, shape in tensors if shape)
     require(max(padded_values, sum(need.values())) <= MAX_RAW_BYTES,
             f"{sum(need.values()):,} bytes of tensors is not plausible")
-    return model, preset, global_scale, states, tensors, streams, begin
+    return model, preset, score, validation, global_scale, states, tensors, streams, begin
 
 def read_artifact(blob: bytes) -> Artifact:
     """`unpack` without the file's name in its errors."""
-    model, preset, global_scale, states, expected, streams, at = read_header(blob)
+    model, preset, score, validation, global_scale, states, expected, streams, at = read_header(blob)
     raw, matrices, tensors, sizes = {}, {}, {}, {}
     for name, coder, length, size in streams:
         data, at, coded = blob[at:at + size], at + size, name.startswith("gptq:")
@@ -2847,7 +2878,7 @@ def read_artifact(blob: bytes) -> Artifact:
             quantized = Quantized(stored, codes, rows, columns)
         tensors[name] = quantized.dequantize(global_scale)
         require(bool(torch.isfinite(tensors[name]).all()), f"{name} holds values that are not finite")
-    return Artifact(model, preset, tensors, sizes)
+    return Artifact(model, preset, score, validation, tensors, sizes)
 
 def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     """Reads an artifact. Raises `UserError`, one line, for anything but bytes that `pack` could have written."""
@@ -2937,6 +2968,8 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
     nearest codes, and finished with true sizes (`search`). `UserError` when nothing fits.
     """
     cap, coders = cfg.artifact_bytes_cap - code_bytes, ("range", "brotli")
+    score = {name: value for name, value in cfg.changed().items() if name in SCORE_KNOBS}
+    validation = shards_sha256(cfg.dataset_dir, VALIDATION)[:16]
     if importlib.util.find_spec("constriction") is None:
         coders = ("brotli",)  # packs codes 1 to 2 % larger
     with run.phase("factorize", "train"):
@@ -2948,7 +2981,7 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
         with run.phase("pack"):
             if run.is_main:
                 streams = pack_streams(tensors, states, coders)
-                blob = pack(streams, 2.0 ** octaves, states, cfg, cfg.preset)
+                blob = pack(streams, 2.0 ** octaves, states, cfg, cfg.preset, score, validation)
                 codes = sum(len(stream.data) for name, stream in streams.items() if name.startswith("gptq:"))
             return run.broadcast_object((blob, codes))
 
@@ -3652,9 +3685,13 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
             code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes, streams=artifact.streams)
     with run.phase("load_val", "eval"):
-        val = ValData.load(cfg, run)
+        val, shards = ValData.load(cfg, run), shards_sha256(cfg.dataset_dir, VALIDATION)[:16]
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
+                shards=shards, sha256=hashlib.sha256(val.ids.tobytes() + val.target_bytes.tobytes()).hexdigest(),
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
+        other = artifact.validation not in ("", shards)
+        if other:
+            run.log("warning", text=f"{path} was made for other validation shards than those in {cfg.dataset_dir}")
     diagnostics = {}
     candidates = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
                   "sliding": (model, cfg.stride), "": (None, 0)}
@@ -3683,7 +3720,7 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
             train_seconds=round(run.spent("train"), 3), eval_seconds=round(run.spent("eval"), 3),
             other_seconds=round(run.spent("none"), 3), total_seconds=round(time.perf_counter() - run.started, 3),
             parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed, run_id=run.run_id,
-            ledger_sha256=digest, order="stream", **figures)
+            ledger_sha256=digest, order="stream", validation=shards, other_validation=other, **figures)
 
 def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     """Opens the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
@@ -3701,8 +3738,8 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     run.record("config", vars(cfg))
     # Those that differ from the preset `record`; on screen those that differ from the preset.
     run.log("knobs", **{k.upper(): show(value) for k, value in vars(cfg).items() if value != getattr(Config, k)})
-    run.say(" ".join(f"{k.upper()}={show(value)}" for k, value in vars(cfg).items()
-                     if value != PRESETS[cfg.preset].get(k, getattr(Config, k)) and k not in NO_RESULT | {"preset"}))
+    run.say(" ".join(f"{k.upper()}={show(value)}" for k, value in cfg.changed().items()
+                     if k not in NO_RESULT | {"preset"}))
     run.log("model", parameters=sum(p.numel() for p in model.parameters()),
             layers=[layer.block for layer in unroll_layers(cfg, looped=False)],
             layers_looped=[layer.block for layer in unroll_layers(cfg, looped=True)])
@@ -3712,6 +3749,9 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     if cfg.caseops_enabled:
         TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
     else:
+        marked = manifest(cfg.dataset_dir).get("transform", "none") != "none" or \
+            any(cfg.dataset_dir.glob("fineweb_val_bytes_*.bin"))
+        cfg.expect("caseops_enabled", not marked, f"1: the text in {cfg.dataset_dir} has case operators")
         TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
     require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
             f"{code_bytes} bytes")
@@ -3739,8 +3779,10 @@ def main(arguments: Sequence[str], env: Mapping) -> int:
             require(path.is_file(), f"EVAL_ONLY={path}: no such file")
             blob = path.read_bytes()
             artifact = unpack(blob, str(path))
-            stored = {**vars(artifact.model), "preset": artifact.preset}
+            stored = artifact.knobs
         cfg = configure(arguments, env, stored)
+        if blob and artifact.validation and not env.get("DATA_PATH"):
+            cfg = replace(cfg, data_path=str(find_validation(cfg, artifact.validation)))
         with Run(cfg, env) as run, out_of_memory(cfg, run):
             with run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))

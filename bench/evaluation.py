@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     count = arguments[1] if len(arguments) > 1 else "20000"
     tg.require(count.isdecimal() and int(count) > 0, f"{count}: expected a number of targets, 1 or more")
     artifact = tg.unpack(Path(arguments[0]).read_bytes(), arguments[0])
-    stored = {**dataclasses.asdict(artifact.model), "preset": artifact.preset}
+    stored = artifact.knobs
     cfg = tg.Config.from_env(os.environ, stored)
     with tg.Run(cfg, {}, log=False) as run:
         val = first_targets(tg.ValData.load(cfg, run), int(count))

@@ -63,7 +63,7 @@ def test_the_form_of_both_versions(text, v1, v2):
 
 
 @pytest.mark.parametrize("name", ["caseops_v1", "caseops_v2"])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=TEXT)
 @example(text="\u21e7 A\u241b B")
 def test_decoding_gives_the_text_back(name, text):

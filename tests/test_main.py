@@ -2,6 +2,7 @@
 import hashlib
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,23 +34,51 @@ def test_a_step_budget_is_reproduced_bit_for_bit_and_a_probe_changes_nothing(sin
     """Validation in the middle is marked, and charged to neither budget."""
     knobs = dict(val_loss_every=2, ttt="none", eval_stride=0, ngram_base_beta=0, diagnostic_evals="")
     assert tg.main([], environment(dataset, tmp_path, **knobs)) == 0
-    assert (tmp_path / "r.bin").read_bytes() == (single / "r.bin").read_bytes()
+    again, first = (tg.unpack((folder / "r.bin").read_bytes()) for folder in (tmp_path, single))
+    assert all(torch.equal(values, again.tensors[name]) for name, values in first.tensors.items())
+    assert (again.streams, again.validation) == (first.streams, first.validation) and again.score != first.score
     assert [e["step"] for e in events(tmp_path, "val_probe")] == [2, 4]
     assert [e["budget"] for e in events(tmp_path, "phase") if e["name"] == "val_probe"] == ["none"] * 2
 
 
 def test_eval_only_reproduces_the_score_exactly_without_training_data(single: Path, dataset, tmp_path):
-    """In a fresh process that knows nothing but the file, the validation shards and the tokenizer."""
-    (tmp_path / "fineweb_val_000000.bin").symlink_to(Path(dataset["data_path"]) / "fineweb_val_000000.bin")
-    knobs = dict(data_path=str(tmp_path), eval_only=str(single / "r.bin"))
-    env = {name: value for name, value in environment(dataset, tmp_path, **knobs).items()
-           if name.lower() not in tg.kinds(tg.ModelKnobs)}
+    """In a fresh process that knows nothing but the file and where datasets and the tokenizer are: the artifact says on
+    which validation shards it is scored, and how."""
+    for name, source in (("other", "train"), ("mine", "val")):
+        (tmp_path / "datasets" / name).mkdir(parents=True)
+        (tmp_path / "datasets" / name / "fineweb_val_000000.bin").symlink_to(
+            Path(dataset["data_path"]) / f"fineweb_{source}_000000.bin")
+    env = dict(EVAL_ONLY=str(single / "r.bin"), DATA_DIR=str(tmp_path), DEVICE="cpu", LOG_DIR=str(tmp_path), RUN_ID="r",
+               DTYPE="float32", TOKENIZER_PATH=dataset["tokenizer_path"])
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     again, first = events(tmp_path, "verdict")[0], events(single, "verdict")[0]
     assert first["diagnostic_evals"].pop("ema") and not (tmp_path / "r.bin").exists()
-    assert all(again[name] == first[name] for name in ("val_loss", "diagnostic_evals", "ledger_sha256"))
+    assert all(again[name] == first[name] for name in ("val_loss", "validation", "ledger_sha256"))
+    assert again["diagnostic_evals"].items() <= first["diagnostic_evals"].items() and not again["other_validation"]
+
+
+def test_an_artifact_is_scored_on_other_data_only_if_that_is_said(single: Path, dataset, tmp_path, capsys):
+    env = dict(EVAL_ONLY=str(single / "r.bin"), DATA_DIR=str(tmp_path), DEVICE="cpu", LOG_DIR=str(tmp_path), RUN_ID="r",
+               DTYPE="float32", TOKENIZER_PATH=dataset["tokenizer_path"], TTT="none", DIAGNOSTIC_EVALS="")
+    (tmp_path / "datasets" / "x").mkdir(parents=True)
+    shutil.copy(Path(dataset["data_path"]) / "fineweb_train_000000.bin",
+                tmp_path / "datasets" / "x" / "fineweb_val_000000.bin")
+    assert tg.main([], env) == 2
+    assert "has the validation shards that it was made for; DATA_PATH=FOLDER" in capsys.readouterr().err
+    assert tg.main([], {**env, "DATA_PATH": str(tmp_path / "datasets" / "x")}) == 0
+    assert events(tmp_path, "verdict")[0]["other_validation"] is True
+    assert "was made for other validation shards" in events(tmp_path, "warning")[0]["text"]
+
+
+def test_text_with_case_operators_is_not_scored_as_plain_text(dataset, tmp_path, capsys):
+    """The side file beside the shards tells, not the knob."""
+    folder = tmp_path / "data"
+    shutil.copytree(dataset["data_path"], folder)
+    shutil.copy(folder / "fineweb_val_000000.bin", folder / "fineweb_val_bytes_000000.bin")
+    assert tg.main([], environment(dataset, tmp_path, data_path=str(folder))) == 2
+    assert "CASEOPS_ENABLED=0: expected 1: the text in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, expected", [

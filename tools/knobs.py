@@ -8,6 +8,7 @@ A knob is one line of a class whose name ends in Knobs: `matrix_lr: NonNegative 
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import sys
 import tokenize
@@ -67,8 +68,9 @@ def kind_text(annotation: ast.expr, aliases: dict[str, ast.expr]) -> str:
     return ast.unparse(annotation)
 
 
+@functools.cache
 def read(source: str | None = None) -> list[Knob]:
-    """All knobs, in the order of the source."""
+    """All knobs, in the order of the source; half a second for the trainer's, once."""
     source = TRAINER.read_text(encoding="utf-8") if source is None else source
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}

@@ -50,7 +50,7 @@ class Writer:
         import train_gpt as tg
         from data.caseops import TRANSFORMS
         found = tg.unpack(artifact.read_bytes(), str(artifact))
-        self.tg, self.cfg = tg, tg.Config.from_env(env, {**vars(found.model), "preset": found.preset})
+        self.tg, self.cfg = tg, tg.Config.from_env(env, found.knobs)
         self.run, path = tg.Run(self.cfg, {}, log=False), tg.tokenizer_path(self.cfg)
         tg.TokenBytes.load(path, self.cfg.vocab_size)  # refuses another number of pieces
         self.sp, name = tg.load_sentencepiece(path), str(tg.manifest(self.cfg.dataset_dir).get("transform", "none"))
