@@ -1016,13 +1016,16 @@ def check_stamp(cfg: Config, run: Run):
     require(share <= MAX_SHARED, f"{folder}: {share:.1%} of the validation tokens are in documents that the training "
             f"shards hold, too: a score on them is void; fetch or prepare the data again (data/README.md)")
 
-def find_validation(cfg: Config, digest: str) -> Path:
-    """The dataset whose validation shards have this digest: the config's, or one beside it; else `UserError`."""
+def on_its_data(cfg: Config, digest: str, env: Mapping) -> Config:
+    """The config on the dataset, its own or one beside it, whose validation shards have an artifact's digest; as it is
+    where DATA_PATH names a folder or the artifact was made for none. `UserError` where there is none."""
+    if not digest or env.get("DATA_PATH"):
+        return cfg
     folders = [cfg.dataset_dir, *sorted(cfg.dataset_dir.parent.glob("*/"))]
     match = [folder for folder in folders if shards_sha256(folder, VALIDATION)[:16] == digest]
-    require(bool(match), f"EVAL_ONLY={cfg.eval_only}: no dataset in {cfg.dataset_dir.parent} has the validation shards "
-            f"that it was made for; DATA_PATH=FOLDER scores it on those in FOLDER, and says so")
-    return match[0]
+    require(bool(match), f"no dataset in {cfg.dataset_dir.parent} has the validation shards that the artifact was made "
+            f"for; DATA_PATH=FOLDER scores it on those in FOLDER, and says so")
+    return replace(cfg, data_path=str(match[0]))
 
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
@@ -3773,16 +3776,14 @@ def out_of_memory(cfg: Config, run: Run) -> Iterator:
 def main(arguments: Sequence[str], env: Mapping) -> int:
     """The whole program; returns the exit status (0 done, 2 user error, 3 diverged, 128 + the signal that ended it)."""
     try:
-        blob, stored = b"", {}
+        blob, stored, digest = b"", {}, ""
         if env.get("EVAL_ONLY"):
             path = Path(env["EVAL_ONLY"])
             require(path.is_file(), f"EVAL_ONLY={path}: no such file")
             blob = path.read_bytes()
             artifact = unpack(blob, str(path))
-            stored = artifact.knobs
-        cfg = configure(arguments, env, stored)
-        if blob and artifact.validation and not env.get("DATA_PATH"):
-            cfg = replace(cfg, data_path=str(find_validation(cfg, artifact.validation)))
+            stored, digest = artifact.knobs, artifact.validation
+        cfg = on_its_data(configure(arguments, env, stored), digest, env)
         with Run(cfg, env) as run, out_of_memory(cfg, run):
             with run.phase("setup"):
                 code_bytes = len(shipped_source(Path(__file__)))

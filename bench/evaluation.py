@@ -104,8 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     count = arguments[1] if len(arguments) > 1 else "20000"
     tg.require(count.isdecimal() and int(count) > 0, f"{count}: expected a number of targets, 1 or more")
     artifact = tg.unpack(Path(arguments[0]).read_bytes(), arguments[0])
-    stored = artifact.knobs
-    cfg = tg.Config.from_env(os.environ, stored)
+    cfg = tg.on_its_data(tg.Config.from_env(os.environ, artifact.knobs), artifact.validation, os.environ)
     with tg.Run(cfg, {}, log=False) as run:
         val = first_targets(tg.ValData.load(cfg, run), int(count))
         rows = way_rows(WAYS, artifact, val, cfg, run, machine(run))

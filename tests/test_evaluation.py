@@ -1,4 +1,5 @@
 """Windows cover every target once with enough context; the scorer equals a loop over documents one at a time."""
+import functools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -65,8 +66,8 @@ class Ranks:
         run.all_reduce = lambda t: t.copy_(sum(talk(t.clone())))
         run.broadcast_object = lambda value: talk(value)[0]
         run.all_gather_object = talk
-        run.all_gather = lambda own: (lambda full=torch.cat(talk(own)): full)
-        run.reduce_scatter = lambda full: (lambda own=sum(talk(full.clone())).chunk(world)[rank]: own)
+        run.all_gather = lambda own: functools.partial(torch.cat, talk(own))  # said now, waited for later
+        run.reduce_scatter = lambda full: functools.partial(lambda all: sum(all).chunk(world)[rank], talk(full.clone()))
         return run
 
 

@@ -66,7 +66,7 @@ def test_an_artifact_is_scored_on_other_data_only_if_that_is_said(single: Path, 
     shutil.copy(Path(dataset["data_path"]) / "fineweb_train_000000.bin",
                 tmp_path / "datasets" / "x" / "fineweb_val_000000.bin")
     assert tg.main([], env) == 2
-    assert "has the validation shards that it was made for; DATA_PATH=FOLDER" in capsys.readouterr().err
+    assert "has the validation shards that the artifact was made for; DATA_PATH=FOLDER" in capsys.readouterr().err
     assert tg.main([], {**env, "DATA_PATH": str(tmp_path / "datasets" / "x")}) == 0
     assert events(tmp_path, "verdict")[0]["other_validation"] is True
     assert "was made for other validation shards" in events(tmp_path, "warning")[0]["text"]

@@ -1,4 +1,4 @@
-"""The forward against a float64 restatement of its definition; causality, document isolation, unrolled layers, counts."""
+"""The forward against a float64 restatement of its definition; causality, isolation of documents, unrolled layers."""
 import collections
 import doctest
 import math

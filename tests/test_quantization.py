@@ -1,4 +1,4 @@
-"""GPTQ against the textbook algorithm in float64, the trellis against all paths; scales, costs, coverage of the model."""
+"""GPTQ against the textbook algorithm in float64, the trellis against all paths; scales, costs, what is covered."""
 import functools
 from types import SimpleNamespace
 

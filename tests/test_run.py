@@ -167,7 +167,8 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda good: good[:-1], lambda good: good[:-1] + bytes([good[-1] ^ 1]),
-                                    lambda good: b"", lambda good: b"\x80\x04K\x01."], ids=["cut", "bit", "empty", "pickle"])
+                                    lambda good: b"", lambda good: b"\x80\x04K\x01."],
+                         ids=["cut", "bit", "empty", "pickle"])
 def test_a_damaged_checkpoint_is_one_line(damage, tmp_path):
     path = tmp_path / "r.ckpt"
     tg.save_checkpoint(path, TENSORS, {"step": 3})

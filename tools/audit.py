@@ -690,8 +690,8 @@ def artifact_subject(path: Path, env: Mapping[str, str]) -> Subject:
     env = dict(env)
     module = load_module(Path(env.pop("SCRIPT", ROOT / "train_gpt.py")))
     artifact = module.unpack(path.read_bytes(), str(path))
-    stored = artifact.knobs
-    cfg = module.Config.from_env({"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off", **env}, stored)
+    cfg = module.Config.from_env({"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off", **env}, artifact.knobs)
+    cfg = module.on_its_data(cfg, artifact.validation, env)
     stream = module.TokenStream(cfg.dataset_dir, "fineweb_val")
     ids = stream.read(0, min(len(stream), 1 << 20)).astype(np.int64)
     model = module.GPT(artifact.model)
