@@ -393,8 +393,9 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
         for name in sorted(set(env) - set(known)):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.905 if len(name) > 10 else 0.88)
             near = near * (name not in ("COMPILER", "TYPE"))  # these are a build system's
+            near += [name.upper()] * (name.upper() in known and "_" in name)  # matrix_lr
             require(not near and not name.startswith(KNOB_PREFIXES), f"{name}={env[name]}: no such knob; did you mean "
-                    f"{''.join(difflib.get_close_matches(name, known, n=1, cutoff=0))}? (--help lists them all; "
+                    f"{''.join(near or difflib.get_close_matches(name, known, n=1, cutoff=0))}? (--help lists them; "
                     f"`./run.sh train` translates the names that published commands use)")
         typed = {name: parse(name, kind, env[name.upper()]) for name, kind in names.items() if name.upper() in env}
         preset = typed.get("preset", stored.get("preset", "record"))
@@ -478,16 +479,23 @@ class Ranks:
     """This process among the others, and what they say to each other. Raises `LocalError` for a rank without a GPU."""
 
     def __init__(self, cfg, env: Mapping):
-        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        told = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"),
+                                                                   ("WORLD_SIZE", "1"))}
+        words = " ".join(f"{name}={value}" for name, value in told.items())
+        require(all(value.isdecimal() for value in told.values()) and int(told["RANK"]) < int(told["WORLD_SIZE"]),
+                f"{words}: expected numbers, and a rank below the world's size, as torchrun sets them", LocalError)
+        self.rank, self.world = int(told["RANK"]), int(told["WORLD_SIZE"])
         self.is_main, self.is_cuda, self.device = self.rank == 0, False, torch.device("cpu")
         if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
-            local, count = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            local, count = int(told["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= count:
                 raise LocalError(f"DEVICE={cfg.device}: no GPU for local rank {local}, torch sees {count}; lower "
                                  f"--nproc_per_node, or set DEVICE=cpu")
             self.is_cuda, self.device = True, torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.world > 1:
+            require(bool(env.get("MASTER_ADDR") and env.get("MASTER_PORT")),
+                    f"{words}: MASTER_ADDR or MASTER_PORT is missing; start with torchrun, or unset these", LocalError)
             limit = datetime.timedelta(seconds=cfg.dist_timeout_seconds)
             store = next(dist.rendezvous("env://", timeout=limit))[0]
             # A restart of torchrun finds the store of the attempt before it: gloo would call ports that are closed.

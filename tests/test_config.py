@@ -204,6 +204,8 @@ def test_a_misspelt_knob_is_refused_and_the_nearest_is_named():
         for name in names:
             if name.lower() not in KINDS:
                 assert refusal({name: "1"}).startswith(f"{name}=1: no such knob; did you mean {knob}?")
+    assert "did you mean MATRIX_LR?" in refusal({"matrix_lr": "0.1"})
+    assert config("") == tg.Config.from_env({"device": "x"})
 
 
 @pytest.mark.parametrize("name", ["GPTQ_RESERVE", "MUON_FOO", "ATTN_GATES_ON", "WARMDOWN_TOKENS", "QK_GAIN",

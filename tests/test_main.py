@@ -101,6 +101,16 @@ def test_a_rank_that_has_no_gpu_says_so(capsys, monkeypatch):
     assert "no GPU for local rank 5, torch sees 4; lower --nproc_per_node" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("launcher, said", [
+    ({"RANK": "1"}, "RANK=1 LOCAL_RANK=0 WORLD_SIZE=1: expected numbers"),
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: expected"), ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT")])
+def test_what_a_launcher_should_have_set_is_one_line(launcher, said, dataset, tmp_path, capsys):
+    assert tg.main([], {**environment(dataset, tmp_path), **launcher}) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("function, phase, remedy", [
     ("muon_momentum", "train step 1", "MICRO_BATCH_TOKENS=128"), ("adapted_score", "score", "TTT_BATCH_SIZE=64"),
     ("plan_windows", "score_ema", "VAL_BATCH_TOKENS=1024")])
