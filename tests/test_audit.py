@@ -246,8 +246,7 @@ REHEARSED = {
     "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
                                         'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}),
     "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {("A2", "accounting")}),
-    "training data while scoring": ([("    val = ValData.load(cfg, run)\n        run.log(\"val_data\"",
-                                      "    val = ValData.load(cfg, run)\n        TokenStream(cfg.dataset_dir, "
+    "training data while scoring": ([('        run.log("val_data"', "        TokenStream(cfg.dataset_dir, "
                                       '"fineweb_train").read(0, 9)\n        run.log("val_data"')],
                                     {("A2", "accounting")}),
     "the specimen of records/pr1485_illegal": ([], {("A2", "C3")}),
