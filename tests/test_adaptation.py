@@ -24,7 +24,7 @@ def tiny(**knobs: object) -> tg.Config:
 
 
 # Lengths of a stream's documents: several chunks, one chunk, no target of its own but the next start.
-FIVE = [70, 9, 41, 1, 30, 66]
+FIVE = [48, 9, 26, 1, 20, 40]
 ALONE = dict(phased_ttt_num_phases=0, ngram_base_beta=0)  # nothing shared learns, no tilt
 
 
@@ -53,10 +53,9 @@ ANY_MODE = pytest.mark.parametrize("mode", MODES)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("on", ["q,k,v,o,mlp,head", "k,head"])
-def test_adapters_that_have_not_learned_change_no_bit_and_each_has_a_place_of_its_own(on: str):
+def test_adapters_that_have_not_learned_change_no_bit_and_each_has_a_place_of_its_own():
     """Changing any one B changes the logits: none is dead, none is shared; looped blocks have several."""
-    cfg = tiny(**EVERYTHING, ttt_lora_on=on)
+    cfg = tiny(**EVERYTHING, ttt_lora_on="q,k,v,o,mlp,head")
     model = noisy(cfg)
     batch = tg.make_batch([np.array(document(s, 13), dtype=np.uint16) for s in (1, 2)], 2, 12)
     base, layers = tg.Weights(model, torch.float32), looped_layers(model)
@@ -64,8 +63,7 @@ def test_adapters_that_have_not_learned_change_no_bit_and_each_has_a_place_of_it
     plain = logits_of(model, batch, base)
     assert torch.equal(plain, logits_of(model, batch, w))
     parts = [part for site in w.sites.values() for part in site]
-    names = on.split(",")
-    assert len(parts) == len(layers) * (len(names) - ("head" in names)) + ("head" in names)
+    assert len(parts) == 5 * len(layers) + 1
     for _, _, b in parts:
         b.fill_(0.1)
         assert (logits_of(model, batch, w) - plain).abs().max() > 1e-4
@@ -116,22 +114,19 @@ def test_adaptation_equals_a_loop_over_documents_with_merged_matrices(run: tg.Ru
     assert (actual - plain).abs().max() > 0.05  # the comparison is about something
 
 
-@pytest.mark.parametrize("context", ["recompute", "cache"])
-def test_adapters_learn_from_a_document_that_repeats_itself(context: str, run: tg.Run):
-    cfg = tiny(ttt_lora_lr=0.01, ttt_context=context, **ALONE)
+def test_adapters_learn_from_a_document_that_repeats_itself_with_a_cache(run: tg.Run):
+    cfg = tiny(ttt_lora_lr=0.01, ttt_context="cache", **ALONE)
     ids = np.array([tg.BOS_ID, *[7, 300, 41, 7, 300, 88] * 20], dtype=np.uint16)
     val, model = tg.ValData(ids, np.array([0]), np.ones(len(ids) - 1, dtype=np.int32)), noisy(cfg)
-    learned = adapted(val, cfg, run, model)[0]
-    frozen = adapted(val, dataclasses.replace(cfg, ttt_lora_lr=0.0), run, model)[0]
-    assert torch.equal(learned[:8], frozen[:8])
-    assert learned[-40:].mean() < frozen[-40:].mean() - 1
+    learned, frozen = (adapted(val, dataclasses.replace(cfg, ttt_lora_lr=lr), run, model)[0] for lr in (0.01, 0.0))
+    assert torch.equal(learned[:8], frozen[:8]) and learned[-40:].mean() < frozen[-40:].mean() - 1
 
 
 # -- the cache -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache_len, size", [(100, 8), (12, 8), (5, 8), (33, 16), (8, 1)])
+@pytest.mark.parametrize("cache_len, size", [(100, 8), (5, 8), (33, 16)])
 def test_chunks_with_a_cache_equal_one_banded_forward(cache_len: int, size: int):
     """Chunk after chunk with keys and values kept = the whole document at once where tokens see so many ids back."""
     model, length = noisy(tiny(**EVERYTHING)), 48
@@ -165,49 +160,40 @@ def test_no_score_depends_on_a_later_id_or_on_where_its_document_ends(mode: str,
     """With everything that adapts switched on; the changed id's own target does change."""
     cfg, val = tiny(**EVERYTHING, **MODES[mode]), val_data(FIVE, vocab=40)
     before = adapted(val, cfg, run)[0]
-    for at in (3, 75, 200, len(val.ids) - 1):
-        ids = val.ids.copy()
-        ids[at] = 3 + (ids[at] + 11) % 37
-        after = adapted(val._replace(ids=ids), cfg, run)[0]
-        torch.testing.assert_close(after[:at - 1], before[:at - 1], rtol=0, atol=1e-5)
-        assert after[at - 1] != before[at - 1]
-    for at in (31, 100):  # a start more, and the one after it gone: as many documents as before
+    for at, moves in ((53, False), (130, False), (31, True)):
         ids, starts = val.ids.copy(), val.starts.copy()
-        moved = int(np.searchsorted(starts, at))
-        ids[starts[moved]], ids[at], starts[moved] = 37, tg.BOS_ID, at
+        if moves:  # a start more, and the one after it gone: as many documents as before
+            moved = int(np.searchsorted(starts, at))
+            ids[starts[moved]], starts[moved] = 37, at
+        ids[at] = tg.BOS_ID if moves else 3 + (ids[at] + 11) % 37
         after = adapted(val._replace(ids=ids, starts=starts), cfg, run)[0]
         torch.testing.assert_close(after[:at - 1], before[:at - 1], rtol=0, atol=1e-5)
+        assert after[at - 1] != before[at - 1]
 
 
 @ANY_MODE
 def test_every_target_has_one_distribution_whatever_it_is(mode: str, run: tg.Run):
     """The probabilities of all ids that could stand at a place, each scored by a run of its own, sum to one."""
-    cfg, val = tiny(**{**MODES[mode], "vocab_size": 16, "ngram_rules": "1:0.3:1"}), val_data([30, 25], vocab=16)
-    for at in (1, 45):
-        total = 0.0
-        for id_ in range(16):
-            ids = np.append(val.ids[:at], [id_]).astype(np.uint16)
-            cut = tg.ValData(ids, val.starts[val.starts < at], np.full(at, 3, dtype=np.int32))
-            total += math.exp(-adapted(cut, cfg, run)[0][at - 1].item())
-        assert total == pytest.approx(1, abs=1e-4)
+    cfg, val = tiny(**{**MODES[mode], "vocab_size": 12, "ngram_rules": "1:0.3:1"}), val_data([22, 20], vocab=12)
+    cuts = [tg.ValData(np.append(val.ids[:37], [last]).astype(np.uint16), val.starts, val.target_bytes[:37])
+            for last in range(12)]
+    total = sum(math.exp(-adapted(cut, cfg, run)[0][-1].item()) for cut in cuts)
+    assert total == pytest.approx(1, abs=1e-4)
 
 
 @ANY_MODE
 def test_the_score_does_not_depend_on_batch_ranks_or_chance(mode: str, run: tg.Run):
     """One row at a time, or all; two ranks; the ledger tells what was learned but not who did it."""
-    val, model, cfg = val_data([40, 9, 41, 1, 30, 66, 20]), noisy(tiny()), tiny(**MODES[mode])
-    results = [adapted(val, tiny(**MODES[mode], ttt_batch_size=rows, val_batch_tokens=tokens), run, model)
-               for rows, tokens in ((2, 8), (64, 8 * 32 * 64))]
-    results += by_ranks(2, cfg, lambda one: adapted(val, cfg, one, model))
-    for nats, _, digest in results[1:]:
-        torch.testing.assert_close(nats, results[0][0], rtol=1e-4, atol=2e-3)
-        assert digest == results[0][2]
-    assert torch.equal(adapted(val, tiny(**MODES[mode], ttt_batch_size=2, val_batch_tokens=8), run, model)[0],
-                       results[0][0])
+    val, model, cfg = val_data(FIVE), noisy(tiny()), tiny(**MODES[mode])
+    first, _, expected = adapted(val, tiny(**MODES[mode], ttt_batch_size=2, val_batch_tokens=8), run, model)
+    for nats, _, digest in by_ranks(2, cfg, lambda one: adapted(val, cfg, one, model)):
+        torch.testing.assert_close(nats, first, rtol=1e-4, atol=2e-3)
+        assert digest == expected
 
 
 def test_the_digest_tells_what_was_learned(run: tg.Run):
-    digests = {mode: adapted(val_data(FIVE), tiny(**MODES[mode]), run)[2] for mode in MODES}
+    digests = {mode: adapted(val_data([20, 9, 12, 9, 10]), tiny(**MODES[mode], phased_ttt_prefix_docs=4), run)[2]
+               for mode in MODES}
     assert len(set(digests.values())) == 4  # the context of adapters changes nothing about it
     assert digests["lora, cached"] == digests["lora, recomputed"] and digests["phases"] == digests["phases, cached"]
 
@@ -216,13 +202,12 @@ def test_the_digest_tells_what_was_learned(run: tg.Run):
 def test_documents_of_a_phase_do_not_see_each_other_and_a_phase_changes_later_ones_alone(context: str, run: tg.Run):
     """Two phases end after documents 2 and 5 of six; what follows is scored by changed weights."""
     cfg, val = tiny(ttt_context=context, **ALONE), val_data(FIVE)
-    before = adapted(val, cfg, run)[0]
-    ids, own = val.ids.copy(), torch.arange(val.num_targets)
-    ids[val.starts[2] + 1:val.starts[3]] = document(99, FIVE[2])[1:]
-    after = adapted(val._replace(ids=ids), cfg, run)[0]
-    own = (own >= val.starts[2]) & (own < val.starts[3])
-    torch.testing.assert_close(after[~own], before[~own], rtol=0, atol=1e-5)
-    assert (after[own] != before[own]).float().mean() > 0.9
+    before, ids, own = adapted(val, cfg, run)[0], val.ids.copy(), slice(*val.starts[2:4].tolist())
+    ids[own] = document(99, FIVE[2])
+    changed = adapted(val._replace(ids=ids), cfg, run)[0] - before
+    assert (changed[own] != 0).float().mean() > 0.9
+    changed[own] = 0
+    torch.testing.assert_close(changed, torch.zeros_like(changed), rtol=0, atol=1e-5)
     phased, edge = adapted(val, dataclasses.replace(cfg, phased_ttt_num_phases=2), run)[0], int(val.starts[2])
     torch.testing.assert_close(phased[:edge], before[:edge], rtol=0, atol=1e-5)
     assert ((phased - before)[edge:].abs() > 1e-4).float().mean() > 0.8
@@ -262,28 +247,26 @@ def test_chunked_sgd_equals_a_plain_loop(run: tg.Run, monkeypatch: pytest.Monkey
 
 
 def slow_hints(ids: list[int], rules: list[tuple[int, float, int]]) -> list[tuple[int, float] | None]:
-    """(hint, share) of every target by dictionaries, target after target; the longest rule that qualifies wins."""
-    tables = {n: collections.defaultdict(lambda: [collections.Counter(), 0, None, 0]) for n, _, _ in rules}
+    """(hint, share) of every target, from all that followed its context before; the longest rule that qualifies wins.
+
+    Of ids that followed equally often, the one that was first to do so is the hint.
+    """
     out: list[tuple[int, float] | None] = []
     for t in range(len(ids) - 1):
         hint = None
-        for n, least_share, least_count in sorted(rules, reverse=True):
-            if t + 1 >= n and hint is None:
-                _, seen, best, count = tables[n][tuple(ids[t + 1 - n:t + 1])]
-                if seen >= least_count and count / max(1, seen) >= least_share:
-                    hint = (best, count / seen)
+        for n, least_share, least_count in sorted(rules):
+            counts, best = collections.Counter(), None
+            for s in range(n - 1, t if t + 1 >= n else 0):
+                if ids[s + 1 - n:s + 1] == ids[t + 1 - n:t + 1]:
+                    counts[ids[s + 1]] += 1
+                    best = ids[s + 1] if best is None or counts[ids[s + 1]] > counts[best] else best
+            if counts.total() >= least_count and counts[best] / max(1, counts.total()) >= least_share:
+                hint = (best, counts[best] / counts.total())
         out.append(hint)
-        for n, _, _ in rules:
-            if t + 1 >= n:
-                entry = tables[n][tuple(ids[t + 1 - n:t + 1])]
-                entry[0][ids[t + 1]] += 1
-                entry[1] += 1
-                if entry[0][ids[t + 1]] > entry[3]:
-                    entry[2], entry[3] = ids[t + 1], entry[0][ids[t + 1]]
     return out
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(ids=st.lists(st.integers(0, 3), min_size=2, max_size=120), by_share=st.booleans(),
                   rules=st.sampled_from(["1:0.3:1", "2:0.5:2,1:0.9:3", "3:0.5:1,4:0.6:2,5:1.0:1", "8:0.5:1,11:0.4:2",
                                          "7:0.2:1"]))
@@ -297,14 +280,14 @@ def test_hints_are_those_of_dictionaries_filled_step_by_step(ids: list[int], by_
             assert hints[t] == expected[0] and betas[t] == pytest.approx(2 * expected[1] ** by_share, rel=1e-6)
 
 
-def test_long_streams_of_large_ids_do_not_overflow():
+def test_hints_of_long_streams_of_large_ids_do_not_overflow():
     ids = torch.from_numpy(np.random.default_rng(0).integers(60_000, 65_536, 5000))
     ids[2500:] = ids[:2500]
     hints, betas = tg.ngram_hints(ids, tiny(vocab_size=65_536, ngram_rules="16:0.5:1"))
     assert (betas[2515:] == 2).all() and torch.equal(hints[2515:], ids[2516:].int()) and (betas[:2500] == 0).all()
 
 
-def test_the_tilted_distribution_is_the_formula_and_sums_to_one():
+def test_the_tilted_distribution_is_the_formula():
     torch.manual_seed(0)
     logits, softcap = 20 * torch.randn(6, 11), 15.0
     p = torch.softmax(softcap * torch.tanh(logits.double() / softcap), dim=-1)
@@ -313,28 +296,14 @@ def test_the_tilted_distribution_is_the_formula_and_sums_to_one():
     nats = tg.softcapped_cross_entropy(spread, targets, softcap)
     tilt = tg.tilted(nats, spread, targets, hints.repeat_interleave(11), betas.repeat_interleave(11), softcap)
     q = torch.exp(-tilt.double()).view(6, 11)
-    torch.testing.assert_close(q.sum(1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-5)
     boosted = torch.where(torch.arange(11) == hints[:, None], p * betas[:, None].double().exp(), p)
     torch.testing.assert_close(q, boosted / boosted.sum(1, keepdim=True), rtol=1e-4, atol=1e-7)
-
-
-def test_the_tilt_changes_hinted_targets_alone_and_pays_on_repeats(run: tg.Run):
-    cfg = tiny(ttt="none", ngram_rules="3:0.5:1")
-    val, model = val_data([60, 60]), noisy(tiny())
-    val.ids[61:120] = val.ids[1:60]  # the second document repeats the first
-    plain = adapted(val, dataclasses.replace(cfg, ngram_base_beta=0.0), run, model)[0]
-    tilt = adapted(val, cfg, run, model)[0]
-    hinted = tg.ngram_hints(torch.from_numpy(val.ids.astype(np.int64)), cfg)[1] > 0
-    assert hinted[63:119].all() and not hinted[:60].any()
-    assert torch.equal(tilt[~hinted], plain[~hinted])
-    assert (plain - tilt)[hinted].mean() > 1.5  # of at most beta = 2 nats
 
 
 # -- batches, ranks, budget ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", ["cache", "recompute"])
-@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("world, context", [(1, "cache"), (8, "recompute")])
 def test_every_document_is_in_one_batch_that_reaches_its_end_and_ranks_end_level(world: int, context: str):
     """On as many documents as eight ranks score, the costliest rank exceeds the mean by less than 3 %."""
     lengths = np.append(web_lengths(50_000), [0, 1])
@@ -350,7 +319,7 @@ def test_every_document_is_in_one_batch_that_reaches_its_end_and_ranks_end_level
     assert max(loads) < 1.03 * sum(loads) / world
 
 
-@pytest.mark.parametrize("mode", ["lora, cached", "phases", "sgd"])
+@pytest.mark.parametrize("mode", ["phases", "sgd"])
 def test_past_the_budget_everything_is_scored_and_nothing_adapts(mode: str, run: tg.Run):
     _, ledger, _ = adapted(val_data(FIVE), tiny(**MODES[mode], eval_seconds_budget=1e-9), run)
     events = np.concatenate(ledger.events)
