@@ -3,9 +3,9 @@
     ./run.sh bench fuzz [SECONDS] [TARGET ...]         guided by coverage (atheris; Linux): so long each target, 60 s
     ./run.sh bench fuzz --mutations N [TARGET ...]     N mutants of valid files with a fixed seed: what became of them
 
-An input passes if it is accepted, or refused in one line (`UserError`; the readers of `records/` have names of their
-own for it), with less than 64 MiB of memory and 10 s of one core. What breaks that is written to
-`tests/corpus/<target>/`, where a test reads it ever after. What the guided search has learnt stays in `logs/fuzz/`.
+An input passes if it is accepted, or refused in one line (`UserError`, `ToolError`), with less than 64 MiB of memory
+and 10 s of one core. What breaks that is written to `tests/stress/corpus/<target>/`, where a test reads it ever after.
+What the guided search has learnt stays in `logs/fuzz/`.
 """
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -56,6 +55,10 @@ SMALL = tg.ModelKnobs(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, nu
 """Every kind of tensor in 4 KB."""
 
 
+REFUSALS = (tg.UserError, ToolError)
+"""What readers raise to refuse: one line for the user."""
+
+
 class BrokenPromise(Exception):
     """What a reader must not do."""
 
@@ -69,9 +72,14 @@ def read_sealed_artifact(blob: bytes, folder: Path) -> object:
         return {name: values.numpy().tobytes() for name, values in tg.unpack(blob, "the file").tensors.items()}
 
 
+def sealed(body: bytes) -> bytes:
+    """An artifact of these bytes and the digest that fits them."""
+    return body + hashlib.blake2b(body, digest_size=tg.DIGEST_BYTES).digest()
+
+
 def read_artifact(body: bytes, folder: Path) -> object:
     """The same with a digest that fits whatever comes before it."""
-    return read_sealed_artifact(body + hashlib.blake2b(body, digest_size=tg.DIGEST_BYTES).digest(), folder)
+    return read_sealed_artifact(sealed(body), folder)
 
 
 def read_header(text: bytes, folder: Path) -> object:
@@ -257,16 +265,19 @@ def histograms() -> list[bytes]:
 
 def shards() -> list[bytes]:
     """One shard."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_shard(Path(folder) / "a.bin", np.array([tg.BOS_ID, *range(2, 60), tg.BOS_ID, 4, 511]))
-        return [(Path(folder) / "a.bin").read_bytes()]
+    return [bytes_of(lambda path: write_shard(path, np.array([tg.BOS_ID, *range(2, 60), tg.BOS_ID, 4, 511])))]
 
 
 def checkpoints() -> list[bytes]:
     """One checkpoint."""
+    return [bytes_of(lambda path: tg.save_checkpoint(path, EXPECTED, {"step": 3}))]
+
+
+def bytes_of(write: Callable[[Path], object]) -> bytes:
+    """What this function writes into the file that it is given."""
     with tempfile.TemporaryDirectory() as folder:
-        tg.save_checkpoint(path := Path(folder) / "a.ckpt", EXPECTED, {"step": 3})
-        return [path.read_bytes()]
+        write(Path(folder) / "file")
+        return (Path(folder) / "file").read_bytes()
 
 
 @functools.lru_cache(None)
@@ -314,7 +325,7 @@ def submission_files() -> dict[str, bytes]:
                "run_id": "a", "seconds": 5.0}
     lines = [start, {"event": "config", "preset": "demo", "vocab_size": 64, "seed": 1, "max_wallclock_seconds": 9},
              {"event": "phase", "name": "train", "seconds": 3.0, "phase_seconds": 3.0},
-             {"event": "train_end", "steps": 3, "train_seconds": 3.0},
+             {"event": "train_end", "steps": 3, "train_seconds": 3.0, "tokens": 96, "train_loss": 4.5},
              {"event": "artifact", "sha256": "ab", "path": "x", "weight_bytes": 9, "streams": {"int8": [9, 9]}},
              {"event": "phase", "name": "write", "seconds": 4.0, "phase_seconds": 1.0},
              {"event": "val_data", "documents": 2, "targets": 42, "bytes": 101,
@@ -358,44 +369,36 @@ class Target(NamedTuple):
     """Valid inputs, and some that are not."""
     json: bool = False
     """Whether mutants are made of parsed JSON, a value a line, too."""
-    guided: bool = True
-    """Whether coverage can be seen."""
-    sealed: Callable[[bytes, Path], object] | None = None
-    """`read` where a checksum guards the bytes: nothing but the seeds may be accepted, and as they are."""
-    seal: Callable[[bytes], bytes] = bytes
-    """A seed with that checksum."""
+    sealed: bool = False
+    """Whether a checksum guards the bytes: nothing but the seeds may be accepted, and as they are."""
 
 
-def submission_target(name: str, seeds: Callable[[], list[bytes]] | None = None, json: bool = False) -> Target:
-    """A file of a submission's folder."""
-    return Target(functools.partial(read_submission, name), seeds or (lambda: [submission_files()[name]]), json)
+def submission_target(name: str) -> Target:
+    """A file of a submission's folder in JSON."""
+    return Target(functools.partial(read_submission, name), lambda: [submission_files()[name]], json=True)
 
 
 TARGETS: dict[str, Target] = {
-    "artifact": Target(read_artifact, artifacts, sealed=read_sealed_artifact, seal=lambda body: body +
-                       hashlib.blake2b(body, digest_size=tg.DIGEST_BYTES).digest()),
+    "artifact": Target(read_artifact, artifacts),
+    "sealed_artifact": Target(read_sealed_artifact, lambda: [sealed(body) for body in artifacts()], sealed=True),
     "header": Target(read_header, headers, json=True),
     "range": Target(functools.partial(read_codes, "range"), lambda: code_streams("range")),
     "histograms": Target(read_histograms, histograms),
     "brotli": Target(functools.partial(read_codes, "brotli"), lambda: code_streams("brotli")),
-    "shard": Target(read_shard, shards, sealed=read_sealed_shard),
+    "shard": Target(read_shard, shards),
+    "sealed_shard": Target(read_sealed_shard, shards, sealed=True),
     "checkpoint": Target(read_checkpoint, checkpoints),
     "manifest": Target(read_manifest, manifests, json=True),
     "stamp": Target(read_stamp, stamps, json=True),
     "tokenizer": Target(read_tokenizer, tokenizers),
-    "log": submission_target("train_seed1.jsonl", json=True),
-    "submission": submission_target("submission.json", json=True),
-    "source": submission_target("train_gpt.py", sources),
-    "config": Target(read_config, envs, guided=False),
+    "log": submission_target("train_seed1.jsonl"),
+    "submission": submission_target("submission.json"),
+    "source": Target(functools.partial(read_submission, "train_gpt.py"), sources),
+    "config": Target(read_config, envs),
 }
 
 
 # -- one input ------------------------------------------------------------------------------------------
-
-
-def refusals() -> tuple[type[Exception], ...]:
-    """What readers raise to refuse: one line for the user."""
-    return (tg.UserError, ToolError)
 
 
 def peak() -> int:
@@ -419,22 +422,20 @@ def warm(name: str) -> None:
         TARGETS[name].read(TARGETS[name].seeds()[0], Path(folder))
 
 
-def judge(name: str, data: bytes, folder: Path, sealed: bool = False) -> tuple[str, object]:
+def judge(name: str, data: bytes, folder: Path) -> tuple[str, object]:
     """("accepted", what was read) or ("refused", why); `BrokenPromise` or any other exception: a defect."""
-    read, allowed = (TARGETS[name].sealed if sealed else None) or TARGETS[name].read, refusals()
     warm(name)
     before, start = reset_peak(), time.process_time()
     try:
-        outcome = "accepted", read(data, folder)
-    except allowed as error:
+        outcome = "accepted", TARGETS[name].read(data, folder)
+    except REFUSALS as error:
         outcome = "refused", str(error)
         if "\n" in str(error).strip() or not str(error).strip():
             raise BrokenPromise(f"{type(error).__name__} of other than one line: {str(error)[:200]!r}") from error
     took, spent = peak() - before, time.process_time() - start
-    if took > MEMORY:
-        raise BrokenPromise(f"{took >> 20} MiB for {len(data)} bytes; {outcome[0]}: {str(outcome[1])[:200]}")
-    if spent > SECONDS:
-        raise BrokenPromise(f"{spent:.1f} s for {len(data)} bytes; {outcome[0]}: {str(outcome[1])[:200]}")
+    if took > MEMORY or spent > SECONDS:
+        raise BrokenPromise(f"{took >> 20} MiB and {spent:.1f} s for {len(data)} bytes; {outcome[0]}: "
+                            f"{str(outcome[1])[:200]}")
     return outcome
 
 
@@ -502,58 +503,49 @@ def json_mutant(rng: random.Random, data: bytes) -> bytes:
         return data
 
 
-def mutants(name: str, count: int) -> Iterator[tuple[bytes, bytes, bool]]:
-    """(seed, mutant, whether the checksum is the seed's) of so many mutants, the same in every run."""
+def mutants(name: str, count: int) -> Iterator[tuple[bytes, bytes]]:
+    """(seed, mutant) of so many mutants, the same in every run."""
     target, rng = TARGETS[name], random.Random(name)
     seeds = target.seeds()
-    for number in range(count):
-        sealed = target.sealed is not None and number % 2 == 0
-        seed = target.seal(rng.choice(seeds)) if sealed else rng.choice(seeds)
-        data = seed
-        while data == seed:
+    for _ in range(count):
+        seed = data = rng.choice(seeds)
+        while data in seeds:
             data = json_mutant(rng, seed) if target.json and rng.random() < 0.7 else mutant(rng, seed, seeds)
-        yield seed, data, sealed
+        yield seed, data
 
 
-def compare(name: str, seed: bytes, data: bytes, sealed: bool) -> str:
+def compare(name: str, seed: bytes, data: bytes) -> str:
     """What became of a mutant: refused, "accepted, identical" or "accepted, different"."""
     with tempfile.TemporaryDirectory() as folder:
-        outcome, found = judge(name, data, Path(folder), sealed)
-        if outcome == "refused":
-            return outcome
+        found = judge(name, data, Path(folder))
+    if found[0] == "refused":
+        return "refused"
     with tempfile.TemporaryDirectory() as folder:
-        same = judge(name, seed, Path(folder), sealed) == (outcome, found)
-    return f"accepted, {'identical' if same else 'different'}"
+        return f"accepted, {'identical' if judge(name, seed, Path(folder)) == found else 'different'}"
 
 
-def tally(name: str, count: int) -> list[Row]:
-    """The table's rows of one target. A worker reads, so that a crash of a library is counted and survived."""
-    found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+def tally(name: str, count: int) -> Row:
+    """The table's row of one target. A worker reads, so that a crash of a library is counted and survived."""
+    found = dict.fromkeys(("refused", "accepted, identical", "accepted, different", "defect", "crash"), 0)
     pool = None
-    for seed, data, sealed in mutants(name, count):
+    for seed, data in mutants(name, count):
         pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=limit_memory)
         try:
-            outcome = pool.submit(compare, name, seed, data, sealed).result(20 * SECONDS)
+            outcome = pool.submit(compare, name, seed, data).result(20 * SECONDS)
         except BrokenProcessPool:
             outcome, pool = "crash", None
         except Exception as error:
             outcome = "defect"
             print(f"fuzz: {name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
-        if outcome in ("crash", "defect") or sealed and outcome == "accepted, different":
-            keep(name, data)
-        found[sealed][outcome] += 1
+        if TARGETS[name].sealed and outcome == "accepted, different":
+            outcome = "defect"
+        if outcome in ("crash", "defect"):
+            (CORPUS / name).mkdir(parents=True, exist_ok=True)
+            (CORPUS / name / f"find-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+        found[outcome] += 1
     if pool:
         pool.shutdown()
-    return [{"target": name, "checksum": "as it was" if sealed else "fits" if TARGETS[name].sealed else "-",
-             "mutants": sum(counts.values()), **{kind: counts[kind] for kind in (
-                 "refused", "accepted, identical", "accepted, different", "defect", "crash")}}
-            for sealed, counts in found.items() if counts]
-
-
-def keep(name: str, data: bytes) -> None:
-    """Leave an input that broke something to the tests."""
-    (CORPUS / name).mkdir(parents=True, exist_ok=True)
-    (CORPUS / name / f"find-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+    return {"target": name, "mutants": count, **found}
 
 
 def limit_memory() -> None:
@@ -581,8 +573,7 @@ def guided(name: str, seconds: int) -> None:
     """Fuzz one target; does not return."""
     import atheris
     target = TARGETS[name]
-    refusals()
-    for module in ("train_gpt", "verify", "submission", "evidence", "logs", "summary"):
+    for module in ("train_gpt", "data.verify", "tools.submission", "tools.evidence", "tools.logs", "tools.launch"):
         instrument(importlib.import_module(module), atheris)
     work = ROOT / "logs" / "fuzz" / name
     for folder in (work, CORPUS / name):
@@ -608,17 +599,17 @@ def search(name: str, seconds: int) -> Row:
     """One target in a process of its own: inputs tried, branches seen, what was found."""
     log = ROOT / "logs" / "fuzz" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = {path.name for path in (CORPUS / name).glob("find-*")}
+    before = set((CORPUS / name).glob("find-*"))
     with log.open("wb") as file:
-        done = subprocess.run([sys.executable, "-m", "bench.fuzz", "--guided", name, "--seconds", str(seconds)],
-                              cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    said = log.read_text(errors="replace")
-    stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", said))
-    seen = re.findall(r"cov: (\d+)", said)
-    found = sorted({path.name for path in (CORPUS / name).glob("find-*")} - before)
-    return {"target": name, "inputs": int(stats.get("number_of_executed_units", 0)), "branches": int(seen[-1]) if seen
-            else None, "found": ", ".join(found) or (f"status {done.returncode}, see {log}" if done.returncode else
-                                                     "nothing")}
+        done = subprocess.run([sys.executable, "-m", "tests.stress.fuzz", "--guided", name, str(seconds)], cwd=ROOT,
+                              stdout=file, stderr=subprocess.STDOUT)
+    text = log.read_text(errors="replace")
+    inputs, branches = ([0, *map(int, re.findall(pattern, text))][-1] for pattern in
+                        (r"stat::number_of_executed_units:\s+(\d+)", r"cov: (\d+)"))
+    found = [path.name for path in sorted(set((CORPUS / name).glob("find-*")) - before)]
+    if done.returncode and not found:
+        found = [f"status {done.returncode}, see {log}"]
+    return {"target": name, "inputs": inputs, "branches": branches, "found": ", ".join(found) or "nothing"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -626,24 +617,22 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run.sh bench fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("words", nargs="*", metavar="SECONDS | TARGET", help=f"targets: {', '.join(TARGETS)}")
     parser.add_argument("--mutations", type=int, metavar="N", help="mutants of each target, without coverage")
-    parser.add_argument("--guided", choices=TARGETS, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=int, default=60, help=argparse.SUPPRESS)
+    parser.add_argument("--guided", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.guided:
-        guided(given.guided, given.seconds)
-    names = [word for word in given.words if not word.isdecimal()]
+    seconds = next((int(word) for word in given.words if word.isdecimal()), 60)
+    names = [word for word in given.words if not word.isdecimal()] or list(TARGETS)
     for name in names:
         tg.require(name in TARGETS, f"{name}: no such target; expected some of {', '.join(TARGETS)}")
+    if given.guided:
+        guided(names[0], seconds)
     if given.mutations:
-        rows = [row for name in names or TARGETS for row in tally(name, given.mutations)]
+        rows = [tally(name, given.mutations) for name in names]
         show(f"{given.mutations:,} mutants of each target", rows)
-        return int(any(row["defect"] or row["crash"] or row["checksum"] == "as it was" and row["accepted, different"]
-                       for row in rows))
+        return int(any(row["defect"] or row["crash"] for row in rows))
     tg.require(importlib.util.find_spec("atheris") is not None, "atheris is missing: it has wheels for Python 3.10 to "
                "3.13 on Linux x86-64; --mutations N needs no coverage")
-    seconds = next((int(word) for word in given.words if word.isdecimal()), given.seconds)
     rows = []
-    for name in names or [name for name, target in TARGETS.items() if target.guided]:
+    for name in names:
         rows.append(search(name, seconds))
         show(name, rows[-1:])
     show(f"{seconds} s for each target", rows)
