@@ -331,7 +331,7 @@ def summary(target: Path) -> str:
     """What was made, for people."""
     manifest = read_manifest(target)
     lines = ["{:<12}".format("made") + "; ".join(
-        f"{side}: {manifest[side]['documents']:,} documents, {manifest[side]['tokens']:,} tokens" for side in SIDES)]
+        f"{side} {manifest[side]['tokens']:,} tokens in {manifest[side]['documents']:,} texts" for side in SIDES)]
     sizes = [f"{name} {size['bits_per_byte']:.4f}" for name, size in (manifest["compressors"] or {}).items()]
     if sizes:
         lines.append(f"{'to beat':<12}{', '.join(sizes)} bits a byte of the validation text")

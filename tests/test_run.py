@@ -89,9 +89,14 @@ def test_a_full_disk_ends_no_run_and_costs_no_line_once_there_is_room(run, capsy
     assert [line.split()[1] for line in run.path(".txt").read_text().splitlines()] == names
 
 
-def test_only_rank_0_writes(tmp_path, capsys):
+def test_only_rank_0_writes(tmp_path, capsys, monkeypatch):
     """Neither files nor the screen."""
-    with tg.Run(tiny(log_dir=str(tmp_path / "logs"), run_id="r"), {"RANK": "1"}) as run:
+    def second(self, cfg, env, begin=tg.Ranks.__init__):
+        begin(self, cfg, env)
+        self.rank, self.is_main = 1, False
+
+    monkeypatch.setattr(tg.Ranks, "__init__", second)
+    with tg.Run(tiny(log_dir=str(tmp_path / "logs"), run_id="r"), {}) as run:
         with run.phase("a", "train"):
             run.log("event", x=1)
         assert run.progress(1, "bar", "step").disable

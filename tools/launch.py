@@ -242,9 +242,9 @@ def demo(env: dict[str, str]) -> int:
     print("\nIt writes:")
     for text in sample.samples(artifact_of(env)):
         print(textwrap.fill(" ".join(text.split()), 80, initial_indent="  ", subsequent_indent="  "))
-    print(f"""Next: ./run.sh sample {env["RUN_ID"]} "def"    what it writes
-      ./run.sh train PRESET=demo SEED=42 MATRIX_LR=0.02    other values (./run.sh knobs)
-      ./run.sh data text FILES... --name mine              your own text""")
+    print(f"""Next: ./run.sh sample {env["RUN_ID"]} "def"   more of it
+      ./run.sh train PRESET=demo MATRIX_LR=0.02   other values (./run.sh knobs)
+      ./run.sh data text FILES... --name mine     your own text""")
     return 0
 
 
