@@ -1,6 +1,5 @@
 """Artifact: bytes to identical logits, hostile bytes to one clear line, shipped source, fit to the cap."""
 import ast
-import dataclasses
 import hashlib
 import json
 import lzma
@@ -20,38 +19,19 @@ from conftest import ROOT, batch_of, tiny
 from hypothesis import strategies as st
 from test_model import EVERYTHING, document, logits_of, noisy
 from test_quantization import quantize, unit_sums
-from torch import Tensor
 
 import train_gpt as tg
+from tests.stress import fuzz
 
-SMALL = dict(vocab_size=512, num_layers=2, model_dim=16, num_loops=0, parallel_start_layer=1, rope_dims=4,
-             trellis_states=4)
 FIXED = tg.ARTIFACT_HEAD.size
 BOMB = brotli.compress(bytes(10**8), quality=1)  # 18 KB that expand to 100 MB
 SCALE = 0.02  # a global scale that suits noisy models and `unit_sums`
 
 
-@torch.no_grad()
-def logits(model: tg.GPT) -> Tensor:
-    """Of a fixed batch."""
-    return logits_of(model, batch_of(np.array([document(s, 24) for s in range(3)])))
-
-
-def quantized(cfg: tg.Config) -> dict[str, tg.Quantized]:
-    """A noisy model's tensors as they are stored."""
-    with tg.Run(cfg, {}, log=False) as run:
-        return quantize(noisy(cfg), cfg, run, SCALE)
-
-
-def packed(tensors: dict[str, tg.Quantized], cfg: tg.Config, coders: list[str]) -> bytes:
-    streams = tg.pack_streams(tensors, cfg.trellis_states, coders)
-    return tg.pack(streams, SCALE, cfg.trellis_states, cfg, "demo")
-
-
-@pytest.fixture(scope="module", params=["brotli", "range"])
-def small(request: pytest.FixtureRequest) -> bytes:
-    """A small artifact, by either coder."""
-    return packed(quantized(tiny(**SMALL)), tiny(**SMALL), [request.param])
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    """A small artifact with every kind of tensor, by the range coder with a trellis."""
+    return signed(fuzz.artifacts()[0])
 
 
 def refused(blob: bytes) -> str:
@@ -92,54 +72,33 @@ def put_together(header: object, streams: list[bytes], header_bytes: int | None 
 # -- there and back ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("knobs", [{}, EVERYTHING, dict(attn_gate="none", smear_gate_enabled=False), SMALL],
-                         ids=["record", "everything", "few parts", "small"])
+@pytest.mark.parametrize("knobs", [
+    {}, dict(EVERYTHING, trellis_states=4), dict(attn_gate="none", smear_gate_enabled=False)],
+                         ids=["record", "everything", "few parts"])
 @pytest.mark.parametrize("coder", tg.CODERS)
-def test_a_packed_model_comes_back_with_the_same_bits(knobs: dict, coder: str):
-    """Values, logits, knobs; the bytes are a function of the tensors; streams hold what they say."""
+def test_a_packed_model_comes_back_with_the_same_bits(knobs: dict, coder: str, run: tg.Run):
+    """Values, logits, knobs; the bytes are a function of the tensors; sizes are told."""
     cfg = tiny(**knobs)
-    tensors = quantized(cfg)
-    blob = packed(tensors, cfg, [coder])
-    artifact, reference, loaded = tg.unpack(blob), tg.GPT(cfg), tg.GPT(cfg)
-    assert blob == packed(quantized(cfg), cfg, [coder]) and artifact.preset == "demo"
+    tensors, same = (quantize(noisy(cfg), cfg, run, SCALE) for _ in range(2))
+    blob, again = (tg.pack(tg.pack_streams(t, cfg.trellis_states, [coder]), SCALE, cfg.trellis_states, cfg, "demo")
+                   for t in (tensors, same))
+    artifact, models = tg.unpack(blob), [tg.GPT(cfg), tg.GPT(cfg)]
+    assert blob == again and artifact.preset == "demo"
     assert all(getattr(artifact.model, name) == getattr(cfg, name) for name in vars(tg.ModelKnobs()))
     assert list(artifact.tensors) == list(tensors)
+    expected = {name: q.dequantize(SCALE) for name, q in tensors.items()}
     for name, values in artifact.tensors.items():
-        assert values.dtype == torch.float32 and torch.equal(values, tensors[name].dequantize(SCALE))
-    tg.load_tensors(reference, {name: q.dequantize(SCALE) for name, q in tensors.items()})
-    tg.load_tensors(loaded, artifact.tensors)
-    assert torch.equal(logits(loaded), logits(reference))
-    header, streams = taken_apart(blob)
+        assert values.dtype == torch.float32 and torch.equal(values, expected[name])
+    batch = batch_of(np.array([document(seed, 24) for seed in range(3)]))
+    for model, values in zip(models, (artifact.tensors, expected)):
+        tg.load_tensors(model, values)
+    assert torch.equal(*(logits_of(model, batch) for model in models))
+    header, _ = taken_apart(blob)
     assert artifact.streams == {name: (raw // (2 - (name in ("int8", "scales"))), size)
                                 for name, _, raw, size in header["streams"]}
-    for (_, how, raw, _), data in zip(header["streams"], streams):
-        assert how == "range" or len(brotli.decompress(data)) == raw
-
-
-def test_a_fresh_process_reads_the_same_model_from_the_file(tmp_path: Path):
-    path, cfg = tmp_path / "a.bin", tiny(**SMALL)
-    path.write_bytes(packed(quantized(cfg), cfg, ["range"]))
-    script = ("import hashlib, sys; from pathlib import Path; import train_gpt as tg\n"
-              "tensors = tg.unpack(Path(sys.argv[1]).read_bytes()).tensors\n"
-              "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors.values())).hexdigest())")
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    values = b"".join(t.numpy().tobytes() for t in tg.unpack(path.read_bytes()).tensors.values())
-    assert done.stdout.strip() == hashlib.sha256(values).hexdigest()
 
 
 # -- coders of codes -----------------------------------------------------------------------------------
-
-AWKWARD = {
-    "zeros": [np.zeros((5, 7), dtype=np.int16)],
-    "one symbol": [np.full((3, 4), -6, dtype=np.int16), np.full((2, 2), -6, dtype=np.int16)],
-    "largest": [np.array([[32767, -32767, -32768], [0, 1, -1]], dtype=np.int16)],
-    "one column": [np.arange(-300, 300, dtype=np.int16)[:, None]],
-    "one code": [np.array([[77]], dtype=np.int16)],
-    "rows of very different size": [(np.logspace(0, 4, 90)[:, None] * np.random.default_rng(0).normal(size=(90, 80))
-                                     ).astype(np.int16)],
-}
-
 
 def on_a_path(matrix: np.ndarray, states: int) -> np.ndarray:
     """The matrix with some codes changed by 1, so that each row is a path through the trellis."""
@@ -155,26 +114,31 @@ def on_a_path(matrix: np.ndarray, states: int) -> np.ndarray:
     return changed
 
 
-def come_back(matrices: list[np.ndarray], states: int) -> None:
-    for encode, decode in tg.CODERS.values():
+def come_back(matrices: list[np.ndarray]) -> None:
+    for states in (1, 4):
         codes = [on_a_path(matrix, states) for matrix in matrices]
-        result = decode(encode(codes, states), [m.shape for m in codes], states)
-        assert all(np.array_equal(a, b) and a.dtype == np.int16 for a, b in zip(result, codes, strict=True))
+        for encode, decode in tg.CODERS.values():
+            result = decode(encode(codes, states), [m.shape for m in codes], states)
+            assert all(np.array_equal(a, b) and a.dtype == np.int16 for a, b in zip(result, codes, strict=True))
 
 
-@pytest.mark.parametrize("name", AWKWARD)
-@pytest.mark.parametrize("states", [1, 4])
-def test_awkward_codes_come_back(name: str, states: int):
-    come_back(AWKWARD[name], states)
+@pytest.mark.parametrize("matrices", [
+    [np.zeros((5, 7), dtype=np.int16)],
+    [np.full((3, 4), -6, dtype=np.int16), np.full((2, 2), -6, dtype=np.int16)],
+    [np.array([[32767, -32767, -32768], [0, 1, -1]], dtype=np.int16)],
+    [np.arange(-300, 300, dtype=np.int16)[:, None]],
+    [np.array([[77]], dtype=np.int16)],
+    [(np.logspace(0, 4, 90)[:, None] * np.random.default_rng(0).normal(size=(90, 80))).astype(np.int16)]])
+def test_awkward_codes_come_back(matrices: list[np.ndarray]):
+    come_back(matrices)
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 140)), min_size=1, max_size=4),
-                  seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 30.0, 5000.0]),
-                  states=st.sampled_from([1, 4]))
-def test_any_codes_come_back(shapes: list[tuple[int, int]], seed: int, scale: float, states: int):
+                  seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 30.0, 5000.0]))
+def test_any_codes_come_back(shapes: list[tuple[int, int]], seed: int, scale: float):
     rng = np.random.default_rng(seed)
-    come_back([(scale * rng.standard_cauchy(shape)).clip(-32768, 32767).astype(np.int16) for shape in shapes], states)
+    come_back([(scale * rng.standard_cauchy(shape)).clip(-32768, 32767).astype(np.int16) for shape in shapes])
 
 
 def test_the_range_coder_comes_near_the_entropy_and_small_streams_take_the_smaller_one(monkeypatch):
@@ -197,22 +161,6 @@ def test_the_range_coder_comes_near_the_entropy_and_small_streams_take_the_small
     assert chosen(alike, ("range", "brotli")) == "range"
 
 
-@pytest.mark.parametrize("states", [1, 4])
-def test_damaged_codes_are_a_user_error_or_other_codes(states: int):
-    rng = np.random.default_rng(0)
-    good = tg.range_pack([on_a_path(rng.normal(0, 3, (64, 64)).astype(np.int16), states)], states)
-    for number in range(200):
-        data = bytearray(good)
-        for _ in range(rng.integers(1, 5)):
-            data[rng.integers(0, 60 if number % 3 else len(data))] = rng.integers(0, 256)
-        try:
-            (codes,) = tg.range_unpack(bytes(data[:len(data) - int(rng.integers(0, 9)) * (number % 2)]), [(64, 64)],
-                                       states)
-            assert codes.shape == (64, 64)
-        except tg.UserError as error:
-            assert "\n" not in str(error)
-
-
 # -- damaged and hostile bytes -------------------------------------------------------------------------
 
 
@@ -230,99 +178,6 @@ def test_any_changed_missing_or_additional_byte_is_noticed(small: bytes):
     assert tg.unpack(put_together(*taken_apart(small))).tensors.keys() == tg.unpack(small).tensors.keys()
 
 
-@pytest.mark.parametrize("lies", [
-    dict(version=4), dict(version=6), dict(head_bytes=2**32 - 1), dict(head_bytes=0), dict(head_bytes=4),
-    dict(header_bytes=2**32 - 1), dict(header_bytes=0), dict(header_bytes=7), dict(header_bytes=1 << 20),
-    dict(content=b""), dict(content=b"\xff" * 40), dict(content=BOMB), dict(content=BOMB, header_bytes=10**8)],
-    ids=lambda d: "-".join(f"{k}={str(v)[:12]}" for k, v in d.items()))
-def test_lies_about_the_header_are_refused(small: bytes, lies: dict):
-    assert peak_while_refusing(put_together(*taken_apart(small), **lies)) < 1 << 24
-
-
-@pytest.mark.parametrize("text", [
-    b"", b"[]", b"{}", b"null", b"\xff", b"[" * 5000, b'{"model":{}}', b'{"model":[],"streams":[]}',
-    b'{"model":{"no_such_knob":1}}', b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[[1,2]]}',
-    b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[["a","brotli",Infinity,1]]}',
-    b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[["a","brotli",' + b"9" * 5000 + b',1]]}'],
-    ids=lambda text: text[:40].decode("latin-1"))
-def test_a_strange_header_is_refused(text: bytes):
-    refused(put_together(text, []))
-
-
-def test_mutated_containers_are_refused_or_hold_finite_numbers(small: bytes):
-    """400 of each coder, half with a digest that fits: changed bytes, cut and repeated parts, numbers at extremes."""
-    rng, refusals = np.random.default_rng(0), 0
-    for number in range(400):
-        body = bytearray(small[:-tg.DIGEST_BYTES])
-        at, length = (int(rng.integers(0, n)) for n in ((700, len(body))[number % 2], 40))
-        at %= len(body)
-        if number % 4 == 0:
-            body[at] ^= 1 << int(rng.integers(0, 8))
-        elif number % 4 == 1:
-            del body[at:at + length]
-        elif number % 4 == 2:
-            body[at:at] = body[at:at + length]
-        else:
-            body[at:at + 4] = struct.pack("<I", rng.choice([0, 1, 2**31, 2**32 - 1]))
-        blob = signed(bytes(body)) if number % 8 < 4 else bytes(body) + small[-16:]
-        if number % 8 == 3:  # tracing is slow
-            tracemalloc.start()
-        try:
-            artifact = tg.unpack(blob, "some.bin")
-            assert all(values.isfinite().all() for values in artifact.tensors.values())
-            assert number % 8 < 4 or blob == small
-        except tg.UserError as error:
-            assert "\n" not in str(error)
-            refusals += 1
-        finally:
-            assert tracemalloc.get_traced_memory()[1] < 1 << 24
-            tracemalloc.stop()
-    assert refusals > 250
-
-
-def changed(change: Callable[[list], object]) -> Callable[[dict, list[bytes]], object]:
-    """An edit of the header's list of streams."""
-    return lambda header, streams: change(header["streams"])
-
-
-def with_value(**values: object) -> Callable[[dict, list[bytes]], object]:
-    """An edit of the header."""
-    return lambda header, streams: header.update(values)
-
-
-EDITS: dict[str, Callable[[dict, list[bytes]], object]] = {
-    "another model": lambda header, streams: header["model"].update(num_layers=3),
-    "a knob missing": with_value(model={"vocab_size": 512}),
-    "no streams": changed(lambda s: s.clear()),
-    "a stream more": lambda header, streams: (header["streams"].append(["x", "brotli", 0, 1]), streams.append(b"\x06")),
-    "a coder that is none": changed(lambda s: s[-1].__setitem__(1, "lzma")),
-    "a coder for other things": changed(lambda s: s[0].__setitem__(1, "range")),
-    "no trellis": lambda header, streams: header.pop("trellis"),
-    "a trellis of 3 states": with_value(trellis=3),
-    "a trellis that is true": with_value(trellis=True),
-    "no scale": lambda header, streams: header.pop("global_scale"),
-    "a scale of zero": with_value(global_scale=0),
-    "a scale that is no number": with_value(global_scale=float("nan")),
-    "a scale without end": with_value(global_scale=float("inf")),
-    "a negative scale": with_value(global_scale=-1.0),
-    "a stream twice": lambda header, streams: (header["streams"].append(header["streams"][0]),
-                                               streams.append(streams[0])),
-    "a raw length off": changed(lambda s: s[1].__setitem__(2, s[1][2] + 1)),
-    "a raw length huge": changed(lambda s: s[1].__setitem__(2, 10**15)),
-    "a packed length off": changed(lambda s: (s[0].__setitem__(3, s[0][3] - 1), s[1].__setitem__(3, s[1][3] + 1))),
-    "a packed length negative": changed(lambda s: (s[1].__setitem__(3, s[1][3] + s[0][3] + 9),
-                                                   s[0].__setitem__(3, -9))),
-    "streams in another order": lambda header, streams: streams.reverse(),
-}
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_a_header_that_does_not_fit_its_streams_or_model_is_refused(small: bytes, name: str):
-    header, streams = taken_apart(small)
-    EDITS[name](header, streams)
-    refused(put_together(header, streams))
-
-
 def peak_while_refusing(blob: bytes) -> int:
     """Bytes that Python held at most while `unpack` refused."""
     tracemalloc.start()
@@ -333,20 +188,76 @@ def peak_while_refusing(blob: bytes) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("lies", [
+    dict(version=6), dict(head_bytes=2**32 - 1), dict(head_bytes=4), dict(header_bytes=2**32 - 1), dict(header_bytes=0),
+    dict(header_bytes=1 << 20), dict(content=b""), dict(content=b"\xff" * 40), dict(content=BOMB),
+    dict(content=BOMB, header_bytes=10**8)], ids=lambda lies: "-".join(lies))
+def test_lies_about_the_header_are_refused(small: bytes, lies: dict):
+    assert peak_while_refusing(put_together(*taken_apart(small), **lies)) < 1 << 24
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"[]", b"{}", b"null", b"\xff", b"[" * 5000, b'{"model":[],"streams":[]}', b'{"model":{"no_such_knob":1}}',
+    b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[[1,2]]}',
+    b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[["a","brotli",Infinity,1]]}',
+    b'{"model":{},"preset":"x","global_scale":1,"trellis":1,"streams":[["a","brotli",' + b"9" * 5000 + b',1]]}'],
+    ids=lambda text: text[:40].decode("latin-1"))
+def test_a_strange_header_is_refused(text: bytes):
+    refused(put_together(text, []))
+
+
+@pytest.mark.parametrize("target", ["artifact", "header", "range", "brotli"])
+def test_mutants_are_refused_in_one_line_or_read(target: str, tmp_path: Path):
+    """Within the fuzzer's bounds of memory and time, under a digest that fits. What is read is finite."""
+    refusals = 0
+    for _, data in fuzz.mutants(target, 200):
+        outcome, read = fuzz.judge(target, data, tmp_path)
+        refusals += outcome == "refused"
+        tensors = read.values() if isinstance(read, dict) else []
+        assert all(np.isfinite(np.frombuffer(values, np.float32)).all() for values in tensors)
+    assert refusals > 60
+
+
+EDITS: dict[str, Callable[[dict, list], object]] = {  # of the header and its list of streams
+    "another model": lambda header, s: header["model"].update(num_layers=3),
+    "no streams": lambda header, s: s.clear(),
+    "a stream more": lambda header, s: s.append(["x", "brotli", 0, 0]),
+    "a stream twice": lambda header, s: s.append([*s[0][:3], 0]),
+    "a coder that is none": lambda header, s: s[-1].__setitem__(1, "lzma"),
+    "a coder for other things": lambda header, s: s[0].__setitem__(1, "range"),
+    "a trellis of 3 states": lambda header, s: header.update(trellis=3),
+    "a trellis that is true": lambda header, s: header.update(trellis=True),
+    "a scale of zero": lambda header, s: header.update(global_scale=0),
+    "a scale that is no number": lambda header, s: header.update(global_scale=float("nan")),
+    "a scale without end": lambda header, s: header.update(global_scale=float("inf")),
+    "a raw length off": lambda header, s: s[1].__setitem__(2, s[1][2] + 1),
+    "a packed length off": lambda header, s: (s[0].__setitem__(3, s[0][3] - 1), s[1].__setitem__(3, s[1][3] + 1)),
+    "a packed length negative": lambda header, s: (s[1].__setitem__(3, s[1][3] + s[0][3] + 9), s[0].__setitem__(3, -9)),
+    "streams in another order": lambda header, s: s.reverse()}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_header_that_does_not_fit_its_streams_or_model_is_refused(name: str):
+    for body in fuzz.artifacts():
+        header, streams = taken_apart(signed(body))
+        EDITS[name](header, header["streams"])
+        refused(put_together(header, streams))
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 50, BOMB, brotli.compress(b"few")],
                          ids=["empty", "noise", "bomb", "few"])
-def test_a_stream_of_another_length_is_refused_before_it_is_unpacked_whole(small: bytes, content: bytes):
+@pytest.mark.parametrize("at, coder", [(0, "brotli"), (-1, "brotli"), (-1, "range")], ids=["values", "codes", "range"])
+def test_a_stream_of_another_length_is_refused_before_it_is_unpacked_whole(small: bytes, at, coder, content):
     header, streams = taken_apart(small)
-    streams[0], header["streams"][0][3] = content, len(content)
+    streams[at], header["streams"][at][1], header["streams"][at][3] = content, coder, len(content)
     assert peak_while_refusing(put_together(header, streams)) < 1 << 24
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_numbers_that_are_not_finite_are_refused(small: bytes, value: float):
+def test_numbers_that_are_not_finite_are_refused(small: bytes):
     header, streams = taken_apart(small)
     at = [name for name, *_ in header["streams"]].index("fp16")
     raw = np.frombuffer(tg.join_bytes(brotli.decompress(streams[at])), dtype="<f2").copy()
-    raw[len(raw) // 2] = value
+    raw[len(raw) // 2] = np.inf
     streams[at] = brotli.compress(tg.split_bytes(raw.tobytes()))
     header["streams"][at][3] = len(streams[at])
     assert "finite" in refused(put_together(header, streams))
@@ -366,10 +277,6 @@ def test_a_knob_with_a_value_that_is_none_of_its_kind_is_refused(small: bytes):
                 assert "\n" not in str(error)
 
 
-def fail(*args: object) -> None:
-    raise AssertionError("this must not be reached")
-
-
 @pytest.mark.parametrize("huge", [dict(num_layers=10**9), dict(num_loops=10**9, loop_start=0, loop_end=0),
                                   dict(vocab_size=65536, model_dim=2**17)], ids=["blocks", "loops", "gigabytes"])
 def test_a_model_far_too_large_is_refused_before_it_is_built_or_unpacked(small: bytes, huge: dict, monkeypatch):
@@ -384,9 +291,10 @@ def test_a_model_far_too_large_is_refused_before_it_is_built_or_unpacked(small: 
         header["streams"] = [[name, coder, sizes[name], size] for name, coder, _, size in header["streams"]]
         assert sum(sizes.values()) > 2**35
     else:
-        monkeypatch.setattr(tg, "unroll_layers", fail)
+        monkeypatch.setattr(tg, "unroll_layers", lambda *args: pytest.fail("built"))
     inflate = tg.brotli_unpack
-    monkeypatch.setattr(tg, "brotli_unpack", lambda data, size: inflate(data, size) if size < 2**20 else fail())
+    monkeypatch.setattr(tg, "brotli_unpack", lambda data, size: inflate(data, size) if size < 2**20 else
+                        pytest.fail("unpacked"))
     refused(put_together(header, streams))
 
 
@@ -425,21 +333,9 @@ def test_every_payload_survives_the_wrapper(tmp_path: Path, monkeypatch: pytest.
     assert payload(tg.shipped_source(tmp_path / "source.py")) == data
 
 
-@pytest.mark.parametrize("source", [
-    "", "'''only a docstring'''\n", "x = 1\n# comment\n", "s = '\\x00\\xff caf\\u00e9 \\\\01 \\\\'\n",
-    "def f():\n    '''doc'''\n\n\nclass A:\n    '''doc'''\n    b: int = 2\n    '''doc'''\n\n\nx, y = A.b, f()\n"])
-def test_a_packed_source_does_what_the_readable_one_does(source: str, tmp_path: Path):
-    path = tmp_path / "source.py"
-    path.write_text(source)
-    plain: dict[str, object] = {}
-    shipped: dict[str, object] = {}
-    exec(compile(source, "plain", "exec"), plain)
-    exec(compile(tg.shipped_source(path), "shipped", "exec"), shipped)
-    for name in plain.keys() - {"__doc__", "__builtins__", "__annotations__"}:
-        assert shipped[name] == plain[name] or callable(plain[name]) and callable(shipped[name])
-
-
 # -- the cap -------------------------------------------------------------------------------------------
+
+SMALL = dict(num_layers=2, model_dim=16, num_loops=0, parallel_start_layer=1, rope_dims=4)
 
 
 @pytest.fixture(scope="module", params=["sdclip", "waterfill"])
@@ -456,21 +352,12 @@ def fitted(knobs: dict, model: tg.GPT, cap: int, code_bytes: int) -> bytes:
         return tg.fit_to_cap(model, unit_sums(model), code_bytes, cfg, run)
 
 
-def bits_a_weight(blob: bytes, weights: int) -> float:
-    codes = sum(size for name, (_, size) in tg.unpack(blob).streams.items() if name.startswith("gptq:"))
-    return 8 * codes / weights
-
-
 def test_a_cap_that_does_not_bind_leaves_the_scales_alone(roomy: tuple):
-    """And waterfill takes the bits it may; side information of a small model included."""
     knobs, model, blob = roomy
     assert fitted(knobs, model, int(1.2 * len(blob)) + 5000, 5000) == blob
-    if knobs["quant"] == "waterfill":
-        weights = sum(v.numel() for _, v, p in model.tensors() if tg.route(p).stored.startswith("gptq:"))
-        assert bits_a_weight(blob, weights) == pytest.approx(5.0, abs=0.35)
 
 
-@pytest.mark.parametrize("share", [0.999, 0.8, 0.6])
+@pytest.mark.parametrize("share", [0.999, 0.6])
 def test_a_cap_that_binds_is_met_from_below_and_nearly_used_up(roomy: tuple, share: float):
     knobs, model, free = roomy
     cap = int(share * len(free))
@@ -483,23 +370,24 @@ def test_a_cap_that_binds_is_met_from_below_and_nearly_used_up(roomy: tuple, sha
     assert 0 < min(ratios) and max(ratios) < 0.5
 
 
-@pytest.mark.parametrize("cap, code_bytes", [(1000, 0), (10, 50_000)])
-def test_a_cap_that_nothing_fits_is_one_clear_line_with_the_sizes(roomy: tuple, cap: int, code_bytes: int):
+@pytest.mark.parametrize("quant, cap, code_bytes", [("sdclip", 500, 0), ("waterfill", 500, 0), ("waterfill", 10, 5000)])
+def test_a_cap_that_nothing_fits_is_one_clear_line_with_the_sizes(quant: str, cap: int, code_bytes: int):
     with pytest.raises(tg.UserError, match=f"^ARTIFACT_BYTES_CAP={cap:,}: code {code_bytes:,} .*$"):
-        fitted(*roomy[:2], cap, code_bytes)
+        fitted(dict(SMALL, quant=quant), noisy(tiny(**SMALL)), cap, code_bytes)
 
 
-def test_a_table_of_zeros_does_not_make_the_scales_finer():
+def test_waterfill_takes_the_bits_it_may_and_a_table_of_zeros_does_not_make_the_scales_finer():
     """Rows that no training text has met cost no bits, and the bits that they might have had go to nobody."""
     knobs = dict(model_dim=64, num_heads=2, num_loops=0)
     model = noisy(tiny(**knobs))
     with torch.no_grad():
         model.tok_emb[40:] = 0
-    tensors = tg.unpack(blob := fitted(knobs, model, 10 ** 9, 0)).tensors
+    artifact = tg.unpack(fitted(knobs, model, 10 ** 9, 0))
     stored = [(name, values) for name, values, p in model.tensors() if tg.route(p).stored.startswith("gptq:")]
-    assert bits_a_weight(blob, sum(int(v.count_nonzero()) for _, v in stored)) == pytest.approx(5.0, abs=0.35)
+    bits = 8 * sum(size for name, (_, size) in artifact.streams.items() if name.startswith("gptq:"))
+    assert bits / sum(int(v.count_nonzero()) for _, v in stored) == pytest.approx(5.0, abs=0.35)
     for name, values in stored:  # a uniform error of a step at 5 bits of a Gaussian is 0.03 of its deviation
-        error = float((tensors[name] - values).square().mean().sqrt() / values.square().mean().sqrt())
+        error = float((artifact.tensors[name] - values).square().mean().sqrt() / values.square().mean().sqrt())
         assert 0.003 < error < 0.1, name
 
 
@@ -519,15 +407,14 @@ def test_the_search_ends_within_a_thousandth_below_the_cap(curve: Callable[[floa
     assert len(tried) <= 15
 
 
-def test_no_gptq_begins_that_would_end_beyond_the_budget(monkeypatch: pytest.MonkeyPatch):
+def test_no_gptq_begins_that_would_end_beyond_the_budget(run: tg.Run, monkeypatch: pytest.MonkeyPatch):
     """What fits is taken though it leaves room; what the budget was overdrawn by is said, with the remedy."""
     sizes = iter([15000, 9000, 9500, 9995])
     assert len(tg.search(lambda octaves: bytes(next(sizes)), 10_000, 0.0, 0.0, 1e5, lambda: False)) == 9995
     sizes, late = iter([15000, 9000, 9500]), iter([True])
     assert len(tg.search(lambda octaves: bytes(next(sizes)), 10_000, 0.0, 0.0, 1e5, lambda: next(late))) == 9000
-    cfg, texts = dataclasses.replace(tiny(**SMALL, quant="sdclip"), max_wallclock_seconds=600.0), []
-    with tg.Run(cfg, {}, log=False) as run:
-        run.charged["train"] = 602.0
-        monkeypatch.setattr(run, "log", lambda event, **values: texts.append(values.get("text", "")))
-        tg.fit_to_cap(noisy(cfg), unit_sums(noisy(cfg)), 0, cfg, run)
+    cfg, texts = tiny(**SMALL, quant="sdclip", max_wallclock_seconds=600), []
+    run.charged["train"] = 602.0
+    monkeypatch.setattr(run, "log", lambda event, **values: texts.append(values.get("text", "")))
+    tg.fit_to_cap(noisy(cfg), unit_sums(noisy(cfg)), 0, cfg, run)
     assert "s more than MAX_WALLCLOCK_SECONDS=600: set GPTQ_RESERVE_SECONDS=1" in texts[-1]
