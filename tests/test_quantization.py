@@ -1,5 +1,6 @@
-"""GPTQ against the textbook algorithm in float64, the trellis against all paths; scales, costs, what is covered."""
+"""GPTQ against the textbook algorithm, the trellis against all paths; scales, costs, what is covered."""
 import functools
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,6 @@ from test_model import EVERYTHING, logits_of, looped_layers, noisy
 from torch import Tensor
 
 import train_gpt as tg
-
-TOP = 2 ** 15 - 4  # largest code where nothing is to be clipped
 
 
 def problem(rows: int, cols: int, seed: int = 0, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -40,20 +39,21 @@ def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (weight / scale).round().clamp(-top, top)
 
 
-def textbook(weight: Tensor, hessian: Tensor, row: Tensor, bits: int, column: Tensor | None = None) -> np.ndarray:
-    """Optimal brain quantization, column by column: the inverse shrinks by one input at a time."""
-    w, h, s = (t.double().numpy().copy() for t in (weight, hessian, row))
-    b = np.ones(w.shape[1]) if column is None else column.double().numpy()
-    inverse = np.linalg.inv(h + 0.01 * np.mean(np.diag(h)) * np.eye(len(h)))
-    codes, top = np.zeros_like(w), 2 ** (bits - 1) - 1
-    left = list(range(len(h)))
-    while left:
-        j = left.pop(0)
+def textbook(weight: Tensor, hessian: Tensor, row: Tensor, bits: int, column: Tensor) -> tuple[np.ndarray, list[float]]:
+    """Optimal brain quantization in float64: those to come make up for each column's error as well as can be.
+
+    Returns (codes, what an error of 1 in each column costs then).
+    """
+    w, h, s, b = (t.double().numpy().copy() for t in (weight, hessian, row, column))
+    h += 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
+    codes, costs, top = np.zeros_like(w), [], 2 ** (bits - 1) - 1
+    for j in range(len(h)):
+        inverse = np.linalg.inv(h[j:, j:])
         codes[:, j] = np.clip(np.round(w[:, j] / (s * b[j])), -top, top)
-        error = (w[:, j] - codes[:, j] * s * b[j]) / inverse[j, j]
-        w[:, left] -= np.outer(error, inverse[j, left])
-        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    return codes
+        error = w[:, j] - codes[:, j] * s * b[j]
+        w[:, j:] -= np.outer(error, inverse[0] / inverse[0, 0])
+        costs.append(1 / inverse[0, 0])
+    return codes, costs
 
 
 def damage(weight: Tensor, hessian: Tensor, values: Tensor) -> float:
@@ -65,37 +65,19 @@ def damage(weight: Tensor, hessian: Tensor, values: Tensor) -> float:
 # -- the column loop -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-@pytest.mark.parametrize("cols", [5, 130, 257])
-def test_gptq_equals_the_textbook_across_segments(cols: int, bits: int):
+@pytest.mark.parametrize("cols", [5, 150])
+def test_gptq_equals_the_textbook_across_segments(cols: int):
+    """Codes but for a tie that falls to the other side; the factor's diagonal gives the costs."""
     weight, hessian = problem(8, cols)
-    row = scales_of(weight, bits)
-    codes = solve(weight, hessian, row, bits)
-    assert codes.dtype == torch.int16 and codes.abs().max() <= 2 ** (bits - 1) - 1
-    assert (codes.numpy() != textbook(weight, hessian, row, bits)).mean() <= 0.002  # a tie may fall to the other side
-    column = torch.logspace(-0.6, 0.6, cols)[torch.randperm(cols)]
-    codes = solve(weight, hessian, row, 16, column)
-    assert (codes.numpy() != textbook(weight, hessian, row, 16, column)).mean() <= 0.002
-
-
-@pytest.mark.parametrize("bits", [3, 6])
-def test_gptq_beats_rounding_to_nearest(bits: int):
-    for seed in range(3):
-        weight, hessian = problem(16, 48, seed)
-        order = hessian.diagonal().argsort(descending=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
-        row = scales_of(weight, bits)
-        codes, nearest = solve(weight, hessian, row, bits), rounded(weight, row[:, None], bits)
-        assert damage(weight, hessian, codes * row[:, None]) < 0.7 * damage(weight, hessian, nearest * row[:, None])
-        # More calibration of the same kind changes nothing.
-        assert torch.equal(codes, solve(weight, 1024 * hessian, row, bits))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e6])
-def test_uncorrelated_inputs_are_rounded_to_nearest(scale: float):
-    weight, _ = problem(8, 140)
-    row = scales_of(weight, 5)
-    assert torch.equal(solve(weight, scale * torch.eye(140), row, 5).float(), rounded(weight, row[:, None], 5))
+    scattered = torch.logspace(-0.6, 0.6, cols)[torch.randperm(cols)]
+    for bits, column in ((2, torch.ones(cols)), (8, torch.ones(cols)), (16, scattered)):
+        row = scales_of(weight, min(bits, 6))
+        codes, (expected, costs) = (f(weight, hessian, row, bits, column) for f in (solve, textbook))
+        assert codes.dtype == torch.int16 and codes.abs().max() <= 2 ** (bits - 1) - 1
+        assert (codes.numpy() != expected).mean() <= 0.002
+        assert torch.equal(codes, solve(weight, 1024 * hessian, row, bits, column))  # more of the same calibration
+        diagonal = tg.inverse_factor(hessian[None])[0].diagonal()
+        np.testing.assert_allclose(diagonal ** -2, costs, rtol=1e-3)
 
 
 def test_a_stack_is_solved_like_its_matrices_one_by_one():
@@ -113,18 +95,17 @@ def test_a_stack_is_solved_like_its_matrices_one_by_one():
 
 
 def test_awkward_rows_and_inputs_give_codes_in_range():
-    weight, hessian = problem(7, 20)
+    weight, hessian = problem(5, 20)
     weight[0], weight[1], weight[2] = 0, 0.3, 0
     weight[2, 4] = 1e3
     weight[3], weight[4] = weight[3] * 1e-9, weight[4] * 1e4
-    dead = [0, 7, 19]  # never seen: they disturb nobody
+    dead, alive = [0, 7, 19], [i for i in range(20) if i not in (0, 7, 19)]  # never seen: they disturb nobody
     hessian[dead], hessian[:, dead] = 0, 0
-    row, alive = scales_of(weight, 4), [i for i in range(20) if i not in dead]
+    row = scales_of(weight, 4)
     codes = solve(weight, hessian, row, 4)
     assert codes.abs().max() <= 7 and not codes[0].any() and codes[2, 4] == 7 and codes[4].any()
     assert torch.equal(codes[:, dead].float(), rounded(weight, row[:, None], 4)[:, dead])
-    lone = solve(weight[:, alive], hessian[alive][:, alive], row, 4)
-    assert (codes[:, alive] != lone).float().mean() < 0.02
+    assert (codes[:, alive] != solve(weight[:, alive], hessian[alive][:, alive], row, 4)).float().mean() < 0.02
 
 
 def test_damping_rises_with_a_logged_event_until_a_singular_hessian_factorises(monkeypatch):
@@ -139,9 +120,6 @@ def test_damping_rises_with_a_logged_event_until_a_singular_hessian_factorises(m
         tg.inverse_factor(hessian[None], lambda name, **values: events.append((name, values)))
     assert events and {name for name, _ in events} == {"gptq_damping"}
     assert [values["next"] for _, values in events] == [10 * values["damp"] for _, values in events]
-
-
-def test_a_broken_hessian_is_one_clear_line():
     with pytest.raises(tg.UserError, match="^GPTQ: .* not positive definite at any damping.*$"):
         tg.inverse_factor(torch.full((1, 9, 9), torch.nan))
 
@@ -154,7 +132,6 @@ def test_scale_codes_are_eighths_of_an_octave_on_every_machine():
     scales = tg.scales_of(every, 1.0)
     assert [scales[i].item() for i in (0, 192, 200, 255)] == pytest.approx([2 ** -24, 1, 2, 2 ** (63 / 8)], rel=1e-7)
     assert torch.equal(tg.scale_codes(scales, tg.ROW_OFFSET), every)
-    assert torch.equal(tg.scales_of(every, 3.0), 3 * scales)
     assert torch.equal(tg.scale_codes(tg.scales_of(every, 1.0, 0), 0), every)
     some = torch.logspace(-6, 1, 400)
     nearest, above = (tg.scales_of(tg.scale_codes(some, tg.ROW_OFFSET, up), 1.0) for up in (torch.round, torch.ceil))
@@ -174,45 +151,23 @@ def test_scales_fill_every_matrix_to_the_same_level(softness: float, monkeypatch
     level = damped[:, :, None] * (row[:, :, None] * column[:, None, :] / factor[:, None, :]) ** 2
     torch.testing.assert_close(level.mean((1, 2)), torch.ones(3), rtol=1e-4, atol=0)
     assert (level.std((1, 2)) < 1e-4).all() == (softness == 1.0)
-    assert torch.equal(row[0].argsort(), (-cost[0]).argsort()) or softness == 0
-
-
-def test_the_diagonal_of_the_factor_is_what_a_columns_error_costs(monkeypatch: pytest.MonkeyPatch):
-    """Compensated by all later columns, an error e in column c loses (e / factor_c)^2."""
-    monkeypatch.setattr(tg, "GPTQ_DAMP", 1e-9)
-    hessian = problem(1, 12)[1]
-    factors, h = tg.inverse_factor(hessian[None])[0].diagonal(), hessian.double().numpy()
-    for j in (0, 5, 11):
-        shift = np.zeros(12)
-        shift[j] = 1.0
-        if j < 11:
-            shift[j + 1:] = -np.linalg.solve(h[j + 1:, j + 1:], h[j + 1:, j])
-        assert shift @ h @ shift == pytest.approx(float(factors[j]) ** -2, rel=1e-3)
 
 
 # -- the trellis ---------------------------------------------------------------------------------------
 
 
-def paths(length: int) -> list[list[tuple[int, int]]]:
-    """Every way through the trellis from state 0: (parity, next bit) of each code; from the parity checks 5 and 2."""
-    ways: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
-    for _ in range(length):
-        ways = [((state >> 1) ^ (state & 1) * 2 ^ bit, [*path, (state & 1, bit)])
-                for state, path in ways for bit in (0, 1)]
-    return [path for _, path in ways]
-
-
 def cheapest(weight: Tensor, upper: Tensor, grid: float) -> list[int]:
-    """Codes of the best path for one row, each path tried with its errors fed forward, in float64."""
+    """Codes of one row by the best of all paths (parity checks 5 and 2), errors fed forward in each, in float64."""
     best, u = (np.inf, []), upper.double().numpy()
-    for path in paths(len(weight)):
-        w, cost, codes = weight.double().numpy().copy(), 0.0, []
-        for j, (parity, bit) in enumerate(path):
-            coset = 2 * bit + parity
+    for bits in itertools.product((0, 1), repeat=len(weight)):
+        w, cost, codes, state = weight.double().numpy().copy(), 0.0, [], 0
+        for j, bit in enumerate(bits):
+            coset = 2 * bit + (state & 1)
             codes.append(int(coset + 4 * np.round((w[j] / grid - coset) / 4)))
             error = (w[j] - codes[-1] * grid) / u[j, j]
             w[j:] -= error * u[j, j:]
             cost += error ** 2
+            state = (state >> 1) ^ (state & 1) * 2 ^ bit
         best = min(best, (cost, codes))
     return best[1]
 
@@ -220,9 +175,9 @@ def cheapest(weight: Tensor, upper: Tensor, grid: float) -> list[int]:
 @pytest.mark.parametrize("length, correlated", [(2, True), (9, False)])
 def test_the_path_through_the_trellis_is_the_cheapest(length: int, correlated: bool):
     """With errors fed forward as long as every path survives; without them at any length."""
-    weight, hessian = problem(12, length)
+    weight, hessian = problem(6, length)
     factor = tg.inverse_factor({True: hessian, False: torch.eye(length)}[correlated][None])
-    row = 0.3 + torch.rand(12)
+    row = 0.3 + torch.rand(6)
     codes = tg.gptq(weight[None], factor, row[None], torch.ones(1, length), tg.Trellis.of(4), 99)[0]
     for w, own, scale in zip(weight, codes.tolist(), row.tolist()):
         assert own == cheapest(w, factor[0], scale)
@@ -232,21 +187,19 @@ def test_codes_follow_the_trellis_and_lose_less_at_equal_entropy():
     """At 3 bits the trellis is worth at least a tenth of the damage; its bits are those of codes of known parity."""
     weight, hessian = problem(64, 128)
     factor = tg.inverse_factor(hessian[None])
-    column = factor.diagonal(dim1=-2, dim2=-1)
-    column = column / column.log().mean().exp()
 
     def figures(states: int) -> tuple[float, float]:
         """(bits a code, damage) at these scales."""
         trellis = tg.Trellis.of(states)
         row = torch.full((1, 64), 0.4 / trellis.density)
-        codes = tg.gptq(weight[None], factor, row, column, trellis, TOP)[0]
+        codes = tg.gptq(weight[None], factor, row, torch.ones(1, 128), trellis, 2 ** 15 - 4)[0]
         streams, state = tg.to_streams([codes.numpy()], 0, states), tg.TrellisState(64 * 2, states)
         if states > 1:
             assert all(np.array_equal(state.codes(line >> 1), line) for line in streams)
         parity = streams & (trellis.density - 1)
         counts = [np.unique(values, return_counts=True)[1] for values in (streams, parity)]
         entropy = [-(c / c.sum() * np.log2(c / c.sum())).sum() for c in counts]
-        return entropy[0] - entropy[1], damage(weight, hessian, codes * row[0, :, None] * column)
+        return entropy[0] - entropy[1], damage(weight, hessian, codes * row[0, :, None])
 
     (bits, plain), (less_bits, less) = figures(1), figures(4)
     assert less * 4 ** (less_bits - bits) < 0.9 * plain
@@ -269,15 +222,12 @@ def quantize(model: tg.GPT, cfg: tg.Config, run: tg.Run, global_scale: float, gr
     return quantizer.quantize(global_scale, quantizer.solved)
 
 
-def stored_as(parameter: str) -> str:
-    """From the table of the record."""
-    families = {"qo_bank": "attn", "kv_bank": "attn", "tok_emb": "embed"}
-    if parameter in families or parameter.startswith("mlp_") and parameter.endswith("bank"):
-        return f"gptq:{families.get(parameter, 'mlp')}"
-    return {True: "int8", False: "fp16"}[parameter in ("gate.weight", "bigram.table", "bigram.proj")]
+STORED = {"qo_bank": "gptq:attn", "kv_bank": "gptq:attn", "mlp_up_bank": "gptq:mlp", "mlp_down_bank": "gptq:mlp",
+          "mlp_up_in_bank": "gptq:mlp", "mlp_down_in_bank": "gptq:mlp", "tok_emb": "gptq:embed", "gate.weight": "int8",
+          "bigram.table": "int8", "bigram.proj": "int8"}  # the others: fp16
 
 
-@pytest.mark.parametrize("quant, scale", [("sdclip", 1.0), ("waterfill", 0.05)])
+@pytest.mark.parametrize("quant, scale", [("sdclip", 0.25), ("waterfill", 0.05)])
 def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float, run: tg.Run):
     cfg = tiny(**EVERYTHING, quant=quant, matrix_bits=5, embed_bits=7, attn_clip_sigmas=4, mlp_clip_sigmas=6,
                embed_clip_sigmas=9, trellis_states=4)
@@ -287,10 +237,9 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
         model.gate.weight[0, 1] = 0
     quantized = quantize(model, cfg, run, scale)
     assert list(quantized) == [name for name, _, _ in model.tensors()]
-    assert {q.stored for q in quantized.values()} == {"gptq:attn", "gptq:mlp", "gptq:embed", "int8", "fp16"}
     for name, values, parameter in model.tensors():
         q = quantized[name]
-        assert q.stored == stored_as(parameter) and q.codes.shape == values.shape
+        assert q.stored == STORED.get(parameter, "fp16") and q.codes.shape == values.shape
         if q.stored == "fp16":
             assert q.rows is None and torch.equal(q.dequantize(scale), values.half().float())
             continue
@@ -306,7 +255,7 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
         torch.testing.assert_close(q.dequantize(scale), q.codes.float() * step)
         if quant == "sdclip":
             bits, sigmas = grids[q.stored]
-            ratio = step[:, 0] / (sigmas * values.std(-1) / (2 ** (bits - 1) - 1))
+            ratio = step[:, 0] / (scale * sigmas * values.std(-1) / (2 ** (bits - 1) - 1))
             assert not q.columns.any() and (ratio.log2().abs() <= 1 / 16 + 1e-3).all()
             assert torch.equal(q.codes.float(), rounded(values, step, bits))  # the inputs were uncorrelated
         else:  # nothing is clipped; the trellis leaves every second code, and rarely prefers the one after
@@ -314,29 +263,14 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
             assert ((q.dequantize(scale) - values).abs() <= step).float().mean() > 0.7
 
 
-@pytest.mark.parametrize("quant, scales", [("sdclip", (0.25, 1.0)), ("waterfill", (0.005, 0.02))])
-def test_the_global_scale_multiplies_those_of_gptqs_matrices_alone(quant: str, scales: tuple, run: tg.Run):
-    cfg = tiny(quant=quant)
-    fine, coarse = (quantize(noisy(cfg), cfg, run, scale) for scale in scales)
-    for name, q in fine.items():
-        other = coarse[name]
-        if q.columns is None:
-            assert torch.equal(other.codes, q.codes)
-        else:
-            assert torch.equal(other.rows, q.rows) and torch.equal(other.columns, q.columns)
-            size = [float(t.dequantize(scale).std()) for t, scale in zip((q, other), scales)]
-            assert size[0] == pytest.approx(size[1], rel=0.3) and not torch.equal(q.codes, other.codes)
-
-
 def test_bits_fall_by_one_an_octave_and_can_be_asked_for(run: tg.Run):
     cfg = tiny(model_dim=64)
     model = noisy(cfg)
     quantizer = tg.Quantizer(model, unit_sums(model), cfg, run)
-    sizes = [quantizer.bits(2.0 ** octaves) / quantizer.weights for octaves in (-6, -5, -4)]
-    assert [a - b for a, b in zip(sizes, sizes[1:])] == pytest.approx([1, 1], abs=0.1)
     for bits in (3.0, 5.0):
         octaves = quantizer.octaves_for(bits * quantizer.weights)
         assert quantizer.bits(2.0 ** octaves) / quantizer.weights == pytest.approx(bits, abs=0.01)
+        assert quantizer.bits(2.0 ** (octaves + 1)) / quantizer.weights == pytest.approx(bits - 1, abs=0.1)
 
 
 def test_mixed_bits_go_by_the_trace_of_the_hessian(run: tg.Run):
@@ -358,13 +292,12 @@ def test_each_matrix_is_rounded_for_the_inputs_it_reads(run: tg.Run):
     model = noisy(cfg)
     hessians = {key: problem(1, len(h), seed)[1] for seed, (key, h) in enumerate(unit_sums(model).gram.items())}
     quantized = quantize(model, cfg, run, 1.0, hessians)
-    reads = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up", "down": "down"}
+    reads = {"q": "qkv", "k": "qkv", "v": "qkv"}
     matrices, used = {name: values for name, values, _ in model.tensors()}, set()
     for name, q in quantized.items():
         if q.stored.startswith("gptq:"):
-            key = ("head", 0)
-            if name != "tok_emb":
-                key = reads[name.split(".")[2]], int(name.split(".")[1])
+            _, block, kind = name.split(".") if name != "tok_emb" else ("", 0, "head")
+            key = reads.get(kind, kind), int(block)
             used.add(key)
             bits, _ = cfg.grid(q.stored.removeprefix("gptq:"))
             order = hessians[key].diagonal().argsort(descending=True)  # costly columns first
@@ -373,82 +306,65 @@ def test_each_matrix_is_rounded_for_the_inputs_it_reads(run: tg.Run):
     assert used == set(hessians)
     for quant in ("sdclip", "waterfill"):
         grams = unit_sums(model).gram
-        for key in (("up", 0), ("o", 1)):
-            grams[key][2] = grams[key][:, 2] = 0
-        quantized = quantize(model, tiny(quant=quant), run, 0.02, grams)
-        for name in ("blocks.0.up", "blocks.1.o"):
-            codes = quantized[name].codes
-            assert not codes[:, 2].any() and codes.any(0).sum() == codes.size(1) - 1
+        grams["up", 0][2] = grams["up", 0][:, 2] = 0
+        codes = quantize(model, tiny(quant=quant), run, 0.02, grams)["blocks.0.up"].codes
+        assert not codes[:, 2].any() and codes.any(0).sum() == codes.size(1) - 1
 
 
 # -- training that sees rounded weights ----------------------------------------------------------------
 
-TERNARY = dict(quant="sdclip", matrix_bits=2, attn_clip_sigmas=1.2, mlp_clip_sigmas=1.3)
-
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(bits: int):
-    """Loss to the bit; the gradient at the rounded weights goes straight through."""
-    cfg = tiny(**{**TERNARY, "matrix_bits": bits}, mlp_rank=6)
+def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(bits: int, run: tg.Run):
+    """Loss to the bit; the gradient at the rounded weights goes straight through; whatever the Hessians."""
+    cfg = tiny(quant="sdclip", matrix_bits=bits, attn_clip_sigmas=1.2, mlp_clip_sigmas=1.3, mlp_rank=6)
     model, on_grid, batch = noisy(cfg), noisy(cfg), tg.random_batch(2, cfg)
     tg.snap_banks(on_grid, cfg)
+    with tg.snapped(model, cfg):
+        assert all(torch.equal(value, on_grid.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, noisy(cfg).state_dict()[name]) for name, value in model.state_dict().items())
     straight = functools.partial(tg.RoundedWeights, tg.bank_grids(model, cfg))
     results = []
-    for of, weights in ((on_grid, tg.Weights), (model, straight)):
+    for of, weights in ((on_grid, tg.Weights), (model, straight), (model, tg.Weights)):
         loss = of.total_loss(batch, looped_layers(of), torch.float32, weights)
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in of.named_parameters()}))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(grad, results[1][1][name]) for name, grad in results[0][1].items())
-    assert not torch.equal(results[0][0], model.total_loss(batch, looped_layers(model), torch.float32).detach())
+        results.append([loss, *torch.autograd.grad(loss, list(of.parameters()))])
+    assert all(map(torch.equal, results[0], results[1])) and not torch.equal(results[1][0], results[2][0])
     assert set(tg.bank_grids(model, cfg)) == {name for name, p in model.named_parameters() if name.endswith("bank")}
-
-
-def test_what_training_rounded_is_stored_as_it_is_and_a_probe_leaves_no_trace(run: tg.Run):
-    """Whatever the Hessians: each matrix of a bank has ternary codes at its own scale, and comes back to the bit."""
-    cfg = tiny(**TERNARY)
-    model, probed = noisy(cfg), noisy(cfg)
-    tg.snap_banks(model, cfg)
-    with tg.snapped(probed, cfg):
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in probed.state_dict().items())
-    assert all(torch.equal(value, noisy(cfg).state_dict()[name]) for name, value in probed.state_dict().items())
-    hessians = {key: problem(1, len(h), seed)[1] for seed, (key, h) in enumerate(unit_sums(model).gram.items())}
-    quantized = quantize(model, cfg, run, 1.0, hessians)
-    matrices = {name: values for name, values, _ in model.tensors() if name.startswith("blocks.")}
-    assert set(matrices) == set(model.row_codes)
+    hessians = {key: problem(1, len(h), seed)[1] for seed, (key, h) in enumerate(unit_sums(on_grid).gram.items())}
+    quantized = quantize(on_grid, cfg, run, 1.0, hessians)
+    matrices = {name: values for name, values, _ in on_grid.tensors() if name.startswith("blocks.")}
+    assert set(matrices) == set(on_grid.row_codes)
     for name, values in matrices.items():
         assert torch.equal(quantized[name].dequantize(1.0), values)
-        assert set(quantized[name].codes.unique().tolist()) == {-1, 0, 1}
+        assert quantized[name].codes.abs().max() == 2 ** (bits - 1) - 1
 
 
 # -- calibration ---------------------------------------------------------------------------------------
 
 
-def rank_of(rank: int, world: int, run: tg.Run, seen: list[Tensor]) -> SimpleNamespace:
-    """One of several ranks; what it would add up goes to `seen`."""
-    return SimpleNamespace(rank=rank, world=world, device=run.device, dtype=run.dtype, progress=run.progress,
-                           all_reduce=lambda t: seen.append(t.clone()) or t)
-
-
 def test_sums_are_over_all_calibration_tokens_and_ranks(run: tg.Run, dataset: dict[str, str]):
     """To rounding, Fisher information included: its targets are drawn by row, whoever has the row."""
     cfg = tiny(**dataset, gptq_calibration_batches=3)
-    model, data, whole = noisy(cfg), tg.TrainData(cfg, run), []
-    sums = tg.calibrate(model, data, 40, cfg, rank_of(0, 1, run, whole))
+    model, data = noisy(cfg), tg.TrainData(cfg, run)
+
+    def calibrated(rank: int, world: int, first_row: int = 40) -> tuple[tg.RecordingWeights, list[Tensor]]:
+        """(sums, what was to be added up over ranks) of one rank."""
+        seen: list[Tensor] = []
+        told = SimpleNamespace(rank=rank, world=world, device=run.device, dtype=run.dtype, progress=run.progress,
+                               all_reduce=lambda t: seen.append(t.clone()) or t)
+        return tg.calibrate(model, data, first_row, cfg, told), seen
+
+    sums, whole = calibrated(0, 1)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     for world in (2, 5):
-        parts: list[list[Tensor]] = [[] for _ in range(world)]
-        for rank in range(world):
-            tg.calibrate(model, data, 40, cfg, rank_of(rank, world, run, parts[rank]))
-        for number, expected in enumerate(whole):
-            total = sum(part[number] for part in parts)
-            torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        parts = [calibrated(rank, world)[1] for rank in range(world)]
+        for expected, *addends in zip(whole, *parts, strict=True):
+            torch.testing.assert_close(sum(addends), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert float(sums.gram["head", 0].trace()) == pytest.approx(cfg.model_dim, rel=1e-4)
     for block in range(cfg.num_layers):  # normed inputs, scaled by 1 / sqrt(block + 1), over all layers
         assert float(sums.gram["qkv", block].trace()) == pytest.approx(cfg.model_dim / (block + 1), rel=1e-3)
-    later = tg.calibrate(model, data, 48, cfg, run).gram["qkv", 0]  # other rows, other sums
-    assert not torch.allclose(sums.gram["qkv", 0], later)
-    nothing = tg.calibrate(model, data, 0, cfg, rank_of(60, 64, run, []))  # a rank without rows adds zeros
+    assert not torch.allclose(sums.gram["qkv", 0], calibrated(0, 1, 48)[0].gram["qkv", 0])  # other rows
+    nothing, _ = calibrated(60, 64)  # a rank without rows adds zeros
     assert not any(t.any() for t in (*nothing.gram.values(), *nothing.fisher.values(), nothing.input_gram))
 
 
