@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, tiny, write_shard
+from conftest import ROOT, environment, tiny, write_shard
 
 import train_gpt as tg
 from records.pr1485_illegal import train_on_validation
@@ -25,23 +25,21 @@ VOCAB = 40
 SMALL = dict(vocab_size=VOCAB, num_layers=2, num_loops=0, parallel_start_layer=1, eval_seq_len=16, eval_stride=8,
              train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, ngram_base_beta=0,
              ngram_rules="1:0.3:1,2:0.5:1", ttt_chunk_size="4", ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.05,
-             ttt_lora_on="q,o,head", phased_ttt_num_phases=2, phased_ttt_prefix_docs=16, global_ttt_lr=0.05,
+             ttt_lora_on="q,o,head", phased_ttt_num_phases=2, phased_ttt_prefix_docs=8, global_ttt_lr=0.05,
              ttt_chunk_tokens=40, ttt_lr=0.05, ttt_epochs=1)
 """Two blocks, and learning rates so large that every leak shows."""
 
-MODES = {"none": dict(ttt="none"),
-         "tilt": dict(ttt="none", ngram_base_beta=2),
-         "lora": dict(ttt="lora", ttt_context="recompute"),
-         "cache": dict(ttt="lora", ttt_context="cache"),
-         "lora and tilt": dict(ttt="lora", ngram_base_beta=2),
-         "sgd": dict(ttt="sgd")}
+MODES = {"none": dict(ttt="none"), "tilt": dict(ttt="none", ngram_base_beta=2), "sgd": dict(ttt="sgd"),
+         "lora": dict(ttt="lora", ttt_context="recompute"), "cache": dict(ttt="lora", ttt_context="cache"),
+         "lora and tilt": dict(ttt="lora", ngram_base_beta=2)}
+ALONE = dict(phased_ttt_num_phases=0)  # adapters learn, nothing shared does
 
 
-def stream(documents: int = 18, seed: int = 0) -> np.ndarray:
-    """A stream of short documents: eight in each phase, so that batches have several rows. Every third one is nearly
+def stream() -> np.ndarray:
+    """A stream of short documents: four in each phase, so that batches have several rows. Every third one is nearly
     the one before it, so that hints come true."""
-    rng, texts = np.random.default_rng(seed), []
-    for number in range(documents):
+    rng, texts = np.random.default_rng(0), []
+    for number in range(10):
         text = rng.integers(2, VOCAB, rng.integers(4, 8)).tolist()
         texts.append(texts[-1][:-1] + text[:1] if number % 3 == 2 else text)
     return np.array([i for text in texts for i in (tg.BOS_ID, *text)])
@@ -77,9 +75,9 @@ def failures(findings: list[evidence.Finding]) -> set[tuple[str, str]]:
 # -- the program as it is ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_program_passes(mode: str):
-    findings = audit.audit(subject(tg, **MODES[mode]))
+@pytest.mark.parametrize("mode, knobs", [("tilt", {}), ("lora", ALONE), ("lora and tilt", {}), ("sgd", {})])
+def test_the_program_passes(mode: str, knobs: dict):
+    findings = audit.audit(subject(tg, **MODES[mode], **knobs))
     assert not failures(findings), evidence.table(findings)
     codes = {f.code for f in findings}
     assert codes == {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8"} | ({"D9"} if "tilt" in mode else set())
@@ -90,23 +88,11 @@ def test_probes_look_where_something_was_learned():
     s = subject(tg, **MODES["lora and tilt"])
     base = s.score()
     positions = audit.choose(s, base, np.random.default_rng(0))
-    assert len(np.unique(base.shared)) == 3 and len(np.unique(base.own)) > 10
+    assert len(np.unique(base.shared)) == 3 and len(np.unique(base.own)) > 8
     betas, hints = base.hints[1].numpy()[positions] > 0, base.hints[0].numpy()[positions]
     right = hints == s.ids[1:][positions]
     assert (betas & right).any() and (betas & ~right).any()
     assert (base.shared[positions] != base.shared[0]).any()
-
-
-def test_the_tilted_distribution_is_the_black_box_one():
-    """What the white-box probe says about each id is what the program reports when that id comes true."""
-    s = subject(tg, **MODES["tilt"])
-    t = int(np.flatnonzero((s.score().hints[1].numpy() > 0) & (s.ids[1:] != tg.BOS_ID))[-1])
-    whole = s.score(probes=[t]).full[t]
-    ids, nats = s.ids.copy(), []
-    for ids[t + 1] in range(VOCAB):
-        nats.append(s.score(ids).nats[t])
-    np.testing.assert_allclose(nats, whole, rtol=0, atol=1e-5)
-    assert np.exp(-np.array(nats)).sum() == pytest.approx(1, abs=1e-4)
 
 
 # -- programs that break a rule ------------------------------------------------------------------------
@@ -151,14 +137,13 @@ CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
-        (SCORED, AGAIN + SCORED)], ("D2", "C3"), dict(phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + SCORED)], ("D2", "C3"), ALONE),
     "shared weights learn before the score": Plant("A", "sgd", [
         ("            score_windows(model, windows[cuts[c]:",
          "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
          "            score_windows(model, windows[cuts[c]:")], ("D2", "C3")),
     "minimum over two passes": Plant("B", "lora", [
-        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"),
-        dict(phased_ttt_num_phases=0)),
+        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"), ALONE),
     "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
@@ -180,13 +165,14 @@ PLANTS = {
     "keys and values of the documents before": Plant("L", "cache", [
         ("cache = KeyValueCache(cfg.eval_seq_len) if",
          'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
-        ("D6", "C1")),
+        ("D6", "C1"), ALONE),
     "adapters averaged over the batch": Plant("P", "lora", [
         (UPDATED, UPDATED + "                for peer in w.parameters:\n"
-         "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")], ("D6", "C1")),
+         "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")],
+        ("D6", "C1"), ALONE),
     "the last chunk is not scored": Plant("C4", "lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
-         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4")),
+         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4"), ALONE),
     "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
     "shared weights learn from all parts": Plant("A", "lora", [
         ("starts = range(0, stop, cfg.ttt_chunk_tokens)", "starts = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
@@ -206,7 +192,7 @@ PLANTS = {
         ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
          "    return sorted((DocumentBatch(tuple(rows), tuple(range(0, size[rows[0]] + 4, "
-         "2 if size[rows[0]] <= 8 else 4)),")], ("D1", "C1")),
+         "2 if size[rows[0]] <= 8 else 4)),")], ("D1", "C1"), ALONE),
 }
 
 
@@ -253,6 +239,11 @@ REHEARSED = {
 }
 
 
+def rehearsed(module: ModuleType, ids: np.ndarray, dataset: dict[str, str]) -> list[evidence.Finding]:
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
+    return audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
+
+
 @pytest.mark.parametrize("name", REHEARSED)
 def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str], plant, monkeypatch):
     edits, expected = REHEARSED[name]
@@ -260,9 +251,8 @@ def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]
     if "specimen" in name:
         monkeypatch.setattr(train_on_validation, "EPOCHS", 1)
         train_on_validation.break_the_rule(module)
-    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
     ids = tg.TokenStream(Path(dataset["data_path"]), "fineweb_val").read(0, 300).astype(np.int64)
-    findings = audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
+    findings = rehearsed(module, ids, dataset)
     assert failures(findings) == expected, evidence.table(findings)
     assert module.TokenStream.__module__ == module.__name__  # nothing of the rehearsal stays behind
 
@@ -272,12 +262,9 @@ def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]
                                             "status 1: ValueError: broken")])
 def test_a_rehearsal_that_fails_is_one_line(edits: list, token: int, words: str, dataset: dict[str, str], plant):
     """Ids outside the vocabulary; a bug, at which the trainer would end the process."""
-    module = plant(words, edits)
-    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
     ids = np.where(np.arange(300) % 30, token, tg.BOS_ID)
     with pytest.raises(ToolError, match=f"the rehearsal ended with {words}"):
-        audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids,
-                       Path(dataset["tokenizer_path"]))
+        rehearsed(plant(words, edits), ids, dataset)
 
 
 # -- bytes ---------------------------------------------------------------------------------------------
@@ -330,28 +317,23 @@ def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "pac
 
 
 @pytest.mark.parametrize("name,edit,more,expected", [
-    ("as it should be", {}, {}, set()),
-    ("training over its budget", dict(train_seconds=602.0), {}, {("A1", "accounting")}),
-    ("evaluation over its budget", dict(eval_seconds=631.0), {}, {("A1", "accounting")}),
-    ("an untimed gap", {}, dict(gap=51.8), {("A1", "accounting")}),
-    ("validation first", {}, dict(order="val_data pack"), {("A2", "C3")}),
-    ("probed while training", {}, dict(order="val_probe pack val_data"), {("A2", "C3")}),
-    ("bytes counted twice", dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {},
-     {("A3", "accounting")}),
-    ("another loss", dict(val_loss=2.6), {}, {("A3", "accounting")}),
-    ("over the cap", dict(artifact_bytes=16_024_793, code_bytes=164_793), {}, {("A4", "accounting")}),
-    ("another artifact", dict(code_bytes=30_000), {}, {("A4", "accounting")}),
-])
-def test_a_log_is_checked(name: str, edit: dict, more: dict, expected: set, tmp_path: Path):
+    ("as it should be", {}, {}, ""), ("training over its budget", dict(train_seconds=602.0), {}, "A1"),
+    ("evaluation over its budget", dict(eval_seconds=631.0), {}, "A1"), ("an untimed gap", {}, dict(gap=51.8), "A1"),
+    ("validation first", {}, dict(order="val_data pack"), "A2"), ("another loss", dict(val_loss=2.6), {}, "A3"),
+    ("probed while training", {}, dict(order="val_probe pack val_data"), "A2"),
+    ("bytes counted twice", dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {}, "A3"),
+    ("over the cap", dict(artifact_bytes=16_024_793, code_bytes=164_793), {}, "A4"),
+    ("another artifact", dict(code_bytes=30_000), {}, "A4")])
+def test_a_log_is_checked(name: str, edit: dict, more: dict, expected: str, tmp_path: Path):
     findings = evidence.audit_log(log(tmp_path / "r.jsonl", edit, **more), 15_860_000)
-    assert failures(findings) == expected, evidence.table(findings)
+    wanted = {(expected, "C3" if expected == "A2" else "accounting")} if expected else set()
+    assert failures(findings) == wanted, evidence.table(findings)
 
 
 # -- sources -------------------------------------------------------------------------------------------
 
 SPECIMENS = {
-    "new f-string": ("""x = 1\nmatch = f'{x!r:{'a'}}'\n""", ("S1", "accounting"), False),
-    "syntax of 3.12": ("type A = int\n", ("S1", "accounting"), False),
+    "syntax of 3.12": ("""x = 1\nmatch = f'{x!r:{'a'}}'\n""", ("S1", "accounting"), False),
     "network": ("from huggingface_hub import hf_hub_download\n", ("S2", "accounting"), False),
     "a compiler": ("import subprocess\nsubprocess.run(['gcc', 'x.c'])\n", ("S2", "accounting"), True),
     "pre-quantization learning": ("def main():\n    ttt_adapt(model, val_tokens)\n    serialize(model)\n",
@@ -380,37 +362,28 @@ def test_a_source_is_scanned(name: str, tmp_path: Path):
         assert {(f.code, f.condition, f.suspect) for f in bad} == {(*expected, suspect)}, bad
 
 
-@pytest.mark.parametrize("source", [
-    "loss = min(step, 3)\n",
-    "def main():\n    serialize(model)\n    eval_val_ttt(model, val_tokens)\n",
-    "key = (ctx_hash ^ previous) & mask\n",
-    "n = len(piece.encode('utf-8'))\nm = n + has_leading_space[i]\n",
-    "h = collect_hessians(model, train_loader)\n",
-])
-def test_lawful_sources_pass(source: str, tmp_path: Path):
-    (tmp_path / "s.py").write_text(source)
-    assert all(f.ok for f in evidence.static_audit(tmp_path / "s.py", {}))
+def test_lawful_sources_pass(tmp_path: Path):
+    for source in ("loss = min(step, 3)\n", "def main():\n    serialize(model)\n    eval_val_ttt(model, val_tokens)\n",
+                   "key = (ctx_hash ^ previous) & mask\n", "h = collect_hessians(model, train_loader)\n",
+                   "n = len(piece.encode('utf-8'))\nm = n + has_leading_space[i]\n"):
+        (tmp_path / "s.py").write_text(source)
+        assert all(f.ok for f in evidence.static_audit(tmp_path / "s.py", {})), source
 
 
 def test_our_own_source_has_no_certain_hit(tmp_path: Path):
     (tmp_path / "train_gpt.py").write_bytes(tg.shipped_source(ROOT / "train_gpt.py"))
-    for path in (ROOT / "train_gpt.py", tmp_path / "train_gpt.py"):
-        assert not failures(evidence.static_audit(path, {}))
+    assert not failures(evidence.static_audit(tmp_path / "train_gpt.py", {}))
 
 
 def test_everything_that_is_imported_counts(tmp_path: Path):
     (tmp_path / "train_gpt.py").write_text("import helper\n")
     (tmp_path / "helper.py").write_text("x = 1\n" + "#" * 60_000)
-    (tmp_path / "tilt.c").write_text("/*" + "*" * 9_000)
     (tmp_path / "model.bin").write_bytes(bytes(15_900_000))
-    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
-    assert finding.ok and "files=3" in finding.figures  # 15,969,000 and a little
-    (tmp_path / "tilt.c").write_text("/*" + "*" * 30_000)
-    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
-    assert finding.suspect and not finding.ok
-    (tmp_path / "tilt.c").write_text("/*" + "*" * 60_000)
-    (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
-    assert not finding.ok and not finding.suspect and "16,0" in finding.figures
+    for stars, expected, figure in ((9_000, (True, False), "files=3"),  # 15,969,000 and a little
+                                    (30_000, (False, True), ""), (60_000, (False, False), "16,0")):
+        (tmp_path / "tilt.c").write_text("/*" + "*" * stars)
+        (finding,) = [f for f in evidence.static_audit(tmp_path, {}) if f.code == "S3"]
+        assert (finding.ok, finding.suspect) == expected and figure in finding.figures
 
 
 @pytest.mark.parametrize("changes, ok, words", [
@@ -429,27 +402,22 @@ def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words
 # -- the command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["TTT=none NGRAM_BASE_BETA=2", "TTT=lora TTT_CHUNK_SIZE=48 TTT_LORA_RANK=2 "
-                                  "PHASED_TTT_NUM_PHASES=0 NGRAM_BASE_BETA=0"])
-def test_the_command_audits_an_artifact(mode: str, dataset: dict[str, str], tmp_path: Path,
-                                        capsys: pytest.CaptureFixture):
+def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
-    shape = {**TINY, **dataset, **dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4,
-                                       iterations=1, ttt="none", ngram_base_beta=0, diagnostic_evals="",
-                                       log_dir=tmp_path, run_id="r")}
-    assert tg.main([], {name.upper(): str(value) for name, value in shape.items()}) == 0
+    shape = dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, iterations=1, ttt="none",
+                 ngram_base_beta=0, diagnostic_evals="")
+    assert tg.main([], environment(dataset, tmp_path, **shape)) == 0
     capsys.readouterr()
     knobs = [f"{k.upper()}={v}" for k, v in dataset.items()]
-    knobs += [*mode.split(), "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64", "TRAIN_BATCH_TOKENS=64",
-              "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
+    knobs += ["TTT=none", "NGRAM_BASE_BETA=2", "EVAL_SEQ_LEN=64", "EVAL_STRIDE=32", "TRAIN_SEQ_LEN=64",
+              "TRAIN_BATCH_TOKENS=64", "MICRO_BATCH_TOKENS=64", "NGRAM_RULES=4:0.5:1"]
     with pytest.raises((ToolError, tg.UserError), match="LEARNING_RATE=1: no such knob"):
         audit.main([str(tmp_path / "r.bin"), *knobs, "LEARNING_RATE=1"])
     assert audit.main([str(tmp_path / "r.bin"), *knobs, f"SCRIPT={tg.__file__}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
     assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass accounting=pass"
-    with_hints = {"D9"} if "TTT=none" in mode else set()
-    assert {line.split()[0] for line in lines[1:-1]} == {"A2", *(f"D{i}" for i in range(1, 9))} | with_hints
+    assert {line.split()[0] for line in lines[1:-1]} == {"A2", *(f"D{i}" for i in range(1, 10))}
 
 
 @pytest.mark.parametrize("arguments,message", [
