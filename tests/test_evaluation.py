@@ -93,7 +93,7 @@ def by_ranks(world: int, cfg: tg.Config, body: Callable[[tg.Run], Any]) -> list[
 # -- windows and rows ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seq_len, stride", [(32, 32), (32, 8), (32, 1), (32, 31), (1, 1), (7, 3), (200, 64)])
+@pytest.mark.parametrize("seq_len, stride", [(32, 32), (32, 8), (1, 1), (7, 3), (200, 64)])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_windows_score_every_target_once_with_enough_context_and_fill_rows(name: str, seq_len: int, stride: int):
     val = val_data(LENGTHS[name])
@@ -133,7 +133,7 @@ def test_a_window_batch_separates_its_windows_and_scores_the_right_spots():
 # -- the scorer ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [32, 8, 5])
+@pytest.mark.parametrize("stride", [32, 5])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_the_score_is_that_of_every_window_by_itself(name: str, stride: int, run: tg.Run):
     """Windows of at most EVAL_SEQ_LEN, none of which sees another."""
@@ -159,22 +159,6 @@ def test_the_score_does_not_depend_on_batch_or_ranks(stride: int, run: tg.Run):
     results += by_ranks(3, cfg, lambda one: scored(model, val, stride, cfg, one))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("stride", [8, 32])
-def test_no_score_depends_on_a_later_id_or_on_another_document(stride: int, run: tg.Run):
-    cfg, val = tiny(**EVERYTHING, eval_seq_len=32), val_data([20, 90, 25])
-    model = noisy(cfg)
-    before = scored(model, val, stride, cfg, run)
-    for at in (10, 21, 53, 80, 109, 115):
-        ids = val.ids.copy()
-        ids[at] = 3 + ids[at] % 500
-        after = scored(model, val._replace(ids=ids), stride, cfg, run)
-        number = int(np.searchsorted(val.starts, at, side="right") - 1)
-        unmoved = torch.ones(val.num_targets, dtype=torch.bool)
-        unmoved[at - 1:int(val.stops[number])] = False
-        torch.testing.assert_close(after[unmoved], before[unmoved], rtol=0, atol=1e-6)
-        assert after[at - 1] != before[at - 1]  # its target
 
 
 def test_ranks_share_the_rows(run: tg.Run):
