@@ -28,17 +28,13 @@ def refusal(env: dict[str, str]) -> str:
     return message
 
 
-def test_there_are_at_most_110_knobs_and_each_says_what_it_is():
-    knobs = listing.read()
-    assert [knob.name.lower() for knob in knobs] == [name for group in tg.GROUPS for name in group.__annotations__]
-    assert len(knobs) <= 110 and {knob.name for knob in knobs} == {name.upper() for name in KINDS}
-    assert [knob.name for knob in knobs if len(knob.doc) < 10] == []
-
-
-def test_help_has_every_knob_with_default_bound_and_comment_under_its_group(capsys):
+def test_help_has_each_of_at_most_110_knobs_with_default_bound_and_comment_under_its_group(capsys):
     with pytest.raises(SystemExit, match="0"):
         tg.main(["--help"], {})
     text, knobs = capsys.readouterr().out, listing.read()
+    assert [knob.name.lower() for knob in knobs] == [name for group in tg.GROUPS for name in group.__annotations__]
+    assert len(knobs) <= 110 and {knob.name.lower() for knob in knobs} == {*KINDS}
+    assert [knob.name for knob in knobs if len(knob.doc) < 10] == []
     titles = [text.index(f"\n{group.__doc__}\n") for group in tg.GROUPS] + [len(text)]
     for group, begin, end in zip(tg.GROUPS, titles, titles[1:]):
         for knob in (knob for knob in knobs if knob.group == group.__doc__):
@@ -48,16 +44,15 @@ def test_help_has_every_knob_with_default_bound_and_comment_under_its_group(caps
     assert all(preset in text.splitlines()[0] for preset in tg.PRESETS)
 
 
-DERIVED = {name: value for group in (tg.Config, tg.ModelKnobs) for name, value in vars(group).items()
-           if isinstance(value, property) or name == "grid"}
-
-
 def test_every_knob_and_every_value_derived_from_knobs_is_read_by_some_code():
     """A check of its value is no reader: these are all self.x, as are derived values."""
-    deriving = "".join(inspect.getsource(getattr(value, "fget", value)) for value in DERIVED.values())
-    names = {*re.findall(r"\bcfg\.(\w+)", SOURCE), *re.findall(r"\bself\.(\w+)", deriving)}
+    derived = {name: value for group in (tg.Config, tg.ModelKnobs) for name, value in vars(group).items()
+               if isinstance(value, property) or name == "grid"}
+    deriving = "".join(inspect.getsource(getattr(value, "fget", value)) for value in derived.values())
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    names = {*re.findall(r"\bcfg\.(\w+)", source), *re.findall(r"\bself\.(\w+)", deriving)}
     names |= {knob for row in tg.ROUTES for knob in (row.lr, row.wd)}
-    assert len(DERIVED) >= 5 and {*KINDS, *DERIVED} - names == set()
+    assert len(derived) >= 5 and {*KINDS, *derived} - names == set()
 
 
 RECORD_1855 = """ADAM_WD=0.02 ATTN_CLIP_SIGMAS=13.0 BETA2=0.99 DATA_DIR=./data EMA_DECAY=0.9965 EMBED_BITS=7
@@ -73,13 +68,10 @@ RECORD_1855 = """ADAM_WD=0.02 ATTN_CLIP_SIGMAS=13.0 BETA2=0.99 DATA_DIR=./data E
     ARTIFACT_BYTES_CAP=16000000"""  # the last two lines: what #1855 does without having these names
 
 
-def test_the_defaults_are_the_values_of_record_1855():
+def test_the_defaults_are_those_of_record_1855_a_preset_overrides_them_and_variables_the_preset():
     assert config(RECORD_1855) == config("PRESET=record") == config("") == tg.Config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         tg.Config().seed = 1
-
-
-def test_a_preset_is_overridden_by_variables_and_overrides_the_defaults():
     demo = config("PRESET=demo")
     assert demo == dataclasses.replace(tg.Config(), preset="demo", **tg.PRESETS["demo"]) != tg.Config()
     assert config("PRESET=demo NUM_LAYERS=7 MATRIX_LR=0.5") == dataclasses.replace(demo, num_layers=7, matrix_lr=0.5)
@@ -134,17 +126,14 @@ def test_every_knob_takes_its_default_and_refuses_by_its_name_what_its_annotatio
         assert accepts(name, default) and tg.Config.from_env({name.upper(): default}) == tg.Config()
         wrong = [text for text in CANDIDATES if not accepts(name, text)]
         assert wrong or kind is str
-        for text in wrong[::2]:
+        for text in wrong[:1] + wrong[-1:]:
             assert re.match(rf"{name.upper()}=.*: expected ", refusal({name.upper(): text}))
 
 
 @pytest.mark.parametrize("knobs", [
-    # bounds of one value, one or two of each kind
-    "NUM_LAYERS=1", "NUM_LAYERS=1025", "MODEL_DIM=0", "NUM_LOOPS=-1", "NUM_LOOPS=65", "VOCAB_SIZE=65537", "SEED=-1",
-    "SEED=9223372036854775808", "BIGRAM_BUCKETS=1", "MLP_RANK=-1", "MATRIX_BITS=1", "EMBED_BITS=9", "ROPE_BASE=0",
-    "ATTN_CLIP_SIGMAS=0", "LOGIT_SOFTCAP=inf", "GRAD_CLIP_NORM=-0.1", "BETA2=1", "EMA_DECAY=-0.1", "MIN_LR=1.1",
-    "WARMDOWN_FRAC=-0.5", "QAT_START=1.1", "ITERATIONS=0", "TRELLIS_STATES=2", "EVAL_SECONDS_BUDGET=0",
-    "DIST_TIMEOUT_SECONDS=0", "ARTIFACT_BYTES_CAP=0", "TTT_CHUNK_SIZE=0", "TTT=yes",
+    # bounds of one value, one of each kind
+    "NUM_LAYERS=1", "NUM_LOOPS=65", "VOCAB_SIZE=65537", "SEED=9223372036854775808", "BIGRAM_BUCKETS=1", "MATRIX_BITS=1",
+    "ROPE_BASE=0", "LOGIT_SOFTCAP=inf", "BETA2=1", "MIN_LR=1.1", "TRELLIS_STATES=2", "TTT=yes",
     # combinations
     "MODEL_DIM=500", "NUM_KV_HEADS=3", "ROPE_DIMS=15", "ROPE_DIMS=66", "MLP_MULT=0.001", "MLP_RANK=513",
     "LOOP_START=6", "LOOP_START=3 NUM_LAYERS=4", "PARALLEL_START_LAYER=11", "PARALLEL_START_LAYER=4",
@@ -153,9 +142,8 @@ def test_every_knob_takes_its_default_and_refuses_by_its_name_what_its_annotatio
     "TTT_CHUNK_SIZE=2049", "MUON_BACKEND_STEPS=6", "GPTQ_RESERVE_SECONDS=600", "RESUME=1", "RESUME=auto RUN_ID=r "
     "EVAL_ONLY=r.bin",
     # texts with a form of their own
-    "CHECKPOINT_EVERY=", "CHECKPOINT_EVERY=-1", "CHECKPOINT_EVERY=inf", "CHECKPOINT_EVERY=1.5",
-    "NGRAM_RULES=", "NGRAM_RULES=8:0.7", "NGRAM_RULES=8:1.2:1",
-    "NGRAM_RULES=8:0.5:1,8:0.6:2", "NGRAM_RULES=65:0.5:1", "TTT_LORA_ON=", "TTT_LORA_ON=q,w",
+    "CHECKPOINT_EVERY=", "CHECKPOINT_EVERY=-1", "CHECKPOINT_EVERY=1.5", "NGRAM_RULES=", "NGRAM_RULES=8:0.7",
+    "NGRAM_RULES=8:1.2:1", "NGRAM_RULES=8:0.5:1,8:0.6:2", "NGRAM_RULES=65:0.5:1", "TTT_LORA_ON=q,w",
     "DIAGNOSTIC_EVALS=ema,ema"])
 def test_an_impossible_value_or_combination_is_one_line_that_names_it(knobs):
     message = refusal(dict(pair.split("=", 1) for pair in knobs.split()))
@@ -166,16 +154,13 @@ def test_an_impossible_value_or_combination_is_one_line_that_names_it(knobs):
 @pytest.mark.parametrize("knobs", [
     "NUM_LAYERS=4 NUM_LOOPS=0 PARALLEL_START_LAYER=3", "PARALLEL_START_LAYER=3", "PARALLEL_START_LAYER=6",
     "PARALLEL_START_LAYER=4 PARALLEL_RESIDUAL=single", "PARALLEL_START_LAYER=4 NUM_LOOPS=0",
-    "PARALLEL_START_LAYER=99 PARALLEL_RESIDUAL=none", "MUON_BACKEND_STEPS=5 MUON_COEFFICIENTS=classic",
     "MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=600", "EVAL_STRIDE=2048", "EVAL_STRIDE=0", "MICRO_BATCH_TOKENS=2048",
-    "WARMDOWN_FRAC=1 MIN_LR=1", "ROPE_DIMS=0", "ROPE_DIMS=64", "NUM_HEADS=1 NUM_KV_HEADS=1", "MLP_RANK=512",
-    "QAT_START=0 QUANT=sdclip MATRIX_BITS=2", "LOOP_START=0 LOOP_END=10 PARALLEL_START_LAYER=0", "VOCAB_SIZE=65536",
-    "CHECKPOINT_EVERY=500", "RESUME=auto RUN_ID=r", "DIAGNOSTIC_EVALS=",
-    "TTT_CHUNK_SIZE=4096 TTT=none"])
+    "WARMDOWN_FRAC=1 MIN_LR=1", "ROPE_DIMS=0", "ROPE_DIMS=64", "MLP_RANK=512", "QAT_START=0 QUANT=sdclip MATRIX_BITS=2",
+    "VOCAB_SIZE=65536", "CHECKPOINT_EVERY=500", "RESUME=auto RUN_ID=r", "TTT_CHUNK_SIZE=4096 TTT=none"])
 def test_the_limits_themselves_are_possible(knobs):
     cfg = config(knobs)
-    assert " ".join(f"{pair.split('=')[0]}={tg.show(getattr(cfg, pair.split('=')[0].lower()))}"
-                    for pair in knobs.split()) == knobs
+    for name, value in (pair.split("=") for pair in knobs.split()):
+        assert tg.show(getattr(cfg, name.lower())) == value
 
 
 def test_derived_values_follow_from_the_knobs():
@@ -197,35 +182,22 @@ def test_show_is_what_one_would_type():
 
 def test_a_misspelt_knob_is_refused_and_the_nearest_is_named():
     """A letter missing, one too many; two letters swapped where the name is long enough to be sure."""
-    for knob in [name.upper() for name in KINDS if len(name) > 4][::4]:
+    for knob in [name.upper() for name in KINDS if len(name) > 4][::9]:
         middle = len(knob) // 2
         swapped = knob[:middle] + knob[middle + 1] + knob[middle] + knob[middle + 2:]
         names = {knob[:middle] + knob[middle + 1:], knob[:middle] + "X" + knob[middle:], *[swapped] * (len(knob) > 8)}
         for name in names:
             if name.lower() not in KINDS:
                 assert refusal({name: "1"}).startswith(f"{name}=1: no such knob; did you mean {knob}?")
+    for name in ("GPTQ_RESERVE", "MUON_FOO", "ATTN_GATES_ON", "QK_GAIN", "TTT_ENABLED", "LQER_RANK"):  # as a knob begins
+        assert refusal({name: "1"}).startswith(f"{name}=1: no such knob; did you mean ")
     assert "did you mean MATRIX_LR?" in refusal({"matrix_lr": "0.1"})
     assert config("") == tg.Config.from_env({"device": "x"})
 
 
-@pytest.mark.parametrize("name", ["GPTQ_RESERVE", "MUON_FOO", "ATTN_GATES_ON", "WARMDOWN_TOKENS", "QK_GAIN",
-                                  "EVAL_WINDOW", "LOOP_OVER", "TTT_ENABLED", "LQER_RANK"])
-def test_a_stranger_with_the_prefix_of_a_knob_is_refused(name):
-    assert refusal({name: "1"}).startswith(f"{name}=1: no such knob; did you mean ")
-
-
-def test_the_rest_of_the_environment_is_none_of_our_business():
+@pytest.mark.parametrize("name", """PATH _ TZ OMP_NUM_THREADS NCCL_NET CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH TORCH_LOGS
+    PYTORCH_CUDA_ALLOC_CONF HF_TOKEN RANK LOCAL_RANK MASTER_ADDR SLURM_JOB_ID CI BUILD_ID COLUMNS MAKEFLAGS NPROC
+    BATCH_SIZE LEARNING_RATE PARALLEL_PID PARALLEL_JOBSLOT COMPILER NUM_THREADS lower_case Mixed_Case""".split())
+def test_the_rest_of_the_environment_is_none_of_our_business(name):
     """Among it what GNU parallel, CI systems and batch systems set."""
-    names = """PATH HOME LANG USER SHELL TERM TZ _ EDITOR HOSTNAME TMPDIR OMP_NUM_THREADS MKL_NUM_THREADS NCCL_NET
-        CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV TORCH_LOGS PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR
-        HF_TOKEN RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR TORCHELASTIC_RUN_ID SLURM_JOB_ID SLURM_NTASKS PBS_JOBID CI
-        GITHUB_SHA RUNNER_TEMP BUILD_ID JOB_NAME WORKSPACE NODE_NAME WANDB_API_KEY SSH_AUTH_SOCK SUDO_USER COLUMNS LINES
-        MAKEFLAGS NPROC VERBOSE DEBUG BATCH_SIZE LEARNING_RATE EPOCHS JAVA_HOME PARALLEL_PID PARALLEL_SEQ
-        PARALLEL_JOBSLOT COMPILER TYPE NTHREADS NUM_THREADS lower_case Mixed_Case""".split()
-    refused = []
-    for name in names:
-        try:
-            assert tg.Config.from_env({name: "anything"}) == tg.Config()
-        except tg.UserError:
-            refused.append(name)
-    assert refused == []
+    assert tg.Config.from_env({name: "anything"}) == tg.Config()

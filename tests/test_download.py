@@ -5,10 +5,7 @@ Through the real client library, against a server in this process that speaks th
 import functools
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import ROOT, write_shard
+from conftest import write_shard
 from test_prepare import command
 
 import train_gpt as tg
@@ -25,7 +22,7 @@ from data import download, verify
 from tools.common import ToolError
 
 NAME, COMMIT = "fineweb10B_sp1024", "0123456789abcdef0123456789abcdef01234567"
-SHARDS = f"datasets/datasets/{NAME}"
+SHARDS, MODEL = f"datasets/datasets/{NAME}", "datasets/tokenizers/fineweb_1024_bpe.model"
 
 
 class Hub(ThreadingHTTPServer):
@@ -34,9 +31,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.faults, self.asked, self.ranges = files, {}, Counter(), []
-        self.sums = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
 
 class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -56,46 +53,39 @@ class Answer(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        files, sums = self.server.files, self.server.sums
+        files, faults = self.server.files, self.server.faults
         if self.path.startswith("/api/datasets/"):
             siblings = [{"rfilename": path, "size": len(data), "blobId": "0" * 40,
-                         "lfs": {"sha256": sums[path], "size": len(data), "pointerSize": 134}}
+                         "lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}}
                         for path, data in files.items()]
             return self.reply(200, json.dumps({"id": "some/repo", "sha": COMMIT, "siblings": siblings}).encode(),
                               Content_Type="application/json")
         path = self.path.split(f"/resolve/{COMMIT}/")[-1]
         if path not in files:
             return self.reply(404, b"Not found")
-        headers = {"ETag": f'"{sums[path]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        start, status, data = 0, 200, files[path]
+        data, status = files[path], 200
+        headers = {"ETag": f'"{sha256(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if self.command == "GET":
             self.server.asked[path] += 1
             if span := self.headers.get("Range"):
                 self.server.ranges.append(span)
                 start, status = int(span.removeprefix("bytes=").split("-")[0]), 206
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            if fault := self.server.faults.get(path):
-                return fault(self, data[start:], headers)
-        self.reply(status, data[start:], **headers)
+                data = data[start:]
+            if (fault := faults.get(path)) == "refused":
+                return self.reply(403, b"Forbidden")
+            if fault == "changed":
+                data = data[:-2] + b"\x05\x00"
+            if fault in ("broken", "broken once"):  # half of the file, then the connection ends
+                headers["Content-Length"], self.close_connection = str(len(data)), True
+                data = data[:len(data) // 2]
+            if fault == "broken once":
+                faults.clear()
+        self.reply(status, data, **headers)
 
 
-def broken_once(answer: Answer, data: bytes, headers: dict[str, str]) -> None:
-    """Half of the file, then the connection ends; the next request is answered well."""
-    answer.server.faults.clear()
-    broken(answer, data, headers)
-
-
-def broken(answer: Answer, data: bytes, headers: dict[str, str]) -> None:
-    answer.reply(200, data[:len(data) // 2], **{**headers, "Content-Length": str(len(data))})
-    answer.close_connection = True
-
-
-def changed(answer: Answer, data: bytes, headers: dict[str, str]) -> None:
-    answer.reply(200, data[:-2] + b"\x05\x00", **headers)
-
-
-def refused(answer: Answer, data: bytes, headers: dict[str, str]) -> None:
-    answer.reply(403, b"Forbidden")
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
@@ -106,7 +96,7 @@ def hub(dataset, tmp_path, monkeypatch):
         write_shard(tmp_path / ".shard", np.array([tg.BOS_ID, 300 + i] + [301 + i] * (50_000 + i)))
         files[f"{SHARDS}/fineweb_train_{i:06d}.bin"] = (tmp_path / ".shard").read_bytes()
     files[f"{SHARDS}/fineweb_val_000000.bin"] = (Path(dataset["data_path"]) / "fineweb_val_000000.bin").read_bytes()
-    files["datasets/tokenizers/fineweb_1024_bpe.model"] = Path(dataset["tokenizer_path"]).read_bytes()
+    files[MODEL] = Path(dataset["tokenizer_path"]).read_bytes()
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     monkeypatch.setattr(download, "VAL_DOCUMENTS", 8)
     with Hub(files) as server:
@@ -119,13 +109,12 @@ def get(out: Path, train_shards: int = 3) -> str:
     return download.download("sp1024", train_shards, out)
 
 
-def refused_with(words: str, out: Path, train_shards: int = 3) -> str:
+def refused_with(words: str, out: Path, train_shards: int = 3) -> None:
     """The one line of a download that fails and leaves nothing that can be seen."""
     before = visible(out)
     with pytest.raises((ToolError, tg.UserError), match=words) as error:
         get(out, train_shards)
     assert "\n" not in str(error.value) and visible(out) == before
-    return str(error.value)
 
 
 def visible(out: Path) -> list[str]:
@@ -139,44 +128,37 @@ EXPECTED = [f"datasets/{NAME}/fineweb_train_{i:06d}.bin" for i in range(3)] + [
     "tokenizers/fineweb_1024_bpe.model"]
 
 
-def test_a_download_is_a_verified_dataset_with_its_tokenizer(hub, tmp_path):
-    said = get(tmp_path / "out")
-    target = tmp_path / "out" / "datasets" / NAME
-    assert f"./run.sh train DATA_PATH={target} VOCAB_SIZE=512" in said and visible(tmp_path / "out") == EXPECTED
-    for path in target.glob("*.bin"):
-        assert path.read_bytes() == hub.files[f"{SHARDS}/{path.name}"]
+def test_a_download_is_a_verified_dataset_which_a_second_call_leaves_or_adds_to(hub, tmp_path):
+    out, target = tmp_path / "out", tmp_path / "out" / "datasets" / NAME
+    assert f"./run.sh train DATA_PATH={target} VOCAB_SIZE=512" in get(out) and visible(out) == EXPECTED
+    assert all(path.read_bytes() == hub.files[f"{SHARDS}/{path.name}"] for path in target.glob("*.bin"))
     manifest = json.loads((target / "manifest.json").read_text())
-    model = target / manifest["tokenizer"]["path"]
-    assert hashlib.sha256(model.read_bytes()).hexdigest() == manifest["tokenizer"]["sha256"]
+    assert sha256((target / manifest["tokenizer"]["path"]).read_bytes()) == manifest["tokenizer"]["sha256"]
     assert manifest["source"]["repo"] == "willdepueoai/parameter-golf" and manifest["source"]["revision"] == COMMIT
-    assert verify.damage(target) == "" and [p.name for p in (tmp_path / "out" / "datasets").iterdir()] == [NAME]
-
-
-def test_a_second_call_fetches_nothing_and_more_shards_are_added(hub, tmp_path):
-    target = tmp_path / "datasets" / NAME
-    get(tmp_path)
+    assert verify.damage(target) == "" and list(target.parent.iterdir()) == [target]
     hub.asked.clear()
-    get(tmp_path, 1)  # a smaller number takes nothing away
+    get(out, 1)  # a smaller number takes nothing away
     assert not hub.asked and verify.damage(target) == ""
-    get(tmp_path, 4)
+    get(out, 4)
     assert set(hub.asked) == {f"{SHARDS}/fineweb_train_000003.bin"} and verify.damage(target) == ""
-    assert not any(path.is_symlink() for path in tmp_path.rglob("*")) and len(visible(tmp_path)) == len(EXPECTED) + 1
+    assert not any(path.is_symlink() for path in out.rglob("*")) and len(visible(out)) == len(EXPECTED) + 1
 
 
 def test_a_broken_connection_is_taken_up_within_the_file(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # else 10 MB are the smallest progress
     path = f"{SHARDS}/fineweb_train_000001.bin"
-    hub.faults[path] = broken_once
+    hub.faults[path] = "broken once"
     get(tmp_path)
     assert hub.asked[path] == 2 and hub.ranges == [f"bytes={len(hub.files[path]) // 2 // 1000 * 1000}-"]
     assert visible(tmp_path) == EXPECTED
 
 
-@pytest.mark.parametrize("fault, words", [(broken, "goes on where"), (changed, "SHA-256 or size"), (refused, "403")])
-@pytest.mark.parametrize("path", [f"{SHARDS}/fineweb_train_000001.bin", "datasets/tokenizers/fineweb_1024_bpe.model"])
-def test_a_fault_is_one_line_leaves_nothing_and_the_next_call_goes_on(fault, words, path, hub, tmp_path):
+@pytest.mark.parametrize("path, fault, words", [
+    (f"{SHARDS}/fineweb_train_000001.bin", "broken", "goes on where"), (MODEL, "broken", "goes on where"),
+    (f"{SHARDS}/fineweb_train_000001.bin", "changed", "SHA-256 or size"), (MODEL, "refused", "403")])
+def test_a_fault_is_one_line_leaves_nothing_and_the_next_call_goes_on(path, fault, words, hub, tmp_path):
     hub.faults[path] = fault
-    assert path in refused_with(words, tmp_path)
+    refused_with(f"{path}: .*{words}", tmp_path)
     assert visible(tmp_path) == [] and not list(tmp_path.rglob("*.incomplete"))
     hub.faults.clear()
     arrived = set(hub.asked) - {path}
@@ -190,9 +172,9 @@ def test_a_dataset_that_is_not_what_it_says_is_refused(hub, tmp_path, monkeypatc
     good = hub.files[path]
     for bad, words in ((good[:-2] + b"\xff\xff", "id 65535 is outside the vocabulary of 512"),
                        (good[:8] + b"\x01" + good[9:], "truncated or damaged")):
-        hub.files[path], hub.sums[path] = bad, hashlib.sha256(bad).hexdigest()
+        hub.files[path] = bad
         refused_with(words, tmp_path)
-    hub.files[path], hub.sums[path] = good, hashlib.sha256(good).hexdigest()
+    hub.files[path] = good
     monkeypatch.setattr(download, "VAL_DOCUMENTS", 9)
     refused_with("expected 9 documents", tmp_path)
 
@@ -212,15 +194,11 @@ def test_what_cannot_succeed_is_seen_before_anything_is_fetched(hub, tmp_path, m
     assert not hub.asked and visible(tmp_path) == ["tokenizers/fineweb_1024_bpe.model"]
 
 
-def test_the_command_line_honours_the_published_variables(hub, tmp_path):
-    """Repository, prefix and HF_ENDPOINT, which the client reads when it is loaded."""
+def test_the_command_line_honours_the_published_variables(hub, tmp_path, monkeypatch, capsys):
     hub.files = {path.replace("datasets/", "50B/", 1): data for path, data in hub.files.items()}
-    hub.sums = {path.replace("datasets/", "50B/", 1): digest for path, digest in hub.sums.items()}
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "MATCHED_FINEWEB_REPO_ID": "me/mine",
-           "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": "50B"}
-    arguments = [sys.executable, "-m", "data.prepare", "download", "--variant", "sp1024", "--train-shards", "3"]
-    done = subprocess.run([*arguments, "--out", tmp_path], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "me/mine")
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "50B")
+    assert command(capsys, "download", "--variant", "sp1024", "--train-shards", 3, "--out", tmp_path)[0] == 0
     assert visible(tmp_path) == EXPECTED
     assert json.loads((tmp_path / EXPECTED[4]).read_text())["source"]["repo"] == "me/mine"
 

@@ -58,58 +58,38 @@ def model_of(folder: Path) -> Path:
     return next((folder.parents[1] / "tokenizers").glob("*.model"))
 
 
-def test_a_good_dataset_holds_and_is_stamped(made, capsys):
+def test_a_good_dataset_holds_and_is_stamped(made, dataset, run, capsys):
+    """And training counts the bytes of its manifest."""
     (made / "verified.json").unlink()
     status, out, _ = command(capsys, "verify", made)
     assert status == 0 and "all checks hold" in out and "FAIL" not in out and "round trip" in out
+    val = manifest_of(made)["val"]
     assert stamp(made) == {"shards_sha256": tg.shards_sha256(made), "shared_documents": 0, "shared_share": 0.0,
-                           "val_documents": manifest_of(made)["val"]["documents"]}
+                           "val_documents": val["documents"]}
+    cfg = tiny(data_path=str(made), vocab_size=VOCAB, tokenizer_path=dataset["tokenizer_path"])
+    assert tg.ValData.load(cfg, run).target_bytes.sum() == val["bytes"]
 
 
-def corrupt(raw: bytes, kind: str, rng: np.random.Generator) -> bytes:
-    """A shard's bytes with one random fault: a flipped bit, a changed id, or another size."""
-    changed, at = bytearray(raw), int(rng.integers(len(raw)))
-    if kind == "size":
-        return raw[:at] + rng.bytes(3) * int(rng.integers(2))
-    if kind == "header":
-        at %= 1024
-    changed[at] ^= 1 << int(rng.integers(8))
-    return bytes(changed)
-
-
-@pytest.mark.parametrize("kind", ["header", "size", "anywhere"])
-def test_random_corruptions_are_found_with_the_file_named(kind, copy):
-    """And what is damaged loses its stamp."""
-    rng, paths = np.random.default_rng(len(kind)), sorted(copy.glob("*.bin"))
+@pytest.mark.parametrize("where", ["header", "anywhere", "size"])
+def test_random_corruptions_are_found_with_the_file_named(where, copy):
+    """A flipped bit, or another size; and what is damaged loses its stamp."""
+    rng, paths = np.random.default_rng(0), sorted(copy.glob("*.bin"))
     for _ in range(15):
         path = paths[rng.integers(len(paths))]
         raw = path.read_bytes()
-        path.write_bytes(corrupt(raw, kind, rng))
-        assert path.name in [row.what for row in failures(copy)], (kind, path.name)
+        at = int(rng.integers(1024 if where == "header" else len(raw)))
+        flipped = bytes([raw[at] ^ 1 << int(rng.integers(8))])
+        path.write_bytes(raw[:at] + (rng.bytes(2) if where == "size" else flipped + raw[at + 1:]))
+        assert path.name in [row.what for row in failures(copy)], (at, path.name)
         assert not (copy / "verified.json").exists()
         path.write_bytes(raw)
     assert not failures(copy) and (copy / "verified.json").exists()
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "fineweb_val_000000.bin").unlink(), "No such file"),
-    (lambda f: shutil.copy(f / "fineweb_val_000000.bin", f / "fineweb_val_000007.bin"), "000007.bin is not in"),
-    (lambda f: edit_manifest(f, lambda m: m["val"].update(bytes=1)), "the manifest says 1 bytes"),
-    (lambda f: edit_manifest(f, lambda m: m["train"].update(documents=1)), "expected 1 documents"),
-    (lambda f: model_of(f).write_bytes(model_of(f).read_bytes() + b"\0"), "SHA-256"),
-    (lambda f: model_of(f).unlink(), "missing"),
-    (lambda f: [path.unlink() for path in f.glob("fineweb_train_*")], "No such file"),
-])
-def test_what_the_manifest_does_not_say_is_found(damage, words, copy, capsys):
-    damage(copy)
-    status, out, _ = command(capsys, "verify", copy)
-    assert status == 1 and any(words in line for line in out.splitlines() if line.startswith("FAIL")), out
-
-
 def test_mistakes_are_one_line(made, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     for arguments, words in [
-        ([], "VERB"), (["frobnicate"], "invalid choice"), (["verify", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["frobnicate"], "invalid choice"), (["verify", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["verify", made.parents[1]], "no manifest.json; give the tokenizer with --tokenizer"),
         (["verify", tmp_path, "--tokenizer", model_of(made)], "manifest.json: damaged (KeyError: 'tokenizer')"),
     ]:
@@ -154,16 +134,29 @@ def test_a_folder_without_a_manifest_is_held_against_the_official_split(copy, mo
     assert not failures(copy, model)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda ids: ids[1:], "does not start with BOS"),
-    (lambda ids: np.append(ids, [2, 2]), "2 ids of pad, EOS or unknown"),
-    (lambda ids: np.concatenate([ids, [1], [259] * 3]), "decodes to a text that encodes to other ids"),
+def without_manifest(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Other validation ids, which no SHA-256 gives away."""
+    (folder / "manifest.json").unlink()
+    edit(folder / "fineweb_val_000000.bin", change)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "fineweb_val_000000.bin").unlink(), "No such file"),
+    (lambda f: shutil.copy(f / "fineweb_val_000000.bin", f / "fineweb_val_000007.bin"), "000007.bin is not in"),
+    (lambda f: edit_manifest(f, lambda m: m["val"].update(bytes=1)), "the manifest says 1 bytes"),
+    (lambda f: edit_manifest(f, lambda m: m["train"].update(documents=1)), "expected 1 documents"),
+    (lambda f: model_of(f).write_bytes(model_of(f).read_bytes() + b"\0"), "SHA-256"),
+    (lambda f: model_of(f).unlink(), "missing"),
+    (lambda f: without_manifest(f, lambda ids: ids[1:]), "does not start with BOS"),
+    (lambda f: without_manifest(f, lambda ids: np.append(ids, [2, 2])), "2 ids of pad, EOS or unknown"),
+    # Ids that no tokenizer run wrote: a byte piece three times, which spells other pieces.
+    (lambda f: without_manifest(f, lambda ids: np.append(ids, [1, 259, 259, 259])), "encodes to other ids"),
 ])
-def test_structure_and_round_trip(change, words, copy):
-    """Ids that no tokenizer run wrote: the last is a byte piece three times, which spells other pieces."""
-    (copy / "manifest.json").unlink()
-    edit(copy / "fineweb_val_000000.bin", change)
-    assert any(words in row.problem for row in failures(copy, model_of(copy)))
+def test_what_is_wrong_is_found(damage, words, copy, capsys):
+    model = model_of(copy)
+    damage(copy)
+    status, out, _ = command(capsys, "verify", copy, "--tokenizer", model)
+    assert status == 1 and any(words in line for line in out.splitlines() if line.startswith("FAIL")), out
 
 
 @pytest.mark.parametrize("version", ["caseops_v1", "caseops_v2"])
@@ -195,8 +188,3 @@ def test_a_table_that_counts_twice_is_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "TokenBytes", types.SimpleNamespace(build=lambda _: wrong))
     with pytest.raises(ToolError, match="the score would divide by wrong bytes"):
         build(tmp_path, made.parents[1] / "c.jsonl", tokenizer=model_of(made))
-
-
-def test_training_counts_the_bytes_of_the_manifest(made, dataset, run):
-    cfg = tiny(data_path=str(made), vocab_size=VOCAB, tokenizer_path=dataset["tokenizer_path"])
-    assert tg.ValData.load(cfg, run).target_bytes.sum() == manifest_of(made)["val"]["bytes"]
