@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from tools import knobs
 from tools.common import ToolError
@@ -132,6 +133,7 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
 LIBRARY_PREFIXES = ("CUDA_", "GLOO_", "GOMP_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "WANDB_")
 # What ./run.sh itself reads.
 LAUNCHER = frozenset("NPROC AUDIT PYTHON WANDB TENSORBOARD".split())
+RECORDS = Path(__file__).resolve().parents[1] / "records"
 
 
 def no_effect(name: str) -> str:
@@ -161,19 +163,25 @@ class _Translation:
         self.ours = {name: self.asked[name] if name in defaults else value for name, value in env.items()
                      if name in defaults or not is_published(name)}
         self.defaults = defaults
+        self.mapped: dict[str, str] = {}  # "TTT_ENABLED=1 ->" -> " TTT=sgd"
 
     def __contains__(self, name: str) -> bool:
         return name in self.asked
 
     def means(self, source: str, name: str, value: str) -> None:
         """Take over what the variable `source` says of a knob; a knob that says otherwise itself is a contradiction."""
-        known = self.ours.setdefault(name, value)
+        known = self.ours.get(name, value)
+        self.suggests(source, name, value)
         if known != value:
             raise ToolError(f"{source}={self.asked[source]} means {name}={value}, but {name}={known} is set too")
 
-    def suggests(self, name: str, value: str) -> None:
-        """Take over what a variable implies for a knob that is not set itself."""
-        self.ours.setdefault(name, value)
+    def suggests(self, source: str, name: str, value: str) -> None:
+        """Take over what the variable `source` implies for a knob that is not set itself."""
+        if name not in self.ours:
+            self.ours[name] = value
+            if name in self.defaults:
+                arrow = f"{source}={self.asked[source]} ->"
+                self.mapped[arrow] = self.mapped.get(arrow, "") + f" {name}={value}"
 
     def switch(self, name: str) -> bool:
         """The value of a variable that is 0 or 1."""
@@ -195,8 +203,8 @@ def translate(env: Mapping[str, str], typed: Collection[str] = ()) -> tuple[dict
     `typed` are the names that the user gave as arguments: each must be a knob, published, or of a library. Raises
     `ToolError` for one that is not, for contradictions, and for what would silently give another result.
 
-    >>> translate({"TTT_ENABLED": "0", "HOME": "/", "BETA1": "0.9"})
-    ({'HOME': '/', 'TTT': 'none'}, [])
+    >>> translate({"TTT_ENABLED": "0", "HOME": "/", "BETA1": "0.9"})[0]
+    {'HOME': '/', 'TTT': 'none'}
     """
     defaults = {knob.name: knobs.typed_text(knob.default) for knob in knobs.read()}
     check_typed(typed, defaults)
@@ -216,6 +224,8 @@ def _renamed(names: _Translation) -> None:
                 raise ToolError(f"{name}={value}: expected one of {', '.join(values)}")
             value = values.get(value, value)
         if name == ours:
+            if names.ours.pop(ours) != value:
+                names.suggests(name, ours, value)
             names.ours[ours] = value
         elif (name, value) != ("SLIDING_WINDOW_ENABLED", "64"):  # on is what EVAL_STRIDE says anyway
             names.means(name, ours, value)
@@ -230,10 +240,10 @@ def _gates(names: _Translation) -> None:
     for name in on:
         names.means(name, "ATTN_GATE", GATE_SWITCHES[name])
         if name in GATE_BIASES:
-            names.suggests("GATED_ATTN_BIAS", GATE_BIASES[name])
+            names.suggests(name, "GATED_ATTN_BIAS", GATE_BIASES[name])
     for name in switches:
         if not on and GATE_SWITCHES[name] == names.defaults["ATTN_GATE"]:
-            names.suggests("ATTN_GATE", "none")
+            names.suggests(name, "ATTN_GATE", "none")
 
 
 def _model(names: _Translation) -> None:
@@ -248,10 +258,10 @@ def _model(names: _Translation) -> None:
             raise ToolError(f"RECUR_LAYERS={names.asked['RECUR_LAYERS']}: expected consecutive blocks such as 4,5")
         names.means("RECUR_LAYERS", "LOOP_START", str(blocks[0]))
         names.means("RECUR_LAYERS", "LOOP_END", str(blocks[-1]))
-        names.suggests("NUM_LOOPS", "1")
+        names.suggests("RECUR_LAYERS", "NUM_LOOPS", "1")
     if "MATRIX_CLIP_SIGMAS" in names:  # every matrix is one of attention or MLP, whose own knobs come first
-        names.suggests("ATTN_CLIP_SIGMAS", names.asked["MATRIX_CLIP_SIGMAS"])
-        names.suggests("MLP_CLIP_SIGMAS", names.asked["MATRIX_CLIP_SIGMAS"])
+        for family in ("ATTN", "MLP"):
+            names.suggests("MATRIX_CLIP_SIGMAS", f"{family}_CLIP_SIGMAS", names.asked["MATRIX_CLIP_SIGMAS"])
     if "MIXED_QUANT" in names:
         if names.switch("MIXED_QUANT"):
             names.means("MIXED_QUANT", "QUANT", "sdclip")
@@ -262,7 +272,7 @@ def _model(names: _Translation) -> None:
 def _adaptation(names: _Translation) -> None:
     if "TTT_ENABLED" in names:
         whole = {"TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_LR", "TTT_FREEZE_BLOCKS"} & set(names.asked)
-        names.suggests("TTT", "none" if not names.switch("TTT_ENABLED") else "sgd" if whole else "lora")
+        names.suggests("TTT_ENABLED", "TTT", "none" if not names.switch("TTT_ENABLED") else "sgd" if whole else "lora")
     if "PHASED_TTT_ENABLED" in names and not names.switch("PHASED_TTT_ENABLED"):
         names.means("PHASED_TTT_ENABLED", "PHASED_TTT_NUM_PHASES", "0")
     masked = {name.removeprefix("TTT_").removesuffix("_LORA").lower() for name in LORA_SWITCHES
@@ -272,15 +282,17 @@ def _adaptation(names: _Translation) -> None:
         raise ToolError(f"TTT_MASK={mask}: expected such as no_qv")
     masked |= set(mask.removeprefix("no_"))
     if masked:
-        names.suggests("TTT_LORA_ON", ",".join(part for part in names.defaults["TTT_LORA_ON"].split(",")
+        source = next(name for name in ("TTT_MASK", *LORA_SWITCHES) if name in names)
+        names.suggests(source, "TTT_LORA_ON", ",".join(part for part in names.defaults["TTT_LORA_ON"].split(",")
                                                if part not in masked))
     if "TOKEN_ORDER" in names or "TOKEN_THRESHOLD" in names:
         order = names.integer("TOKEN_ORDER") if "TOKEN_ORDER" in names else 16
-        names.suggests("NGRAM_RULES", f"{order - 1}:{names.asked.get('TOKEN_THRESHOLD', '0.8')}:1")
-        names.suggests("NGRAM_BETA_BY_SHARE", "0")
+        source = "TOKEN_ORDER" if "TOKEN_ORDER" in names else "TOKEN_THRESHOLD"
+        names.suggests(source, "NGRAM_RULES", f"{order - 1}:{names.asked.get('TOKEN_THRESHOLD', '0.8')}:1")
+        names.suggests(source, "NGRAM_BETA_BY_SHARE", "0")
     if "NGRAM_TILT_ENABLED" in names:
         if names.switch("NGRAM_TILT_ENABLED"):
-            names.suggests("NGRAM_BASE_BETA", "2")
+            names.suggests("NGRAM_TILT_ENABLED", "NGRAM_BASE_BETA", "2")
         else:
             names.ours["NGRAM_BASE_BETA"] = "0"
     if any(name in names and names.switch(name) for name in ("PREQUANT_TTT", "PREQUANT_TTT_ENABLED")):
@@ -302,8 +314,25 @@ def _same(text: str, fixed: str) -> bool:
         return text in fixed.split() or text == fixed
 
 
+def nearest_record(ours: Mapping[str, str]) -> str:
+    """The folder of records/ whose knobs agree with most of these and contradict fewest; empty: with none."""
+    def agreement(folder: Path) -> int:
+        lines = (line.partition("=") for line in (folder / "config.env").read_text().splitlines())
+        return sum(1 if _same(ours[name], value) else -1 for name, _, value in lines if name in ours)
+    folders = {f"records/{path.parent.name}": agreement(path.parent) for path in sorted(RECORDS.glob("*/config.env"))
+               if "illegal" not in path.parent.name}
+    best = max(folders, key=lambda name: folders[name], default="")
+    return best if folders.get(best, 0) > 0 else ""
+
+
 def _warnings(names: _Translation) -> list[str]:
-    """One warning for each reason, with all variables that have no effect for it."""
+    """What was mapped, in one line; and one for each reason, with all variables that have no effect for it."""
+    mapped = []
+    if names.mapped:
+        where = nearest_record({name: names.ours[name] for name in names.ours if name in names.defaults})
+        shown = ", ".join(map("".join, names.mapped.items()))
+        mapped = [f"{shown}; a published script has other defaults than this one"
+                  + f": `./run.sh train {where}` has the knobs of the record nearest to these" * bool(where)]
     reasons: dict[str, list[str]] = {}
     for name in sorted(names.asked):
         if name in names.defaults:
@@ -315,4 +344,4 @@ def _warnings(names: _Translation) -> list[str]:
                 reasons.setdefault(f"{why} ({name}={shown})", []).append(name)
         elif name not in (*RENAMED, *SPECIAL) and (why := no_effect(name)):
             reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(group)}: no effect here: {why}" for why, group in reasons.items()]
+    return mapped + [f"{', '.join(group)}: no effect here: {why}" for why, group in reasons.items()]
