@@ -69,6 +69,9 @@ class UserError(Exception):
     """Something that the user can repair. Printed as one line; `exit_code` becomes the exit status."""
     exit_code = 2
 
+class Stopped(BaseException):
+    """A signal asked the run to end. No `Exception`: a compiler that is at work would wrap or swallow it."""
+
 class DivergedError(UserError):
     """The loss is not finite any more."""
     exit_code = 3
@@ -97,6 +100,9 @@ NonNegative = Annotated[float, Bound("0 or more", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Bound("a positive number", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, Bound("a fraction, 0..1", lambda x: 0 <= x <= 1)]
 Decay = Annotated[float, Bound("0 <= value < 1", lambda x: 0 <= x < 1)]
+
+FileName = Annotated[str, Bound("a file name of at most 200 bytes",
+                               lambda text: "/" not in text and len(os.fsencode(text)) <= 200)]
 
 def some_of(names: str) -> Callable:
     """A test for lists of different ones of these names, with commas between them; they may be empty."""
@@ -144,7 +150,7 @@ class RunKnobs(Knobs):
     """Run: what to do, where, and what to leave behind"""
     preset: Literal["record", "demo"] = "record"  # set of defaults: record (8xH100) or demo (a laptop CPU)
     seed: Annotated[int, Bound("0..2^63-1", lambda x: 0 <= x < 2**63)] = 1337  # of the initial weights and data order
-    run_id: str = ""  # name of the log and artifact files; empty: preset, date, time and seed
+    run_id: FileName = ""  # name of the log and artifact files; empty: preset, date, time and seed
     log_dir: str = "logs"  # folder of the logs and of the artifact <run_id>.bin
     eval_only: str = ""  # an artifact to score instead of training; the model's knobs then come from it
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is a GPU
@@ -443,13 +449,16 @@ def configure(arguments: Sequence[str], env: Mapping, stored: Mapping | None = N
             f"train_gpt.py; the only argument is --help")
     return Config.from_env(env, stored)
 
-def complain(error: UserError, env: Mapping) -> int:
+def complain(error: UserError | Stopped, env: Mapping) -> int:
     """Prints an error as one line, once for all ranks; returns the exit status."""
     if env.get("RANK", "0") == "0" or isinstance(error, LocalError):
         print(f"train_gpt.py: {error}", file=sys.stderr)
     return error.exit_code
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    if sys.argv[1:]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     # What libraries read once, before they are imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin a little: 1.3 x on a CPU (LOG 2026-11-22)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective a lost rank left
@@ -606,7 +615,8 @@ class Run(Ranks):
             require(cfg.resume != "0" or not path.exists(), f"RUN_ID={stem}: {path} exists; choose another RUN_ID")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = [open(path, "xa"[cfg.resume != "0"], encoding="utf-8") for path in logs]
+            self.files = [open(path, "xa"[cfg.resume != "0"], encoding="utf-8", errors="backslashreplace")
+                          for path in logs]
         except OSError as error:
             raise UserError(f"RUN_ID={stem} LOG_DIR={cfg.log_dir}: {error}; choose another") from None
 
@@ -622,7 +632,7 @@ class Run(Ranks):
 
     def end_by_signal(self):
         """Ends the run by the signal that asked for it, with the exit status that a shell expects."""
-        error = UserError(f"{signal.Signals(self.stop).name} in phase {self.status}{self.how_to_resume()}")
+        error = Stopped(f"{signal.Signals(self.stop).name} in phase {self.status}{self.how_to_resume()}")
         error.exit_code = 128 + self.stop
         raise error
 
@@ -639,7 +649,7 @@ class Run(Ranks):
                 file.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if error is not None and (not isinstance(error, UserError) or isinstance(error, LocalError)):
+        if error is not None and (not isinstance(error, (UserError, Stopped)) or isinstance(error, LocalError)):
             print(f"train_gpt.py: rank {self.rank} failed in phase {self.status}: {type(error).__name__}",
                   file=sys.stderr, flush=True)  # torchrun ends the others
         if error is None and self.world > 1:
@@ -955,17 +965,20 @@ class ValData(NamedTuple):
 
     @classmethod
     def load(cls, cfg: Config, run: Run) -> ValData:
-        """From the dataset's shards; `UserError` where shards, tokenizer or side file do not belong together."""
-        stream = TokenStream(cfg.dataset_dir, "fineweb_val")
+        """From the dataset's shards; `UserError` where they are damaged or not those that the manifest lists."""
+        (stream, *side), table = open_validation(cfg)
         stream.check(cfg.vocab_size)
-        require(len(stream) >= 2, f"{cfg.dataset_dir}: the validation shards hold {len(stream)} tokens, no target")
-        ids, starts = stream.read(0, len(stream)), stream.document_starts()
-        if not cfg.caseops_enabled:
-            return cls(ids, starts, TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size).of_targets(ids))
-        side = TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-        require(len(side) == len(stream), f"{cfg.dataset_dir}: the byte side file has {len(side):,} entries for "
-                f"{len(stream):,} tokens; they belong to different exports")
-        return cls(ids, starts, side.read(1, len(side)).astype(np.int32))
+        try:
+            listed = {row["name"]: row["sha256"] for split in manifest(cfg.dataset_dir).values()
+                      if isinstance(split, dict) for row in split.get("files", ())}
+        except (TypeError, KeyError):
+            raise UserError(f"{cfg.dataset_dir}/manifest.json: damaged; prepare the dataset again") from None
+        for path in (path for each in (stream, *side) for path in each.paths):
+            require(not listed or listed.get(path.name) == file_sha256(path), f"{path}: not the file that "
+                    f"{cfg.dataset_dir}/manifest.json lists; fetch or prepare the dataset again")
+        ids = stream.read(0, len(stream))
+        target_bytes = side[0].read(1, len(ids)).astype(np.int32) if side else table.of_targets(ids)
+        return cls(ids, stream.document_starts(), target_bytes)
 
     @property
     def num_targets(self) -> int:
@@ -975,6 +988,22 @@ class ValData(NamedTuple):
     def stops(self) -> np.ndarray:
         """[documents]: where each document's targets end."""
         return np.append(self.starts[1:], self.num_targets)
+
+def open_validation(cfg: Config) -> tuple:
+    """([stream of ids, with CASEOPS_ENABLED that of their bytes], the tokenizer's table of bytes without it).
+
+    By headers and sizes alone: the tokens wait for the frozen artifact. `UserError` where they do not belong together.
+    """
+    folder = cfg.dataset_dir
+    marked = manifest(folder).get("transform", "none") != "none" or any(folder.glob("fineweb_val_bytes_*.bin"))
+    cfg.expect("caseops_enabled", cfg.caseops_enabled or not marked, f"1: the text in {folder} has case operators")
+    streams = [TokenStream(folder, prefix) for prefix in ("fineweb_val", "fineweb_val_bytes")[:1 + cfg.caseops_enabled]]
+    ids, side = streams[0], streams[-1]
+    require(len(ids) >= 2, f"{folder}: the validation shards hold {len(ids)} tokens, no target")
+    require(len(side) == len(ids), f"{folder}: the byte side file has {len(side):,} entries for {len(ids):,} tokens; "
+            f"they belong to different exports")
+    sp = None if cfg.caseops_enabled else load_sentencepiece(tokenizer_path(cfg), cfg.vocab_size)
+    return streams, sp and TokenBytes.build(sp)
 
 def manifest(folder: Path, name: str = "manifest.json") -> dict:
     """A JSON object beside the shards, or {} where the export has none (the published ones)."""
@@ -999,8 +1028,6 @@ def file_sha256(path: Path) -> str:
 MAX_SHARED = 0.01  # of validation tokens in documents that training has, too: text repeats itself a little by nature;
 # the leaks that undid records had 0.8 of them (a default that kept 10,000 of 50,000 documents out of training)
 
-VALIDATION = "fineweb_val_*.bin"  # the shards of ids, and of bytes where there are some
-
 def shards_sha256(folder: Path, pattern: str = "fineweb_*.bin") -> str:
     """SHA-256 over name, size and first 4,096 bytes of every shard: what tells one export from another."""
     digest = hashlib.sha256()
@@ -1009,6 +1036,11 @@ def shards_sha256(folder: Path, pattern: str = "fineweb_*.bin") -> str:
         with path.open("rb") as file:
             digest.update(file.read(4096))
     return digest.hexdigest()
+
+def validation_digest(cfg: Config) -> str:
+    """What a score is of, in 16 hex digits: the validation shards, and the tokenizer that counts their bytes."""
+    counts = "" if cfg.caseops_enabled else file_sha256(tokenizer_path(cfg))
+    return hashlib.sha256(f"{shards_sha256(cfg.dataset_dir, 'fineweb_val_*.bin')} {counts}".encode()).hexdigest()[:16]
 
 def check_stamp(cfg: Config, run: Run):
     """Refuses data whose validation documents are trained on, by what `./run.sh data verify` wrote of these shards.
@@ -1025,15 +1057,17 @@ def check_stamp(cfg: Config, run: Run):
             f"shards hold, too: a score on them is void; fetch or prepare the data again (data/README.md)")
 
 def on_its_data(cfg: Config, digest: str, env: Mapping) -> Config:
-    """The config on the dataset, its own or one beside it, whose validation shards have an artifact's digest; as it is
-    where DATA_PATH names a folder or the artifact was made for none. `UserError` where there is none."""
+    """The config on the dataset, its own or one beside it, which an artifact's digest is of; as it is where DATA_PATH
+    names a folder or the artifact was made for none. `UserError` where there is none."""
     if not digest or env.get("DATA_PATH"):
         return cfg
-    folders = [cfg.dataset_dir, *sorted(cfg.dataset_dir.parent.glob("*/"))]
-    match = [folder for folder in folders if shards_sha256(folder, VALIDATION)[:16] == digest]
-    require(bool(match), f"no dataset in {cfg.dataset_dir.parent} has the validation shards that the artifact was made "
-            f"for; DATA_PATH=FOLDER scores it on those in FOLDER, and says so")
-    return replace(cfg, data_path=str(match[0]))
+    found = {}
+    for folder in (*sorted(cfg.dataset_dir.parent.glob("*/")), cfg.dataset_dir):
+        with contextlib.suppress(UserError):  # no tokenizer, a damaged manifest
+            found[validation_digest(replace(cfg, data_path=str(folder)))] = str(folder)
+    require(digest in found, f"no dataset in {cfg.dataset_dir.parent} has the validation shards and the tokenizer that "
+            f"the artifact was made for; DATA_PATH=FOLDER scores it on those in FOLDER, and says so")
+    return replace(cfg, data_path=found[digest])
 
 def tokenizer_path(cfg: Config) -> Path:
     """The SentencePiece model of the dataset; `UserError` if it is absent or not the one the shards were made with."""
@@ -1057,8 +1091,9 @@ def tokenizer_path(cfg: Config) -> Path:
 # but the very first; BOS targets cost their nats and count no bytes. Nothing about the model may touch this section.
 # Safe to change: nothing without a referee.
 
-def load_sentencepiece(path: Path) -> Any:
-    """The SentencePiece processor of a model file whose BOS is ours; `UserError` otherwise."""
+def load_sentencepiece(path: Path, vocab_size: int = 0) -> Any:
+    """The SentencePiece processor of a model file whose BOS is ours, of `vocab_size` pieces (0: of any number);
+    `UserError` otherwise."""
     from sentencepiece import SentencePieceProcessor
     try:
         sp = SentencePieceProcessor(model_file=str(path))
@@ -1067,6 +1102,8 @@ def load_sentencepiece(path: Path) -> Any:
     except (OSError, RuntimeError, ValueError) as error:  # a piece, or the message, may be no UTF-8
         raise UserError(f"{path}: not a SentencePiece model ({one_line(error)})") from None
     require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
+    require(vocab_size in (0, sp.vocab_size()), f"{path}: the tokenizer has {sp.vocab_size()} pieces, VOCAB_SIZE="
+            f"{vocab_size}; they must agree")
     return sp
 
 class TokenBytes(NamedTuple):
@@ -1074,14 +1111,6 @@ class TokenBytes(NamedTuple):
     base: np.ndarray  # [V] int32: bytes without the leading space; 0 for control, unknown and unused, 1 for byte pieces
     leading_space: np.ndarray  # [V] bool: begins with the space mark, one byte unless it follows a boundary
     boundary: np.ndarray  # [V] bool: control, unknown and unused pieces; a space after one of them is not text
-
-    @classmethod
-    def load(cls, path: Path, vocab_size: int) -> TokenBytes:
-        """From a SentencePiece model, whose size must be `vocab_size`."""
-        sp = load_sentencepiece(path)
-        require(sp.vocab_size() == vocab_size,
-                f"{path}: the tokenizer has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must agree")
-        return cls.build(sp)
 
     @classmethod
     def build(cls, sp: Any) -> TokenBytes:
@@ -2302,15 +2331,23 @@ def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
 
 def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> RecordingWeights:
     """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device.
-    Returns the recorded sums of all ranks, `gram` divided by the number of inputs."""
+    Returns the recorded sums of all ranks, `gram` divided by the number of inputs. Ends early where half of the time
+    that training has left (GPTQ_RESERVE_SECONDS) is used; the other half is GPTQ's."""
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
     mine = range(first_row + run.rank, first_row + rows, run.world)
+    most, late = -(-rows // run.world), cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds / 2
     model.requires_grad_(False)
     w, layers = RecordingWeights(model, run.dtype), unroll_layers(cfg, looped=True)
     with run.progress(len(mine), "calibrate", "row") as bar:
         few = -(-data.micro_rows // 4)  # nothing is compiled here, so that activations take more room than in training
-        for at in range(0, len(mine), few):
+        for at in range(0, most, few):
+            if at and cfg.max_wallclock_seconds and run.broadcast_object(run.spent("train") > late):
+                run.log("warning", text=f"calibrated on {at / most:.0%} of the rows, in half of GPTQ_RESERVE_SECONDS="
+                        f"{cfg.gptq_reserve_seconds:g}")
+                break
             part = mine[at:at + few]
+            if not part:
+                continue
             batch = make_batch([data.row(i) for i in part], len(part), cfg.train_seq_len).to(run.device)
             logits = w.linear("head", None, model(batch, layers, w).flatten(0, 1))
             with torch.no_grad():
@@ -2791,7 +2828,7 @@ def pack_streams(tensors: Mapping, states: int, coders: Sequence[str]) -> dict:
 def pack(streams: Mapping, global_scale: float, states: int, model: ModelKnobs, preset: str,
          score: Mapping | None = None, validation: str = "") -> bytes:
     """The artifact's bytes; the streams hold a model's tensors in the order of `GPT.tensors`.
-    score: SCORE_KNOBS that are not the preset's; validation: digest of the shards it is to be scored on, empty: any."""
+    score: SCORE_KNOBS that are not the preset's; validation: `validation_digest`, empty: any."""
     header = json.dumps({
         "preset": preset, "global_scale": global_scale, "trellis": states, "score": score or {},
         "validation": validation,
@@ -2807,7 +2844,7 @@ class Artifact(NamedTuple):
     model: ModelKnobs
     preset: str
     score: dict  # knobs of the score that are not the preset's
-    validation: str  # digest of the validation shards, empty: any
+    validation: str  # `validation_digest` of what it is to be scored on, empty: any
     tensors: dict  # stored name -> fp32 values
     streams: dict  # name -> (values, packed bytes)
 
@@ -2972,7 +3009,14 @@ def search(pack_at: Callable, cap: int, guess: float, finest: float, slope: floa
             octaves = over[0] + min(0.95, max(0.05, share)) * (fits[0] - over[0])
     return fits[1]
 
-def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config, run: Run) -> bytes:
+def fixed_bytes(model: GPT) -> int:
+    """Bytes before packing of what no scale makes smaller: all but GPTQ's codes."""
+    sizes = (part for _, values, parameter in model.tensors()
+             for part in stream_parts(route(parameter).stored, values.shape))
+    return sum(size for stream, size in sizes if not stream.startswith("gptq:"))
+
+def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config, run: Run,
+               validation: str = "") -> bytes:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
 
     One global scale multiplies all others. Where the cap binds it is guessed from entropies and the packed size of
@@ -2980,7 +3024,6 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
     """
     cap, coders = cfg.artifact_bytes_cap - code_bytes, ("range", "brotli")
     score = {name: value for name, value in cfg.changed().items() if name in SCORE_KNOBS}
-    validation = shards_sha256(cfg.dataset_dir, VALIDATION)[:16]
     if importlib.util.find_spec("constriction") is None:
         coders = ("brotli",)  # packs codes 1 to 2 % larger
     with run.phase("factorize", "train"):
@@ -2995,10 +3038,6 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
                 blob = pack(streams, 2.0 ** octaves, states, cfg, cfg.preset, score, validation)
                 codes = sum(len(stream.data) for name, stream in streams.items() if name.startswith("gptq:"))
             return run.broadcast_object((blob, codes))
-
-    def late():
-        """Whether another trial like the last would end beyond the budget."""
-        return run.broadcast_object(0 < cfg.max_wallclock_seconds < 2 * run.spent("train") - before)
 
     def pack_at(octaves):
         nonlocal before
@@ -3016,10 +3055,7 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
     if cfg.quant == "waterfill":
         with run.phase("allocate", "train"):
             most = cfg.bits_per_weight * quantizer.weights
-            rest = sum(size for _, values, parameter in model.tensors()
-                       for stream, size in stream_parts(route(parameter).stored, values.shape)
-                       if not stream.startswith("gptq:"))
-            octaves = quantizer.octaves_for(min(most, 8 * max(1, 0.999 * cap - rest)))
+            octaves = quantizer.octaves_for(min(most, 8 * max(1, 0.999 * cap - fixed_bytes(model))))
             # GPTQ is the dear part: what the coder makes of nearest codes tells the size to a percent or so.
             near = quantizer.quantize(2.0 ** octaves, quantizer.nearest)
             blob, codes = packed(near, octaves, 1, coders[:1])
@@ -3028,7 +3064,8 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
             slope = max(slope / 4, (quantizer.bits(2.0 ** octaves) - quantizer.bits(2.0 ** (octaves + 0.25))) / 2)
             octaves += max(-1.0, (codes - bits / 8) / slope)
             finest = octaves if most <= bits else -60.0
-    blob = search(pack_at, cap, octaves, finest, slope, late)
+    blob = search(pack_at, cap, octaves, finest, slope,  # late: another trial like the last would exceed the budget
+                  lambda: run.broadcast_object(0 < cfg.max_wallclock_seconds < 2 * run.spent("train") - before))
     require(bool(blob), f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code {code_bytes:,} and weights do not fit "
             f"however coarse the scales; use a smaller model")
     over = run.spent("train") - cfg.max_wallclock_seconds
@@ -3675,7 +3712,7 @@ def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple:
     figures = train(model, data, cfg, run)
     with run.phase("calibrate", "train"):
         sums = calibrate(model, data, figures["steps"] * cfg.train_rows, cfg, run)
-    blob, path = fit_to_cap(model, sums, code_bytes, cfg, run), run.path(".bin")
+    blob, path = fit_to_cap(model, sums, code_bytes, cfg, run, validation_digest(cfg)), run.path(".bin")
     if run.is_main:
         try:
             write_whole(path, lambda temporary: temporary.write_bytes(blob))
@@ -3696,13 +3733,14 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
             code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes, streams=artifact.streams)
     with run.phase("load_val", "eval"):
-        val, shards = ValData.load(cfg, run), shards_sha256(cfg.dataset_dir, VALIDATION)[:16]
+        val, validation = ValData.load(cfg, run), validation_digest(cfg)
+        stream = hashlib.sha256(val.ids.tobytes() + val.target_bytes.tobytes()).hexdigest()
         run.log("val_data", documents=len(val.starts), targets=val.num_targets, bytes=int(val.target_bytes.sum()),
-                shards=shards, sha256=hashlib.sha256(val.ids.tobytes() + val.target_bytes.tobytes()).hexdigest(),
+                validation=validation, sha256=stream,
                 compressors=manifest(cfg.dataset_dir).get("compressors"))
-        other = artifact.validation not in ("", shards)
+        other = artifact.validation not in ("", validation)
         if other:
-            run.log("warning", text=f"{path} was made for other validation shards than those in {cfg.dataset_dir}")
+            run.log("warning", text=f"{path} was made for another validation set or tokenizer than {cfg.dataset_dir}'s")
     diagnostics = {}
     candidates = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
                   "sliding": (model, cfg.stride), "": (None, 0)}
@@ -3731,7 +3769,7 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
             train_seconds=round(run.spent("train"), 3), eval_seconds=round(run.spent("eval"), 3),
             other_seconds=round(run.spent("none"), 3), total_seconds=round(time.perf_counter() - run.started, 3),
             parameters=sum(p.numel() for p in model.parameters()), seed=cfg.seed, run_id=run.run_id,
-            ledger_sha256=digest, order="stream", validation=shards, other_validation=other, **figures)
+            ledger_sha256=digest, order="stream", validation=validation, other_validation=other, **figures)
 
 def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     """Opens the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
@@ -3756,16 +3794,11 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
             layers_looped=[layer.block for layer in unroll_layers(cfg, looped=True)])
     missing = {"brotli", "safetensors", "sentencepiece"} - set(versions)
     require(not missing, f"package {' '.join(missing)} is missing; pip install -r requirements.txt")
-    TokenStream(cfg.dataset_dir, "fineweb_val")  # headers and sizes only; its tokens wait for the frozen artifact
-    if cfg.caseops_enabled:
-        TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-    else:
-        marked = manifest(cfg.dataset_dir).get("transform", "none") != "none" or \
-            any(cfg.dataset_dir.glob("fineweb_val_bytes_*.bin"))
-        cfg.expect("caseops_enabled", not marked, f"1: the text in {cfg.dataset_dir} has case operators")
-        TokenBytes.load(tokenizer_path(cfg), cfg.vocab_size)
-    require(code_bytes < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap}: the code alone takes "
-            f"{code_bytes} bytes")
+    open_validation(cfg)
+    fixed = fixed_bytes(model)  # of which trained tables pack to 0.94, small tensors to 0.8 (docs/LOG.md 2026-11-28)
+    require(code_bytes + 0.75 * fixed < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code "
+            f"takes {code_bytes:,}, and what no scale makes smaller {fixed:,} before packing: raise it, or lower "
+            f"BIGRAM_BUCKETS={cfg.bigram_buckets} or BIGRAM_DIM={cfg.bigram_dim}")
 
 @contextlib.contextmanager
 def out_of_memory(cfg: Config, run: Run) -> Iterator:
@@ -3802,9 +3835,11 @@ def main(arguments: Sequence[str], env: Mapping) -> int:
                 (blob, figures), average = train_and_pack(model, code_bytes, cfg, run), model
             evaluate(blob, average, code_bytes, cfg, run, figures)
         return 0
-    except UserError as error:
+    except (UserError, Stopped) as error:
         return complain(error, env)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # a name that is too long, a file that may not be read
+            return complain(LocalError(str(error)), env)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # nothing to wait for: NCCL would, for what the others never join

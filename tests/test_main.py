@@ -43,7 +43,7 @@ def test_a_step_budget_is_reproduced_bit_for_bit_and_a_probe_changes_nothing(sin
 
 def test_eval_only_reproduces_the_score_exactly_without_training_data(single: Path, dataset, tmp_path):
     """In a fresh process that knows nothing but the file and where datasets and the tokenizer are: the artifact says on
-    which validation shards it is scored, and how."""
+    which validation shards it is scored, with which tokenizer, and how."""
     for name, source in (("other", "train"), ("mine", "val")):
         (tmp_path / "datasets" / name).mkdir(parents=True)
         (tmp_path / "datasets" / name / "fineweb_val_000000.bin").symlink_to(
@@ -66,10 +66,10 @@ def test_an_artifact_is_scored_on_other_data_only_if_that_is_said(single: Path, 
     shutil.copy(Path(dataset["data_path"]) / "fineweb_train_000000.bin",
                 tmp_path / "datasets" / "x" / "fineweb_val_000000.bin")
     assert tg.main([], env) == 2
-    assert "has the validation shards that the artifact was made for; DATA_PATH=FOLDER" in capsys.readouterr().err
+    assert "validation shards and the tokenizer that the artifact was made for; DATA_PATH=" in capsys.readouterr().err
     assert tg.main([], {**env, "DATA_PATH": str(tmp_path / "datasets" / "x")}) == 0
     assert events(tmp_path, "verdict")[0]["other_validation"] is True
-    assert "was made for other validation shards" in events(tmp_path, "warning")[0]["text"]
+    assert "was made for another validation set or tokenizer" in events(tmp_path, "warning")[0]["text"]
 
 
 def test_text_with_case_operators_is_not_scored_as_plain_text(dataset, tmp_path, capsys):
@@ -84,7 +84,9 @@ def test_text_with_case_operators_is_not_scored_as_plain_text(dataset, tmp_path,
 @pytest.mark.parametrize("change, expected", [
     ({"num_kv_heads": "3"}, "NUM_KV_HEADS=3"), ({"data_path": "/nowhere"}, "/nowhere: no such dataset folder"),
     ({"vocab_size": "256"}, "VOCAB_SIZE=256"), ({"eval_only": "/nowhere.bin"}, "EVAL_ONLY=/nowhere.bin: no such file"),
-    ({"max_wallclock_seconds": "5"}, "GPTQ_RESERVE_SECONDS=8"), ({"artifact_bytes_cap": "9"}, "ARTIFACT_BYTES_CAP=9")])
+    ({"log_dir": "/tmp/" + 300 * "x"}, "File name too long"), ({"run_id": 201 * "x"}, "x: expected a file name of"),
+    ({"max_wallclock_seconds": "5"}, "GPTQ_RESERVE_SECONDS=8"), ({"artifact_bytes_cap": "9"}, "ARTIFACT_BYTES_CAP=9"),
+    ({"artifact_bytes_cap": "150000", "bigram_buckets": "9000"}, "0: code takes")])
 def test_a_users_mistake_is_one_line_and_status_2(change, expected, dataset, tmp_path, capsys):
     assert tg.main([], environment(dataset, tmp_path, **change)) == 2
     err = capsys.readouterr().err

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import events, tiny
 from test_model import EVERYTHING, logits_of, looped_layers, noisy
 from torch import Tensor
 
@@ -366,6 +366,15 @@ def test_sums_are_over_all_calibration_tokens_and_ranks(run: tg.Run, dataset: di
     assert not torch.allclose(sums.gram["qkv", 0], calibrated(0, 1, 48)[0].gram["qkv", 0])  # other rows
     nothing, _ = calibrated(60, 64)  # a rank without rows adds zeros
     assert not any(t.any() for t in (*nothing.gram.values(), *nothing.fisher.values(), nothing.input_gram))
+
+
+def test_calibration_leaves_gptq_half_of_the_time(run: tg.Run, dataset: dict[str, str]):
+    cfg = tiny(**dataset, gptq_calibration_batches=3, max_wallclock_seconds=20, gptq_reserve_seconds=8)
+    model, data = noisy(cfg), tg.TrainData(cfg, run)
+    for spent, rows in ((0.0, 12), (17.0, 1)):
+        run.charged["train"] = spent
+        assert tg.calibrate(model, data, 0, cfg, run).tokens["head", 0] == rows * cfg.train_seq_len
+    assert "on 8% of the rows, in half of GPTQ_RESERVE_SECONDS=8" in events(run.folder, "warning")[0]["text"]
 
 
 @pytest.mark.parametrize("knobs", [{}, dict(mlp_rank=12, num_kv_heads=2, mlp_mult=1.5)], ids=["whole", "low rank"])

@@ -112,7 +112,7 @@ def test_a_run_id_and_an_artifact_alone(single: Path, dataset: dict[str, str], t
     told = capsys.readouterr()
     assert told.out.startswith("if ?") and len(told.out) > 5 and told.err == ""
     assert call(monkeypatch, tmp_path / "alone.bin", *arguments) == 2
-    assert "set TOKENIZER_PATH" in (lost := capsys.readouterr().err) and lost.count("\n") == 1
+    assert "no dataset in data/datasets has" in (lost := capsys.readouterr().err) and lost.count("\n") == 1
     assert call(monkeypatch, tmp_path / "alone.bin", *arguments, f"TOKENIZER_PATH={dataset['tokenizer_path']}") == 0
     assert capsys.readouterr().out.startswith("if ?")
 

@@ -112,22 +112,48 @@ def test_with_caseops_bytes_come_from_a_side_file_of_the_same_length(side, probl
             write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", part)
     cfg = tiny(data_path=str(tmp_path), caseops_enabled=True)
     with pytest.raises(tg.UserError, match=problem) if problem else contextlib.nullcontext():
+        tg.open_validation(cfg)
         assert tg.ValData.load(cfg, run).target_bytes.tolist() == side[1:]
+
+
+@pytest.mark.parametrize("cuts", [[], [4], [2, 5]])
+def test_documents_may_run_on_into_the_next_shard_and_the_first_may_lack_its_bos(cuts, tmp_path, run):
+    ids = np.array([5, 6, BOS, 7, 8, 9, BOS, 4])
+    for i, (part, sizes) in enumerate(zip(np.split(ids, cuts), np.split(np.arange(8), cuts))):
+        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", part)
+        write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", sizes)
+    val = tg.ValData.load(tiny(data_path=str(tmp_path), caseops_enabled=True), run)
+    assert val.ids.tolist() == ids.tolist() and val.starts.tolist() == [0, 2, 6] and val.stops.tolist() == [2, 6, 7]
+    assert val.target_bytes.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["", "_bytes"])
+def test_validation_is_scored_on_the_files_that_the_manifest_lists(kind, tmp_path, run):
+    paths = [tmp_path / f"fineweb_val{of}_000000.bin" for of in ("", "_bytes")]
+    for path in paths:
+        write_shard(path, np.array([BOS, 5, 6, 7]))
+    listed = [{"name": path.name, "sha256": tg.file_sha256(path)} for path in paths]
+    (tmp_path / "manifest.json").write_text(json.dumps({"transform": "caseops_v1", "val": {"files": listed}}))
+    cfg = tiny(data_path=str(tmp_path), caseops_enabled=True)
+    assert tg.ValData.load(cfg, run).num_targets == 3
+    write_shard(tmp_path / f"fineweb_val{kind}_000000.bin", np.array([BOS, 5, 7, 6]))
+    with pytest.raises(tg.UserError, match=f"fineweb_val{kind}_000000.bin: not the file that .*manifest.json lists"):
+        tg.ValData.load(cfg, run)
 
 
 def test_a_tokenizer_of_another_size_or_without_the_bos_of_the_challenge_is_refused(model, sp, tmp_path):
     with pytest.raises(tg.UserError, match=f"{model}: .* has {sp.vocab_size()} pieces, VOCAB_SIZE=512"):
-        tg.TokenBytes.load(model, 512)
+        tg.load_sentencepiece(model, 512)
     other = train_tokenizer(tmp_path / "other.model", bos_id=2, eos_id=1)
     with pytest.raises(tg.UserError, match="BOS has id 2, expected 1"):
-        tg.TokenBytes.load(tmp_path / "other.model", other.vocab_size())
+        tg.load_sentencepiece(tmp_path / "other.model", other.vocab_size())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 5000])
 def test_a_file_that_is_no_tokenizer_is_one_line(content, tmp_path):
     (tmp_path / "broken.model").write_bytes(content)
     with pytest.raises(tg.UserError, match="^.*broken.model: .*$"):
-        tg.TokenBytes.load(tmp_path / "broken.model", 300)
+        tg.load_sentencepiece(tmp_path / "broken.model", 300)
 
 
 def test_only_the_tokenizer_that_made_the_shards_is_accepted(model, tmp_path):

@@ -519,7 +519,7 @@ def probe_bytes(module: ModuleType, tokenizer: Path, ids: np.ndarray, vocab: int
     """D8: bytes of every document's targets against its decoded text."""
     from sentencepiece import SentencePieceProcessor
     sp = SentencePieceProcessor(model_file=str(tokenizer))
-    sizes = module.TokenBytes.load(tokenizer, vocab).of_targets(ids)
+    sizes = module.TokenBytes.build(module.load_sentencepiece(tokenizer, vocab)).of_targets(ids)
     starts = np.flatnonzero(ids == module.BOS_ID)
     bad, total, expected = 0, 0, 0
     for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)]):

@@ -206,12 +206,8 @@ def data_lines(tg: Any, cfg: Any, run: Any, processes: int = 1) -> Iterator[Line
         tokens = predict.token_counts(tg, cfg)
         yield Line("ok", "data", ", ".join(f"{split}: {count:,} tokens" for split, count in tokens.items()) +
                    f", {cfg.dataset_dir}")
-        if cfg.caseops_enabled:
-            tg.TokenStream(cfg.dataset_dir, "fineweb_val_bytes")
-        else:
-            path = tg.tokenizer_path(cfg)
-            tg.TokenBytes.load(path, cfg.vocab_size)
-            yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {path}")
+        if not cfg.caseops_enabled:
+            yield Line("ok", "tokenizer", f"{cfg.vocab_size} pieces, {tg.tokenizer_path(cfg)}")
     except tg.UserError as error:
         yield Line("failure", "data", str(error), remedy)
         return

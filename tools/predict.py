@@ -160,8 +160,10 @@ def resource_warnings(tg: Any, cfg: Any, run: Any, targets: int, processes: int 
 
 
 def token_counts(tg: Any, cfg: Any) -> dict[str, int]:
-    """Tokens of the training and the validation shards. Raises the trainer's `UserError` where they are not usable."""
-    return {split: len(tg.TokenStream(cfg.dataset_dir, f"fineweb_{split}")) for split in ("train", "val")}
+    """Tokens of the training and the validation shards. Raises the trainer's `UserError` where they are not usable, or
+    do not fit the tokenizer or the side file."""
+    (val, *_), _ = tg.open_validation(cfg)
+    return {"train": len(tg.TokenStream(cfg.dataset_dir, "fineweb_train")), "val": len(val)}
 
 
 def lines(tg: Any, cfg: Any, run: Any, processes: int) -> Iterator[str]:

@@ -50,10 +50,11 @@ class Writer:
         import train_gpt as tg
         from data.caseops import TRANSFORMS
         found = tg.unpack(artifact.read_bytes(), str(artifact))
-        self.tg, self.cfg = tg, tg.Config.from_env(env, found.knobs)
+        data = "" if env.get("TOKENIZER_PATH") else found.validation  # only its tokenizer is of interest
+        self.tg, self.cfg = tg, tg.on_its_data(tg.Config.from_env(env, found.knobs), data, env)
         self.run, path = tg.Run(self.cfg, {}, log=False), tg.tokenizer_path(self.cfg)
-        tg.TokenBytes.load(path, self.cfg.vocab_size)  # refuses another number of pieces
-        self.sp, name = tg.load_sentencepiece(path), str(tg.manifest(self.cfg.dataset_dir).get("transform", "none"))
+        self.sp = tg.load_sentencepiece(path, self.cfg.vocab_size)
+        name = str(tg.manifest(self.cfg.dataset_dir).get("transform", "none"))
         if name not in TRANSFORMS or self.cfg.caseops_enabled and name == "none":
             raise ToolError(f"{self.cfg.dataset_dir}/manifest.json: transform={name}: which case operators the run had "
                             f"({', '.join(TRANSFORMS)}) is not known; set DATA_PATH to the folder of its shards")

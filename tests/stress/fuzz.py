@@ -175,7 +175,7 @@ def read_stamp(data: bytes, folder: Path) -> object:
 def read_tokenizer(data: bytes, folder: Path) -> object:
     """A SentencePiece model and its table of bytes."""
     (folder / "tokens.model").write_bytes(data)
-    return [table.tobytes() for table in tg.TokenBytes.load(folder / "tokens.model", 400)]
+    return [table.tobytes() for table in tg.TokenBytes.build(tg.load_sentencepiece(folder / "tokens.model", 400))]
 
 
 def read_submission(name: str, data: bytes, folder: Path) -> object:
