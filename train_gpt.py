@@ -694,7 +694,10 @@ class Run(Ranks):
         """A line on rank 0's screen, wrapped to its width (80 columns without a terminal); nothing for no text."""
         if self.files and text:
             line, width = f"{time.perf_counter() - self.started:7.1f}  {text}", shutil.get_terminal_size().columns
-            tqdm.write(textwrap.fill(line, width, subsequent_indent=" " * 9, break_on_hyphens=False))
+            try:
+                tqdm.write(textwrap.fill(line, width, subsequent_indent=" " * 9, break_on_hyphens=False))
+            except OSError:  # nobody reads it any more (`| head`); the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def record(self, event: str, values: Mapping):
         """One object in the JSON lines alone; a number that is not finite becomes null."""
