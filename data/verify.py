@@ -255,8 +255,9 @@ def check_validation(directory: Path, manifest: Mapping[str, Any], tokenizer: An
         wrong = wrong or f"the manifest says {said:,} bytes"
     elif official and abs(counted / VAL_BYTES - 1) > 1e-4:
         wrong = wrong or f"the official validation text has {VAL_BYTES:,} bytes"
-    ratio = f"{counted / tokens:.4f} a token"
-    return [*checks, Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded, {ratio}", wrong)]
+    targets = max(1, tokens - 1)
+    ratio = f"{counted:,} / {targets:,} targets (all ids but the first) = {counted / targets:.4f}"
+    return [*checks, Check("bytes", f"{counted:,} {source}, {decoded_bytes:,} decoded; {ratio}", wrong)]
 
 
 def table(directory: Path, checks: list[Check]) -> str:

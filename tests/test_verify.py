@@ -64,6 +64,7 @@ def test_a_good_dataset_holds_and_is_stamped(made, dataset, run, capsys):
     status, out, _ = command(capsys, "verify", made)
     assert status == 0 and "all checks hold" in out and "FAIL" not in out and "round trip" in out
     val = manifest_of(made)["val"]
+    assert f"targets (all ids but the first) = {val['bytes'] / (val['tokens'] - 1):.4f}\n" in out
     assert stamp(made) == {"shards_sha256": tg.shards_sha256(made), "shared_documents": 0, "shared_share": 0.0,
                            "val_documents": val["documents"]}
     cfg = tiny(data_path=str(made), vocab_size=VOCAB, tokenizer_path=dataset["tokenizer_path"])
