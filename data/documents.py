@@ -56,9 +56,9 @@ def decode(content: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Replace lone surrogates by U+FFFD, which the normaliser drops; strip; replace NUL by a space (as in the official
-    export)."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text).strip().replace("\0", " ")
+    """Replace lone surrogates by U+FFFD, which the normaliser drops, and NUL by a space (as in the official export);
+    strip. What is clean stays as it is."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\0", " ").strip()
 
 
 def draw(text: str, seed: int) -> tuple[bytes, int, int]:

@@ -22,6 +22,8 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data import documents, prepare, verify
 from data import text as tx
@@ -166,6 +168,11 @@ def test_the_side_is_a_function_of_the_text():
     many, more = ([side_of(f"document {i}", share) for i in range(4000)] for share in (0.1, 0.2))
     assert 340 < many.count("val") < 460  # 400 +- 3 standard deviations
     assert all(b == "val" for a, b in zip(many, more) if a == "val")
+
+
+@given(st.text(st.sampled_from("\0 \n\x85\ud800\ufeffa")))
+def test_what_is_clean_stays_as_it_is(text):
+    assert documents.clean(documents.clean(text)) == documents.clean(text)
 
 
 def test_what_is_dropped_or_repaired_is_counted(texts, model, tmp_path):
