@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import signal
 import sqlite3
 import tempfile
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from data import documents as docs
 from data import verify
 from data.caseops import TRANSFORMS
-from data.documents import SIDES, TRAIN, VAL, require
+from data.documents import SIDES, TRAIN, VAL, require, say
 from data.verify import FORMAT, damage, load_tokenizer, read_manifest, write_json
 from tools.common import ToolError
 from train_gpt import BOS_ID, SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, file_sha256
@@ -45,6 +46,7 @@ SHARD_TOKENS = 100_000_000  # in one file, as in the official export
 SAMPLE_BYTES = 100_000_000  # most text to train a tokenizer on
 BATCH_BYTES = 1_000_000  # text that one worker takes per task: a quarter of a second of work
 MAX_COMPRESSED_TEXT_BYTES = 16_000_000  # for xz and brotli: 73 CPU-seconds, 160 MB of memory
+MANY_TOKENS = 500_000  # of validation: PRESET=demo scores some 3,500 a second on two busy cores
 
 # -- corpus: texts on disk, unique, split, shuffled -------------------------------------------------
 
@@ -81,9 +83,10 @@ class Corpus:
         for digest, side in query("SELECT hash, side FROM kept ORDER BY hash"):
             fingerprint.update(digest + bytes([side]))
         raw_bytes = dict(query("SELECT side, sum(size) FROM kept GROUP BY side"))
-        require(len(raw_bytes) == 2, "no document for training, or none for validation: give more documents, or another"
-                " --val-share or --seed")
-        [duplicates] = query("SELECT sum(copies - 1) FROM kept").fetchone()
+        [count, duplicates] = query("SELECT count(*), sum(copies - 1) FROM kept").fetchone()
+        lacking = [what for side, what in ((TRAIN, "training"), (VAL, "validation")) if side not in raw_bytes]
+        require(not lacking, f"{count:,} different documents, none for {' and '.join(lacking)}: give more, or another"
+                " --val-share or --seed, or cut text files at blank lines with --split-on '\\n\\n'")
         return {"documents_sha256": fingerprint.hexdigest(), "dropped": {"duplicate": duplicates},
                 "raw_bytes": {name: raw_bytes[side] for side, name in enumerate(SIDES)}}
 
@@ -117,17 +120,22 @@ class Corpus:
 def fill(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
     """Read the inputs into the corpus. Returns what the manifest says about them."""
     train, val = docs.input_files(options.inputs), docs.input_files(options.val_files)
-    sources = [(TRAIN if val else None, docs.read_documents(train, options.text_field)),
-               (VAL, docs.read_documents(val, options.text_field))]
+    sources = [(TRAIN if val else None, docs.read_documents(train, options.text_field, options.split_on)),
+               (VAL, docs.read_documents(val, options.text_field, options.split_on))]
     if options.verb == "demo":
         sources = [(None, docs.demo_documents())]
-    empty = repaired = 0
-    for side, texts in sources:
-        for text in tqdm(texts, "read", unit=" documents", leave=False, disable=None):
-            repaired += "\ufffd" in text
-            empty += not text
+    filled = empty = repaired = 0
+    first = ""  # place of the first that is repaired
+    for side, documents in sources:
+        for place, text in tqdm(documents, "read", unit=" documents", leave=False, disable=None):
+            if "\ufffd" in text:
+                first, repaired = first or place, repaired + 1
+            filled, empty = filled + bool(text), empty + (not text)
             if text:
                 corpus.add(text, side)
+    if repaired > 0.01 * filled:
+        say("warning", f"{repaired:,} of {filled:,} documents hold U+FFFD, which bytes become that are not UTF-8; the"
+            f" first is {first}: save such files as UTF-8, or these characters are lost")
     origin = corpus.unique()
     origin["dropped"]["empty"] = empty
     return {**origin, "repaired": repaired}
@@ -279,20 +287,16 @@ def prepare(options: argparse.Namespace) -> Path:
     return target
 
 
-def say(what: str, text: str) -> None:
-    """Print a line of progress."""
-    print(f"{what:<12}{text}", flush=True)
-
-
 def build(corpus: Corpus, work: Path, home: Path, target: Path, options: argparse.Namespace) -> None:
     """Make tokenizer.model and dataset/ in the work folder, and verify them."""
     model, dataset = work / "tokenizer.model", work / "dataset"
     say("read", f"{options.name}: hash, split and shuffle the documents")
     source = {
+        **fill(corpus, options),
         "python": platform.python_version(), "sentencepiece": sentencepiece.__version__, "brotli": brotli.__version__,
         "kind": "python" if options.verb == "demo" else "files",
-        "inputs": [path.resolve().name for path in options.inputs],
-        "val_inputs": [path.resolve().name for path in options.val_files], **fill(corpus, options)}
+        "split_on": options.split_on, "inputs": [path.resolve().name for path in options.inputs],
+        "val_inputs": [path.resolve().name for path in options.val_files]}
     split = {"method": "hash", "val_share": options.val_share, "seed": options.seed, "order": "hash"}
     if options.val_files:
         split |= {"method": "files", "val_share": None}
@@ -322,6 +326,9 @@ def build(corpus: Corpus, work: Path, home: Path, target: Path, options: argpars
     if options.transform != "none":
         manifest["transform"] = options.transform
     write_json(dataset / "manifest.json", manifest)
+    if entries["val"]["documents"] < 10 or num_bytes < 10_000:
+        say("warning", f"validation is {entries['val']['documents']:,} documents of {num_bytes:,} bytes in all, too few"
+            " for a score that means much: raise --val-share, or name documents with --val-files")
     say("verify", "read everything back")
     problem = damage(dataset, model)
     require(not problem, f"{problem}; is this tokenizer of use here?")
@@ -338,7 +345,10 @@ def summary(target: Path) -> str:
     if manifest["source"]["kind"] == "files":
         dropped = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in manifest["source"]["dropped"].items())
         lines.append(f"{'dropped':<12}{dropped}; repaired {manifest['source']['repaired']:,}")
-        knobs = f"DATA_PATH={target} VOCAB_SIZE={manifest['vocab_size']}"
+        knobs = f"{shlex.quote(f'DATA_PATH={target}')} VOCAB_SIZE={manifest['vocab_size']}"
         knobs += " CASEOPS_ENABLED=1" * ("transform" in manifest)
+        if manifest["val"]["tokens"] > MANY_TOKENS:
+            lines.append(f"{'warning':<12}a CPU may need {manifest['val']['tokens'] / 180_000:,.0f} minutes to score as"
+                         " much validation; EVAL_STRIDE=0 TTT=none is quicker, and so is a smaller --val-share")
         lines.append(f"{'next':<12}./run.sh train PRESET=demo {knobs}")
     return "\n".join(lines)

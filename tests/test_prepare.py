@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 import shutil
 import sqlite3
 import struct
@@ -87,6 +88,11 @@ def made(out: Path, *inputs: Path, **changes: object) -> Path:
                                             **changes}))
 
 
+def read(*inputs: Path, split_on: str | None = None) -> list[str]:
+    """The texts of inputs."""
+    return [text for _, text in documents.read_documents(documents.input_files(inputs), "text", split_on)]
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by name."""
     paths = (path for path in folder.rglob("*") if path.is_file())
@@ -148,19 +154,24 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 def test_every_format_gives_the_same_documents(texts, tmp_path):
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    (tmp_path / "c.jsonl").write_bytes(lines.replace(b"\n", b"\n\n"))  # blank lines are nothing
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / "c.jsonl").write_text(lines.replace("\n", "\n\ufeff\n"), "utf-8")  # blank lines are nothing
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        (tmp_path / f"{encoding}.jsonl").write_bytes(lines.encode(encoding))
+        (tmp_path / f"{encoding}.jsonl.gz").write_bytes(gzip.compress(lines.encode(encoding)))
+        (tmp_path / f"{encoding}.txt").write_bytes("<end>\r\n".join(["", *texts, "last"]).encode(encoding))
     table = pyarrow.table({"id": range(len(texts)), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=50)
     hidden = tmp_path / "folder" / "deep" / ".hidden"
     hidden.mkdir(parents=True)
     for i, text in enumerate(texts):
         (hidden.parent / f"{i:04d}.txt").write_bytes(text.encode())
-    for path in (hidden / "x.txt", tmp_path / "folder" / "notes.md"):
+    for path in (hidden / "x.txt", tmp_path / "folder" / "notes.csv"):
         path.write_text("hidden, or another kind of file")
-    for name in ("c.jsonl", "c.jsonl.gz", "c.parquet", "folder"):
-        assert list(documents.read_documents(documents.input_files([tmp_path / name]), "text")) == texts, name
+    for path in (tmp_path / "c.parquet", tmp_path / "folder", *tmp_path.glob("*.jsonl*")):
+        assert read(path) == texts, path
+    for path in tmp_path.glob("*.txt"):
+        assert read(path, split_on="<end>\n") == ["", *(text.replace("\r\n", "\n") for text in texts), "last"], path
 
 
 def test_the_side_is_a_function_of_the_text():
@@ -175,17 +186,43 @@ def test_what_is_clean_stays_as_it_is(text):
     assert documents.clean(documents.clean(text)) == documents.clean(text)
 
 
+def test_what_may_be_a_mistake_is_said_in_one_line(texts, model, tmp_path, capsys, monkeypatch):
+    """A text in one file, files left out, another encoding than UTF-8, next to no validation."""
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder)
+    for name in ("a.csv", "b.CSV", "README", "c.html"):
+        (folder / name).write_text("not read")
+    play, latin = folder / "play.txt", folder / "z.md"
+    play.write_text("\n\n".join(texts), "utf-8")
+    options = ["--name", "t", "--tokenizer", model, "--workers", 1, "--out", folder / ".out"]
+    status, _, error = command(capsys, "text", play, *options)
+    assert status == 2 and "1 different documents" in error and r"--split-on '\n\n'" in error
+    options += ["--force", "--split-on", r"\n\n"]
+    status, out, _ = command(capsys, "text", play, "--val-share", 0.2, *options)
+    assert status == 0 and "warning" not in out and "left out" not in out
+    monkeypatch.setattr(tx, "MANY_TOKENS", 9)
+    latin.write_bytes(b"\n\n".join(b"caf\xe9 %d" % number for number in range(9)))
+    status, out, _ = command(capsys, "text", folder, *options)
+    assert status == 0 and ": 5 entries: .csv (2), " in out and "link or pipe (1)" in out
+    assert re.search(rf"warning +9 of \d+ documents hold U\+FFFD.* is {folder}/z.md:1: save such", out)
+    assert re.search(r"warning +validation is [1-9] documents of [\d,]+ bytes .*--val-share", out)
+    assert re.search(r"warning +a CPU may need \d+ minutes .*EVAL_STRIDE=0 TTT=none", out)
+    assert f"next        ./run.sh train PRESET=demo 'DATA_PATH={folder}/.out/datasets/t_sp{VOCAB}' VOCAB" in out
+
+
 def test_what_is_dropped_or_repaired_is_counted(texts, model, tmp_path):
     """Duplicates, empty documents; what is not Unicode is replaced."""
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa byte order mark")
     (tmp_path / "half.jsonl").write_text('{"text": "half a pair \\ud83d, a whole one \\ud83d\\ude80"}\n')
-    paths = [tmp_path / name for name in ("latin.txt", "marked.txt", "half.jsonl")]
-    assert list(documents.read_documents(paths, "text")) == [
-        "caf\ufffd au lait", "a byte order mark", "half a pair \ufffd, a whole one \U0001f680"]
-    padded = [*texts, *(f"  {text}\n" for text in texts[:7]), "", " \n\t ", "\u200b\u200b"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None]}), tmp_path / "null.parquet")
+    paths = [tmp_path / name for name in ("latin.txt", "marked.txt", "half.jsonl", "null.parquet")]
+    assert read(*paths) == [
+        "caf\ufffd au lait", "a byte order mark", "half a pair \ufffd, a whole one \U0001f680", ""]
+    padded = [*texts, *(f"  {text}\n" for text in texts[:7]), "", " \n\t ", "\u200b\u200b", None]
     manifest = manifest_of(made(tmp_path / "out", write_jsonl(tmp_path / "c.jsonl", padded), *paths, tokenizer=model))
-    assert manifest["source"]["dropped"] == {"duplicate": 7, "empty": 2, "empty_after_normalisation": 1}
+    assert manifest["source"]["dropped"] == {"duplicate": 7, "empty": 4, "empty_after_normalisation": 1}
     assert manifest["source"]["repaired"] == 2
     assert sum(manifest[side]["documents"] for side in documents.SIDES) == len(texts) + 3
 
@@ -277,11 +314,13 @@ def test_nothing_is_replaced_unasked_and_foreign_folders_never(corpus, model, tm
 
 MISTAKES = [
     ("nowhere --name t", "nowhere: no such file or folder"),
-    ("bad.csv --name t", "bad.csv: expected a file, or a folder of files, ending in one of .txt, .jsonl"),
+    ("bad.csv --name t", "bad.csv: expected a file, or a folder of files, ending in one of .txt, .md, .jsonl"),
     ("corpus.jsonl --name a/b", "--name a/b: not the name of a folder"),
     ("corpus.jsonl --name t --vocab-size 270", "--vocab-size 270: SentencePiece cannot be trained"),
     ("corpus.jsonl --name t --vocab-size 60000", "use --vocab-size "),
     ("corpus.jsonl --name t --val-share nan", "--val-share: nan: expected"),
+    ("loop.txt --name t", "loop.txt: no such file"),
+    ("corpus.jsonl --name t --split-on=", "--split-on: empty: expected"),
     ("corpus.jsonl --name t --val-share 1e-9", "none for validation"),
     ("corpus.jsonl --name t --text-field body", "corpus.jsonl:1: no string in 'body'"),
     ("corpus.jsonl --name t --tokenizer one.jsonl", "one.jsonl: not a SentencePiece model"),
@@ -291,7 +330,7 @@ MISTAKES = [
     ("cut.jsonl.gz --name t", "cut.jsonl.gz: cannot be read"),
     ("cut.parquet --name t", "cut.parquet: cannot be read"),
     ("whole.parquet --name t --text-field body", "no column 'body'"),
-    ("whole.parquet --name t", "whole.parquet: no string in 'text'"),
+    ("whole.parquet --name t --text-field id", "whole.parquet: no string in 'id'"),
     ("long.jsonl --name t", "long.jsonl:2: a document of more than 9,000 bytes"),
     ("long.txt --name t", "long.txt: a document of more than 9,000 bytes"),
     ("whole.parquet --name t", "no pyarrow.parquet here: pip install -r requirements.txt -r requirements-data.txt"),
@@ -307,7 +346,8 @@ def test_mistakes_are_one_line(texts, corpus, tmp_path, monkeypatch, capsys):
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=name, vocab_size=VOCAB,
                                                  minloglevel=2, **{**tx.TRAINING, **changes})
     lines = corpus.read_bytes()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*texts, None]}), tmp_path / "whole.parquet")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), tmp_path / "whole.parquet")
     for name, content in {
         "bad.csv": b"text", "broken.jsonl": lines[:len(lines.splitlines()[0]) + 30],
         "cut.jsonl.gz": gzip.compress(lines)[:-2000], "long.txt": b"long" * 2500,
@@ -317,9 +357,11 @@ def test_mistakes_are_one_line(texts, corpus, tmp_path, monkeypatch, capsys):
     for arguments, words in MISTAKES:
         if words == MISTAKES[-1][1]:
             monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # not installed
-        status, _, error = command(capsys, "text", *arguments.split(), "--out", "out")
+        status, _, error = command(capsys, "text", "--out", "out", *arguments.split())
         assert status == 2 and words in error and error.startswith("data: ") and error.count("\n") == 1, error
         assert tree(tmp_path / "out") == {}, arguments
+    with pytest.raises(ToolError, match="expected a name in UTF-8"):
+        prepare.main(["verify", "caf\udce9"])
 
 
 @pytest.mark.parametrize("place, accident, status", [
@@ -344,7 +386,7 @@ def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("left out: no library, or every topic once more")
     monkeypatch.setattr(documents.sysconfig, "get_path", lambda _: str(copy))
-    rows = list(documents.demo_documents())
+    rows = [text for _, text in documents.demo_documents()]
     sources = sorted((library / "json").glob("*.py"))
     assert rows[-len(sources):] == [path.read_text("utf-8").strip() for path in sources] and len(rows) > 50
     demo = ["demo", "--workers", "1", "--out", tmp_path]

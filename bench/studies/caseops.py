@@ -38,7 +38,7 @@ SHAPE = dict(PRESET="demo", VOCAB_SIZE="8192", NUM_LAYERS="2", MODEL_DIM="128", 
 
 def documents(path: Path) -> list[str]:
     """Texts of a .jsonl, .jsonl.gz, .parquet or .txt as `data text` cleans them. `ToolError` where there is none."""
-    texts = list(read_documents(input_files([path]), "text"))
+    texts = [text for _, text in read_documents(input_files([path]), "text")]
     require(any(texts), f"{path}: holds no text")
     return texts
 

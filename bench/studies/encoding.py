@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     require(min(asked.sizes) > 0, f"{min(asked.sizes):g}: expected a positive number of MB")
     tg.load_sentencepiece(asked.model)
     texts, size = [], 0
-    for text in documents.read_documents(documents.input_files([asked.corpus]), "text"):
+    for _, text in documents.read_documents(documents.input_files([asked.corpus]), "text"):
         texts.append(text)
         if (size := size + len(text)) > 5e6:
             break
