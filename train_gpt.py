@@ -836,9 +836,10 @@ class Batch(NamedTuple):
     targets: Tensor  # [R, T] int64: the next id, or IGNORE
     positions: Tensor  # [R, T] int32: distance from the start of the document segment; 0 where one starts
     cu_seqlens: Tensor  # [S+1] int32: where segments start in the flattened rows, padded with R*T to a few lengths
+    places: tuple = ()  # `GPT.places`, where these are made outside a compiled graph
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device, non_blocking=True) for t in self[:4]))
 
 def batch_of_segments(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     """Rows of segments -> `Batch`. A segment of n + 1 ids is n inputs and, one later, their targets.
@@ -1807,12 +1808,17 @@ class GPT(nn.Module):
             for row, matrix in enumerate(parameter.detach().unbind()):
                 yield f"blocks.{row % layers}.{parts[name, row // layers]}", matrix, name
 
-    def rotary(self, positions_RT: Tensor, dtype: torch.dtype) -> tuple:
-        """cos and sin [R, T, 1, ROPE_DIMS/2] of each token's position in its segment."""
-        dims = self.cfg.rope_dims
-        exponent = torch.arange(0, dims, 2, device=positions_RT.device) / max(1, dims)
-        angle = positions_RT[..., None, None] * self.cfg.rope_base ** -exponent
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+    def places(self, batch: Batch, dtype: torch.dtype, cache: NoCache = NO_CACHE) -> tuple:
+        """What attention needs to know of the segments; cos and sin [R, T, 1, ROPE_DIMS/2] of the positions in them."""
+        dims, positions = self.cfg.rope_dims, batch.positions[:, cache.prefix:]
+        exponent = torch.arange(0, dims, 2, device=positions.device) / max(1, dims)
+        angle = positions[..., None, None] * self.cfg.rope_base ** -exponent
+        return cache.prepare(self.kernels, batch), angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def placed(self, batch: Batch, run: Run) -> Batch:
+        """A batch on the device, its places made: a compiler computes them anew in every kernel that rotates."""
+        batch = batch.to(run.device)
+        return batch._replace(places=self.places(batch, run.dtype))
 
     def embed(self, batch: Batch, w: Weights) -> Tensor:
         """[R, T, D]: token embedding, smeared with its predecessor's (never across a segment's start), then normed."""
@@ -1848,8 +1854,8 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, layers: Sequence, w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
         """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
-        norm, positions = self.kernels.rms_norm, batch.positions[:, cache.prefix:]
-        context = ForwardContext(w, cache, cache.prepare(self.kernels, batch), *self.rotary(positions, w.dtype))
+        norm = self.kernels.rms_norm
+        context = ForwardContext(w, cache, *(batch.places or self.places(batch, w.dtype, cache)))
         x = x0 = self.embed(batch, w)[:, cache.prefix:]
         lane = None  # the second lane, once there are two
         outputs = []
@@ -3239,7 +3245,7 @@ def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str):
             part = mine[at:at + batch_rows]
             num_rows = batch_rows if run.compiles else len(part)  # a compiled graph has one shape
             batch, where, numbers = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
-            batch, where = batch.to(run.device), where.to(run.device)
+            batch, where = model.placed(batch, run), where.to(run.device)
             hidden, targets = forward(batch, layers, w).flatten(0, 1), batch.targets.flatten()
             for spots, some in zip(where.split(chunk), numbers.split(chunk)):
                 scorer.ledger.record(some, scorer.nats(model, hidden[spots], targets[spots], some, w)[0])
@@ -3259,7 +3265,7 @@ class DocumentBatch(NamedTuple):
     edges: tuple[int, ...]  # where chunks begin and end, in targets from the documents' starts; the last is beyond all
     cost: int  # in token-forwards; a step costs as much as STEP_TOKENS tokens even where it has few
 
-STEP_TOKENS = 512  # fixed cost of a chunk step in tokens: launches, the optimizer, small products
+STEP_TOKENS = 512  # fixed cost of a chunk step in tokens, for packing: launches, the optimizer, small products
 
 def tokens_run(begin: int, end: int, cfg: Config) -> int:
     """Tokens of one document that go through the model to score its targets [begin, end)."""
@@ -3309,26 +3315,36 @@ class EvalBudget:
     """
     LEAST_SECONDS = 5.0  # work before the first projection: the first steps load kernels and say little
 
-    def __init__(self, total_cost: float, cfg, run):
-        self.cfg, self.run, self.total, self.done, self.busy = cfg, run, max(1.0, total_cost), 0.0, 0.0
+    def __init__(self, total_cost: float, cfg, run, steps: int = 0):
+        """total_cost: tokens, and STEP_TOKENS for each of `steps`; or parts of any size."""
+        self.cfg, self.run, self.total = cfg, run, np.array([STEP_TOKENS * steps, total_cost - STEP_TOKENS * steps, 0])
+        self.done, self.products = np.zeros(3), np.zeros((3, 3))  # of (fixed cost, other cost, seconds), their products
         self.used, self.started, self.cut = run.spent("eval"), time.perf_counter(), False
 
     @contextlib.contextmanager
-    def work(self, cost: float) -> Iterator:
-        """What happens inside is work of this cost, in the unit of `total_cost`."""
+    def work(self, cost: float, steps: int = 0) -> Iterator:
+        """What happens inside is work of this cost, `steps` of it included."""
         start = time.perf_counter()
         yield
-        self.done += cost
-        self.busy += time.perf_counter() - start
+        piece = np.array([STEP_TOKENS * steps, cost - STEP_TOKENS * steps, time.perf_counter() - start])
+        self.done, self.products = self.done + piece, self.products + np.outer(piece, piece)
+
+    def seconds_ahead(self) -> float:
+        """Of the work that is left. What a step and a token cost is fitted to the work so far, since on a GPU a step
+        costs as much as 10,000 tokens; STEP_TOKENS, at a hundredth of the weight, decides where pieces are alike."""
+        *done, busy = self.done
+        a, y = self.products[:2, :2], self.products[:2, 2]
+        little = 0.01 * a.diagonal()
+        pace = np.linalg.lstsq(a + np.diag(little), y + little * busy / sum(done), rcond=None)[0].clip(0)
+        return float(busy * (pace @ (self.total - self.done)[:2].clip(0)) / (pace @ done))
 
     def allows(self) -> bool:
         """Whether there is time to adapt now: the projected end, at the pace so far, lies within the budget."""
-        ahead = 0.0
-        if self.busy > self.LEAST_SECONDS:
-            ahead = self.busy / self.done * max(0.0, self.total - self.done)
+        ahead = self.seconds_ahead() if self.done[2] > self.LEAST_SECONDS else 0.0
         late = self.used + time.perf_counter() - self.started + ahead > self.cfg.eval_seconds_budget
         if late and not self.cut:
-            self.run.log("adaptation_cut", budget_seconds=self.cfg.eval_seconds_budget, work=self.done / self.total)
+            self.run.log("adaptation_cut", budget_seconds=self.cfg.eval_seconds_budget,
+                         work=float(self.done[:2].sum() / max(1.0, self.total.sum())))
         self.cut |= late
         return not late
 
@@ -3393,7 +3409,7 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
         size, cost = end - begin, STEP_TOKENS + len(rows.documents) * tokens_run(begin, end, cfg)
         goes_on = rows.lengths > end
         learns = bool(goes_on.any()) and budget.allows()
-        with budget.work(cost):
+        with budget.work(cost, steps=1):
             inputs = rows.inputs(end - tokens_run(begin, end, cfg), end, cache.prefix)
             with torch.set_grad_enabled(learns):
                 hidden = model(inputs, layers, w, cache)[:, -size:]
@@ -3421,7 +3437,7 @@ class SharedSgd:
         self.loss = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype))
         self.micro = max(1, min(-(-self.BATCH_ROWS // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         if run.compiles:
-            self.loss(random_batch(self.micro, cfg).to(run.device)).backward()
+            self.loss(model.placed(random_batch(self.micro, cfg), run)).backward()
         self.forget()
 
     def forget(self):
@@ -3441,7 +3457,8 @@ class SharedSgd:
             for i in range(0, len(mine), self.micro):
                 rows = [self.ids[a:b + 1] for a, b in mine[i:i + self.micro]]
                 num_rows = self.micro if run.compiles else len(rows)
-                (self.loss(make_batch(rows, num_rows, seq_len).to(run.device)) / count).backward()
+                batch = self.model.placed(make_batch(rows, num_rows, seq_len), run)
+                (self.loss(batch) / count).backward()
             # A rank may have had no row.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             flat = run.all_reduce(torch.cat([g.flatten() for g in grads]))
@@ -3502,7 +3519,9 @@ def phased_lora(model: GPT, scorer: Scorer):
     spans = [(0, int(val.starts[end]) if begin < end < len(documents) else 0) for begin, end in zip(edges, edges[1:])]
     sgd = SharedSgd(model, val.ids, cfg, run) if phases else None
     batches = plan_batches(documents, val.stops - val.starts, cfg, run.world)
-    budget = EvalBudget(sum(batch.cost for batch in assign_to_ranks(batches, run.world)[run.rank]), cfg, run)
+    mine = assign_to_ranks(batches, run.world)[run.rank]
+    steps = sum(len(batch.edges) - 1 for batch in mine)
+    budget = EvalBudget(sum(batch.cost for batch in mine), cfg, run, steps)
 
     def score(i):
         score_documents(model, documents[edges[i]:edges[i + 1]], scorer, budget, f"phase {i + 1}/{len(spans)}")
@@ -3538,7 +3557,7 @@ def stage_loss(model: GPT, stage: Stage, cfg: Config, run: Run) -> Callable:
     layers = unroll_layers(cfg, stage.looped)
     weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if stage.rounded else Weights
     total = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype, weights))
-    return lambda batch: total(batch.to(run.device)) / cfg.train_batch_tokens
+    return lambda batch: total(model.placed(batch, run)) / cfg.train_batch_tokens
 
 def backward(loss: Tensor) -> Tensor:
     """Adds the loss's gradients to the parameters'; returns its value."""

@@ -345,3 +345,18 @@ def test_the_projection_follows_the_work(monkeypatch: pytest.MonkeyPatch):
     assert budget.allows()
     clock.now += 20
     assert not budget.allows() and [event for event, _ in logged] == ["adaptation_cut"]  # said once
+
+
+@pytest.mark.parametrize("fixed", [0, 500, 14_000])
+def test_what_a_step_costs_beside_its_tokens_is_measured(fixed: float, monkeypatch: pytest.MonkeyPatch):
+    """Large batches come first: with the wrong fixed cost the many small ones at the end would be misjudged."""
+    clock, run = SimpleNamespace(now=0.0), SimpleNamespace(spent=lambda budget: 0.0)
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    tokens = [64 * 2000] * 20 + [64 * 900] * 20 + [2000] * 500
+    seconds = [1e-5 * (fixed + count) for count in tokens]
+    budget = tg.EvalBudget(sum(tokens) + tg.STEP_TOKENS * len(tokens), tiny(), run, len(tokens))
+    for i, count in enumerate(tokens):
+        with budget.work(count + tg.STEP_TOKENS, steps=1):
+            clock.now += seconds[i]
+        if i >= 25:
+            assert budget.seconds_ahead() == pytest.approx(sum(seconds[i + 1:]), rel=0.2, abs=0.5)

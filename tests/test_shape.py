@@ -34,7 +34,7 @@ SECTIONS = section_lines()
 
 def test_the_file_is_small_enough_to_be_read():
     assert len(LINES) <= 3_900 and max(map(len, LINES)) <= 120
-    assert len(NODES) <= 44_000 and len(FUNCTIONS) <= 280
+    assert len(NODES) <= 44_500 and len(FUNCTIONS) <= 285
     assert [f.name for f in FUNCTIONS if f.end_lineno - f.lineno >= 80] == []
     assert len(tg.shipped_source(ROOT / "train_gpt.py")) <= 46_000
 
