@@ -184,7 +184,7 @@ case $verb in
   train) start "" tools.launch train "$@" ;;
   check)
     if [ -d "${1:-}" ] && ! [[ -f $1/config.env && ! -f $1/submission.json && ! -f $1/train_gpt.py ]]; then
-      start "" tools.submission check "$1"
+      start "" tools.submission check "$@"
     fi
     start "" tools.predict "$@"
     ;;

@@ -126,7 +126,8 @@ def test_submissions_give_their_seeds(tmp_path):
 @pytest.mark.parametrize("arguments, expected", [
     (["1.0"], "expected two groups"), (["1.0", "nothing*"], "nothing*: no such log"),
     (["1.0", "m.json"], "m.json: has no seed_results"), (["1.0", "bad.json"], "bad.json: cannot be read"),
-    (["1.0", "open"], "open: none of its 1 logs has a verdict")])
+    (["1.0", "open"], "open: none of its 1 logs has a verdict"), (["A=1,0", "B=0,9"], "1,0: 1 is no score"),
+    (["1.0", "1.1,0.0"], "1.1,0.0: 0.0 is no score"), (["B=1.0,1.1", "1.0"], "B: both groups have this name")])
 def test_a_users_mistake_is_one_line(arguments, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("m.json").write_text('{"val_bpb": 1.0}')

@@ -49,10 +49,13 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
                            if json.loads(line)["event"] != "verdict"))
     other = tmp_path / "other.jsonl"
     other.write_text('{"event": "x"}\n')
-    for argument, expected in ((cut, "no verdict"), (other, "names no knobs"), (tmp_path / "none", "no such log"),
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text((folder / "r.jsonl").read_text() + '{"event": "verdict", "val_bpb": "1"}\n')
+    for argument, expected in ((damaged, "damaged.jsonl: cannot be read"), (cut, "no verdict"), (other, "names no knobs"), (tmp_path / "none", "no such log"),
                                ("SEED=1", "SEED=1: no such log")):
         done = replay(argument)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*-replay-*"))
 
 
 def test_a_log_sets_knobs_and_nothing_else(folder):

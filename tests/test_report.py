@@ -270,8 +270,18 @@ def test_runs_are_found_by_id_and_glob_and_only_out_is_an_option(tmp_path: Path,
     for runs in (["SEED=1-k1", "SEED=2-k2"], ["SEED=*"]):
         assert report.main([*runs, f"OUT={tmp_path}/r.html"]) == 0
         assert "2 runs" in capsys.readouterr().out
-    with pytest.raises(ToolError, match="SEED=3-k3: no such log"):
-        report.main(["SEED=3-k3"])
+    monkeypatch.setenv("OUT", f"{tmp_path}/by environment.html")
+    assert report.main(["SEED=1-k1"]) == 0 and (tmp_path / "by environment.html").stat().st_size
+    for arguments, said in ((["SEED=3-k3"], "SEED=3-k3: no such log"), ([], "expected RUN"), ([""], "'': no such log"),
+                            (["SEED=1-k1", f"OUT={tmp_path}/SEED=1-k1.jsonl"], "is the log of a run")):
+        with pytest.raises(ToolError, match=said):
+            report.main(arguments)
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path):
+    log(tmp_path / "a\udcff.jsonl", 1)
+    report.write_page(tmp_path / "a.html", [report.read_run(tmp_path / "a\udcff.jsonl")])
+    assert "<title>a\\udcff</title>" in (tmp_path / "a.html").read_text()
 
 
 def test_it_needs_nothing_but_python_and_says_what_is_missing(tmp_path: Path):

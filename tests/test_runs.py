@@ -121,10 +121,10 @@ def test_no_run_at_all_is_said(tmp_path, monkeypatch):
 
 def test_damaged_lines_are_counted_once_and_an_end_that_was_cut_is_not(tmp_path, capsys):
     path = write(tmp_path, "r", 1, train(1))
-    path.write_text('{"event": "sta\n' + path.read_text() + '[]\n\n{"event": "ver')
+    path.write_text('{"event": "sta\n' + path.read_text() + '[]\n\n{"event": "verdict", "val_bpb": NaN}\n{"event": "ver')
     for _ in range(2):
         assert [e["event"] for e in logs.events(path)] == ["start", "config", "train"]
-    assert capsys.readouterr().err == f"{path}: 2 damaged lines left out\n"
+    assert capsys.readouterr().err == f"{path}: left out, damaged: lines 1, 5, 7\n"
     assert [e["event"] for e in logs.events(path, "config", "train")] == ["start"]
 
 
@@ -137,6 +137,19 @@ def test_both_need_nothing_but_python_and_a_reader_may_leave(folder):
     done = subprocess.run([sys.executable, "-m", "tools.runs"], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("module, out, status, said", [
+    ("runs", "/dev/full", 2, "runs.py: [Errno 28] No space left on device\n"), ("knobs", "", 0, ""),
+    ("runs", "ascii", 0, "")])
+def test_what_stdout_cannot_take(module, out, status, said, folder, tmp_path):
+    """No room, no stdout at all, no such character: one line or an escape."""
+    (folder / "old.jsonl").rename(folder / "\u00fc\u6f22.jsonl")
+    path = out if out == "/dev/full" else str(tmp_path / "out")
+    done = subprocess.run(["bash", "-c", f'"$0" -m tools.{module} ' + (f">{path}" if out else ">&-"), sys.executable],
+                          cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (status, said)
+    assert out != "ascii" or "\\xfc\\u6f22" in Path(path).read_text()
 
 
 # -- show ------------------------------------------------------------------------------------------------

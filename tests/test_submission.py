@@ -252,7 +252,8 @@ def test_the_exit_status_tells_refuted_from_impossible(stage: str, error: ToolEr
     who = [f"{name}={value}" for name, value in WHO.items()]
     monkeypatch.setattr(sys, "argv", ["", "submit", "x", *runs, *who, f"ROOT={tmp_path / 'records'}"])
     assert common.program(submission.main, "submission.py") == status
-    assert str(error) in capsys.readouterr().err and not list((tmp_path / "records").rglob("*/*"))
+    said = capsys.readouterr().err
+    assert str(error) in said and "submission.py: 2 of 3: auditing" in said and not list((tmp_path / "records").rglob("*/*"))
 
 
 def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -266,11 +267,11 @@ def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("number, options, words", [
     (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
-    (3, {"AUTHOR": ""}, "AUTHOR= is missing"),
+    (3, {"AUTHOR": ""}, "AUTHOR= is missing"), (3, {"DATE": "today"}, "DATE=today: expected such as 2026-04-27"),
     (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
 def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: str, runs: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(submission, "dynamic_audit", lambda *_: "verdict")
+    monkeypatch.setattr(submission, "dynamic_audit", lambda *_: pytest.fail("minutes would be spent"))
     with pytest.raises(ToolError, match=re.escape(words)):
         submission.submit("x", runs[:number], {**WHO, "ROOT": str(tmp_path), **options})
     assert not list(tmp_path.iterdir())

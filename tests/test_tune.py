@@ -126,6 +126,8 @@ def test_space():
     assert space["ATTN_GATE"].choices == ("none", "sparse") and space["MIN_LR"].low == 0.0
     assert tune.as_it_is(space, {}) == {"MATRIX_LR": 0.026, "NUM_LOOPS": 2, "ATTN_GATE": "sparse", "MIN_LR": 0.1}
     assert tune.as_it_is(space, {"MATRIX_LR": "0.05"}) is None
+    tune.check_values(space, {})
+    tune.check_values(tune.space_of(["EVAL_SEQ_LEN=32,2048", "EVAL_STRIDE=32,64", "TTT_CHUNK_SIZE=8,32"]), {})
 
 
 def refusal(arguments: list[str], env: dict[str, str]) -> str:
@@ -144,6 +146,10 @@ def refusal(arguments: list[str], env: dict[str, str]) -> str:
     (["MIN_LR=0..1", "--", "MATRIX_LR=x"], {}, "MATRIX_LR='x': expected a number"),
     (["MIN_LR=0..1", "--", "LEARNING_RATE=1"], {}, "LEARNING_RATE: no such knob"),
     (["QAT_ENABLED=0,1"], {}, "QAT_ENABLED: no such knob"), (["MIN_LR=0..1", "--", "RUN_ID=x"], {}, "RUN_ID: a study"),
+    (["ATTN_GATE=none,bogus"], {}, "ATTN_GATE=bogus cannot be tried: ATTN_GATE=bogus: expected one of"),
+    (["NUM_LOOPS=1.0..3.0"], {}, "NUM_LOOPS='2.236': expected an integer"),
+    (["NUM_HEADS=4,7", "MODEL_DIM=512,1024"], {}, "NUM_HEADS=7 cannot be tried"),
+    (["MIN_LR=0.1,0.10"], {}, "MIN_LR=0.1,0.10: expected different"), (["LOG_DIR=a,b"], {}, "LOG_DIR: says what is"),
     (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp")])
 def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

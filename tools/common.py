@@ -1,6 +1,7 @@
 """What the tools, data and bench programs share: one error class and one frame around every `main`."""
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,20 +18,27 @@ def repairable() -> tuple[type[BaseException], ...]:
     return (ToolError, OSError) if trainer is None else (ToolError, OSError, trainer.UserError)
 
 
-def program(main: Callable[[Sequence[str]], int | None], name: str) -> int:
+def program(main: Callable[[Sequence[str]], int | None], name: str, doc: str | None = None) -> int:
     """Run `main` on the command line's arguments and return the exit status: main's own, where None means 0.
 
-    A repairable error prints `name: message` on stderr and returns 2, or the error's own `exit_code`.
+    -h and --help print `doc`, where there is one. A repairable error prints `name: message` on stderr and returns 2, or
+    the error's own `exit_code`. What stdout has no character for is printed as an escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
-        return status
+        status = print(doc) if doc and {"-h", "--help"} & set(sys.argv[1:]) else main(sys.argv[1:])
+        print(end="", flush=True)
+        return status or 0
     except BrokenPipeError:  # the reader has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more on its way out
-        return 141
+        status = 141
     except KeyboardInterrupt:
-        return 130
+        status = 130
     except repairable() as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        status = getattr(error, "exit_code", 2)
+    try:
+        print(end="", flush=True)
+    except OSError:  # no reader or no room, and the interpreter flushes once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status

@@ -178,9 +178,6 @@ def named(argument: str, default: str) -> tuple[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the comparison of two groups."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     if len(arguments) != 2:
         raise ToolError(f"expected two groups of runs, got {len(arguments)}; such as ./run.sh compare 'base-*' "
                         f"'wider-*' or A=1.0576,1.0573 B=logs/mine-*.jsonl (quote globs)")
@@ -192,9 +189,11 @@ def main(arguments: Sequence[str]) -> int:
             print(f"compare.py: {path}: left out, it has no verdict", file=sys.stderr)
         names.append(name)
         groups.append(runs)
+    if names[0] == names[1]:
+        raise ToolError(f"{names[0]}: both groups have this name; leave the names out, or give two")
     print(report(*groups, names=names))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "compare.py"))
+    sys.exit(program(main, "compare.py", __doc__))

@@ -347,9 +347,6 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status 0: no failure, 1: a failure."""
     if "--probe" in arguments:
         return probe()
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     env, warnings = launch.knobs_of([a for a in arguments if a != "--quick"], os.environ)
     if env.get("NPROC"):
         launch.processes(env)  # a bad number is refused at once
@@ -367,4 +364,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "doctor"))
+    sys.exit(program(main, "doctor", __doc__))

@@ -137,10 +137,10 @@ def text(words: Sequence[str] = ()) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Print the table, or the text."""
     if list(arguments) == ["--markdown"]:
-        sys.stdout.write(markdown())
+        print(markdown(), end="")
     else:
         print(text(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "knobs"))
+    sys.exit(program(main, "knobs", __doc__))

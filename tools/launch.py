@@ -188,7 +188,7 @@ def finish(log: Path) -> None:
     """Write the page of pictures of a run beside its log, and print its short table if it has a score."""
     run = read_run(log)
     page = log.with_suffix(".html")
-    page.write_text(readable(log, report.page, [run]), encoding="utf-8")
+    report.write_page(page, [run])
     print("\n" + readable(log, show.table, run) if run.last("verdict") else f"pictures: {page}", flush=True)
 
 
@@ -258,4 +258,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "launch"))
+    sys.exit(program(main, "launch", __doc__))

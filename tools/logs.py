@@ -26,30 +26,43 @@ PRIVATE = NO_RESULT - DATA | {"seed"}
 """Knobs in which two runs of one configuration may differ; other data may be another text."""
 
 
-def event_of(line: str | bytes) -> dict[str, Any] | None:
+def refuse_constant(name: str) -> None:
+    """Raise `ValueError`: NaN and Infinity are no JSON, and no log of the trainer's has them."""
+    raise ValueError(name)
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def event_of(line: str) -> dict[str, Any] | None:
     """Return the event of one line of a log; None for what is none, such as a line that a crash cut short."""
     try:
-        event = json.loads(line)
+        event = DECODER.decode(line)
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def events(path: Path, *without: str) -> list[dict[str, Any]]:
-    """Return the events of one JSON-lines log. How many lines are damaged is said on stderr, once for each file.
+    """Return the events of one JSON-lines log. Which lines are damaged is said on stderr, once for each file.
 
     A last line without its end is not damaged: the run goes on, or a crash cut it. Lines that begin as the trainer's
     events named in `without` do are not looked at: those of training take longer to read than all the rest.
     """
     *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if without:
-        named = re.compile(f'"event": "({"|".join(without)})"')
-        lines = [line for line in lines if not named.search(line, 0, 60)]
-    found = [event for event in map(event_of, lines) if event is not None]
-    damaged = sum(bool(line.strip()) for line in lines) - len(found)
+    named = re.compile(f'"event": "({"|".join(without)})"')
+    found, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        if without and named.search(line, 0, 60):
+            continue
+        if (event := event_of(line)) is not None:
+            found.append(event)
+        elif line.strip():
+            damaged.append(str(number))
     if damaged and path not in COMPLAINED:
         COMPLAINED.add(path)
-        print(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out", file=sys.stderr)
+        print(f"{path}: left out, damaged: line{'s' * (len(damaged) > 1)} {cut(', '.join(damaged), 60)}",
+              file=sys.stderr)
     end = event_of(rest)
     return found if end is None else [*found, end]
 
@@ -157,7 +170,7 @@ def log_paths(item: str, folder: Path) -> list[Path]:
     Raises `ToolError` where there is none.
     """
     name = re.sub(r"\.(txt|bin)$", ".jsonl", item)
-    for place in (name, f"{name}.jsonl", str(folder / name), str(folder / f"{name}.jsonl")):
+    for place in (name, f"{name}.jsonl", str(folder / name), str(folder / f"{name}.jsonl")) if item else ():
         path = Path(place)
         if path.is_dir():
             paths = sorted(path.glob("*.jsonl"))
@@ -168,7 +181,7 @@ def log_paths(item: str, folder: Path) -> list[Path]:
         logs = [p for p in paths if p.suffix == ".jsonl"]
         if logs:
             return logs
-    raise ToolError(f"{item}: no such log, run id or glob, here or in {folder}/; expected such as demo-*")
+    raise ToolError(f"{item or repr(item)}: no such log, run id or glob, here or in {folder}/; expected such as demo-*")
 
 
 def find_log(item: str, folder: Path) -> Path:
@@ -231,7 +244,11 @@ def scored_group(text: str, folder: Path) -> tuple[list[Scored], list[Path]]:
     unfinished = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         submission = Path(item) / "submission.json" if Path(item).is_dir() else Path(item)
-        if re.fullmatch(r"\d+\.?\d*|\.\d+", item):
+        number = re.fullmatch(r"\d+\.?\d*|\.\d+", item)
+        if number and not (folder / f"{item}.jsonl").exists():
+            if "." not in item or float(item) == 0:
+                raise ToolError(f"{text}: {item} is no score; expected bits a byte, above 0 and with a decimal point, "
+                                f"such as 1.0574,1.0573 for two runs")
             scores[f"{len(scores)}: {item}"] = Scored(item, float(item))
         elif submission.is_file() and submission.suffix == ".json":
             scores.update((f"{item} {score.name}", score) for score in scored_submission(submission))

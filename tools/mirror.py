@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ToolError, program
-from tools.logs import event_of, find_log, log_folder, readable
+from tools.logs import event_of, events, find_log, log_folder, readable
 
 POLL_SECONDS = 1.0
 """How often a growing log is looked at."""
@@ -67,13 +67,8 @@ SERVICES = {"wandb": Wandb, "tensorboard": TensorBoard}
 """Name of the package -> what writes to it."""
 
 
-def whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a finished log."""
-    yield from path.read_bytes().split(b"\n")
-
-
-def growing_lines(path: Path, begin: int) -> Iterator[bytes]:
-    """Lines of a log behind its first `begin` bytes as they come, until standard input ends and all is read."""
+def growing(path: Path, begin: int) -> Iterator[dict[str, Any]]:
+    """Events of a log behind its first `begin` bytes as they come, until standard input ends and all is read."""
     ended, rest = False, b""
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
@@ -84,7 +79,9 @@ def growing_lines(path: Path, begin: int) -> Iterator[bytes]:
             more = file.read()
         begin += len(more)
         *whole, rest = (rest + more).split(b"\n")
-        yield from whole
+        for line in whole:
+            if event := event_of(line.decode("utf-8", "replace")):  # else a crash cut it, and the run went on below
+                yield event
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
@@ -94,14 +91,12 @@ def numbers(event: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(value, (int, float)) and name not in ("seconds", "step")}
 
 
-def mirror(path: Path, lines: Iterable[bytes], names: Sequence[str]) -> int:
-    """Copy lines of a log to these services; returns how many of them failed."""
+def mirror(path: Path, log: Iterable[Mapping[str, Any]], names: Sequence[str]) -> int:
+    """Copy events of a log to these services; returns how many of them failed."""
     services: dict[str, Any] = dict.fromkeys(names)
     config: dict[str, Any] = {}
     step, failed = 0, 0
-    for line in lines:
-        if (event := event_of(line)) is None:  # a crash cut it short, and the run went on below
-            continue
+    for event in log:
         kind, values, seconds = event["event"], numbers(event), event.get("seconds", 0.0)
         step = event.get("step", event.get("steps", step))
         if kind in ("start", "config"):  # what the run is; nothing to draw
@@ -142,9 +137,8 @@ def main(arguments: Sequence[str]) -> int:
     if not names or len(names) + len(follow) < len(others):
         raise ToolError("expected a run and where to copy it: " + " ".join(SERVICES))
     path = Path(run) if follow else find_log(run, log_folder())
-    lines = growing_lines(path, follow[0]) if follow else whole_lines(path)
-    return int(readable(path, mirror, path, lines, names) > 0)
+    return int(readable(path, mirror, path, growing(path, follow[0]) if follow else events(path), names) > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "mirror"))
+    sys.exit(program(main, "mirror", __doc__))

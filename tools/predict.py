@@ -211,4 +211,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "check"))
+    sys.exit(program(main, "check", __doc__))

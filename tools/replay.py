@@ -66,8 +66,8 @@ def differences(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, An
 
 
 def losses(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Logged training loss, nats a token, by step."""
-    return {e["step"]: e["loss_nats"] for e in log if e["event"] == "train"}
+    """Logged training loss, nats a token, by step; None: not finite."""
+    return {int(e["step"]): e["loss_nats"] and float(e["loss_nats"]) for e in log if e["event"] == "train"}
 
 
 def report(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     then, typed = events(path), pairs(arguments[1:])
     foreign.check_typed(typed, {knob.name for knob in knobs.read()})
     logged = readable(path, knobs_of, then, path)
+    readable(path, report, then, then)  # can it be compared? before anything runs
     ours = {**logged, **places(str(last(then, "start").get("run_id")), env), **typed}
     others = {name: value for name, value in env.items() if name.lower() not in WRITTEN}
     if status := start({**others, **ours}, int(last(then, "start")["world"])):
@@ -110,4 +111,4 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "replay"))
+    sys.exit(program(main, "replay", __doc__))

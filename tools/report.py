@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import sys
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -335,7 +336,7 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the whole page; `readable(what, page, runs)` where the logs may be a stranger's."""
+    """Return the whole page."""
     labels = labels_of(runs)
     title = html.escape(runs[0].name if len(runs) == 1 else cut(f"{len(runs)} runs: {', '.join(labels)}", 150))
     parts = [section_html(section, runs, labels) for section in SECTIONS]
@@ -347,21 +348,28 @@ def page(runs: Sequence[Run]) -> str:
             f"{''.join(parts[2:])}</main></body></html>\n")
 
 
+def write_page(path: Path, runs: Sequence[Run]) -> None:
+    """Write the page of some runs; bytes of their names that are no UTF-8 as escapes."""
+    text = readable(", ".join(run.name for run in runs), page, runs)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write the page of the runs that are named."""
     names, options = split_options(arguments, ("OUT",))
-    if not names or {"-h", "--help"} & set(names):
-        print(__doc__)
-        return 0 if names else 2
+    if not names:
+        raise ToolError("expected RUN ... [OUT=report.html]: run ids, logs or globs")
     runs = [read_run(path) for name in names for path in log_paths(name, log_folder())]
     for run in runs:
         if not run.last("config"):
             raise ToolError(f"{run.path}: no log of a run (no config in it)")
-    out = Path(options.get("OUT", "report.html"))
-    out.write_text(readable(", ".join(run.name for run in runs), page, runs), encoding="utf-8")
+    out = Path(options.get("OUT") or os.environ.get("OUT") or "report.html")
+    if out.exists() and any(out.samefile(run.path) for run in runs):
+        raise ToolError(f"OUT={out}: is the log of a run; expected the name of a page, such as report.html")
+    write_page(out, runs)
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size:,} bytes; open it in a browser")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "report.py"))
+    sys.exit(program(main, "report.py", __doc__))

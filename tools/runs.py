@@ -84,9 +84,6 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], width: int)
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, or the same as CSV."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     logs = [read_run(path, "steps", "train") for path in log_folder().glob("*.jsonl")]
     runs = [run for run in logs if run.last("config")]
     if not runs:
@@ -107,4 +104,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "runs.py"))
+    sys.exit(program(main, "runs.py", __doc__))

@@ -117,4 +117,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "sample"))
+    sys.exit(program(main, "sample", __doc__))

@@ -90,9 +90,6 @@ def table(run: Run) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table of the run that is asked for, or of the newest."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     if len(arguments) > 1:
         raise ToolError(f"expected one run, got {len(arguments)}; ./run.sh compare and report take several")
     folder = log_folder()
@@ -107,4 +104,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "show.py"))
+    sys.exit(program(main, "show.py", __doc__))

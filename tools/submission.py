@@ -615,36 +615,48 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
             raise ToolError(f"{path}: no log of a whole run (training, artifact, score); run it to its end")
     track = pick_track(options, logs)
     script = Path(options.get("SCRIPT", ROOT / "train_gpt.py"))
-    packed = packed_source(script, paths[0], logs[0])
     date = options.get("DATE") or datetime.date.today().isoformat()
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise ToolError(f"DATE={date}: expected such as 2026-04-27")
     folder = Path(options.get("ROOT", ROOT / "records")) / track / f"{date}_{name}"
     if folder.exists():
         raise ToolError(f"{folder}: exists already; choose another NAME or remove it")
     artifacts = [artifact_of(path, log) for path, log in zip(paths, logs)]
-    refuse([f for path in paths for f in audit_log(path, None)])  # before the audit, which takes a minute
-    config = logs[0]["config"]
-    report = dynamic_audit(artifacts[0], paths[0], config, script)
-    told = {"author": options["AUTHOR"], "github_id": options["GITHUB_ID"], "name": name.replace("_", " "),
-            "blurb": options.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset "
-                                          f"{config['preset']}."),
-            "date": date, "track": track.removeprefix("track_"),
-            **measured(logs, report.rstrip().rpartition("\n")[2])}
-    if "BASELINE" in options:
-        told |= against(Path(options["BASELINE"]), told)
-    source, knobs = script.read_bytes(), config_lines(load_module(script), config)
-    files = {"train_gpt.py": packed, "audit.txt": report, "config.env": "\n".join(knobs) + "\n",
-             "requirements.txt": requirements(source, (ROOT / "requirements.txt").read_text(encoding="utf-8")),
-             "submission.json": json.dumps(told, indent=2) + "\n",
-             "README.md": readme(told, knobs, logs[0]["start"])}
-    if packed != source:
-        files["train_gpt_human.py"] = source
+    files: dict[str, str | bytes] = {}
     for path, log in zip(paths, logs):
         stem = f"train_seed{log['verdict']['seed']}"
         if f"{stem}.jsonl" in files:
             raise ToolError(f"{path}: a second run of one seed; a submission has one run of each seed")
         files |= {f"{stem}.jsonl": path.read_bytes(), f"{stem}.log": path.with_suffix(".txt").read_bytes()}
+    refuse([f for path in paths for f in audit_log(path, None)])  # before the audit, which takes a minute
+    config = logs[0]["config"]
+    told = {"author": options["AUTHOR"], "github_id": options["GITHUB_ID"], "name": name.replace("_", " "),
+            "blurb": options.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset "
+                                          f"{config['preset']}."),
+            "date": date, "track": track.removeprefix("track_"),
+            **measured(logs, "")}
+    if "BASELINE" in options:
+        told |= against(Path(options["BASELINE"]), told)
+    step(f"1 of 3: packing {script}")
+    packed = packed_source(script, paths[0], logs[0])
+    source, knobs = script.read_bytes(), config_lines(load_module(script), config)
+    step(f"2 of 3: auditing {artifacts[0]}, which is scored again, whole and changed; it may take minutes")
+    report = dynamic_audit(artifacts[0], paths[0], config, script)
+    told["compliance"]["audit"] = report.rstrip().rpartition("\n")[2]
+    files |= {"train_gpt.py": packed, "audit.txt": report, "config.env": "\n".join(knobs) + "\n",
+              "requirements.txt": requirements(source, (ROOT / "requirements.txt").read_text(encoding="utf-8")),
+              "submission.json": json.dumps(told, indent=2) + "\n",
+              "README.md": readme(told, knobs, logs[0]["start"])}
+    if packed != source:
+        files["train_gpt_human.py"] = source
+    step(f"3 of 3: checking what goes to {folder}")
     publish(folder, files)
     return folder
+
+
+def step(text: str) -> None:
+    """Say on stderr what is done next, before it takes its time."""
+    print(f"submission.py: {text}", file=sys.stderr, flush=True)
 
 
 def publish(folder: Path, files: Mapping[str, str | bytes]) -> None:
@@ -663,7 +675,7 @@ def publish(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Return 0 where nothing is refuted, 1 where something is."""
-    verb, *rest = arguments or ["--help"]
+    verb, *rest = arguments or [""]
     if verb == "check" and len(rest) == 1:
         findings = check(Path(rest[0]))
         print(table(findings, ("package", *CONDITIONS)))
@@ -674,9 +686,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{folder}\nEvery check passes. Read README.md, say what is new, and check it again: "
               f"./run.sh check {folder}")
         return 0
-    print(__doc__)
-    return 0 if verb in ("-h", "--help") else 2
+    raise ToolError(f"{' '.join(arguments)}: expected check FOLDER, or submit NAME RUN ... AUTHOR=.. GITHUB_ID=..")
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "submission.py"))
+    sys.exit(program(main, "submission.py", __doc__))

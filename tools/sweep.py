@@ -142,7 +142,8 @@ def rows_of(file: str) -> list[dict[str, str]]:
 
 def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: Mapping[str, str], gpus: int
              ) -> list[Job]:
-    """Jobs of validated knobs, each once. Raises `ToolError` for a knob that the trainer refuses."""
+    """Jobs of validated knobs. Raises `ToolError` for a knob that the trainer refuses, and for one run twice: values
+    that are equal, or of what changes no result."""
     import train_gpt as tg  # two seconds of torch, against a bad knob found after hours
     code, jobs = Path(tg.__file__).read_bytes(), {}
     for varied, fixed in rows:
@@ -156,7 +157,10 @@ def identify(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], env: M
             raise ToolError(f"{label}: {error}") from None
         same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in PRIVATE or k in ("seed", "eval_only")}
         key = hashlib.sha256(json.dumps([same, gpus]).encode() + code).hexdigest()[:10]
-        jobs.setdefault(key, Job(label, {**fixed, **varied}, key))
+        if key in jobs:
+            raise ToolError(f"{label}: the same run as {jobs[key].label}: equal values, or of a knob that changes no "
+                            f"result; leave one out")
+        jobs[key] = Job(label, typed, key)
     return list(jobs.values())
 
 
@@ -499,9 +503,6 @@ exec ./run.sh sweep <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(listed
 
 def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     """Exit status 0: all done (or submitted), 1: some failed, 130: interrupted."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     launcher = env.get("LAUNCHER") or "local"
     if launcher not in ("local", "slurm"):
         raise ToolError(f"LAUNCHER={launcher}: expected local or slurm")
@@ -527,4 +528,4 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "sweep"))
+    sys.exit(program(main, "sweep", __doc__))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -41,7 +42,7 @@ from rich.live import Live
 
 from tools import foreign, knobs
 from tools.common import ToolError, program
-from tools.logs import events, log_folder, pairs
+from tools.logs import PRIVATE, events, log_folder, pairs
 from tools.sweep import TRAIN, Job, Sweep, lock, slots, unlock
 
 RANGE = re.compile(r"([-+.\w]+?)\.\.([-+.\w]+?)(:log)?")
@@ -53,6 +54,8 @@ def space_of(arguments: Sequence[str]) -> dict[str, BaseDistribution]:
     for name, text in pairs(arguments).items():
         if name == "SEED":
             raise ToolError("SEED: picking seeds by their scores is against the rules; compare knobs, then run seeds")
+        if name.lower() in PRIVATE:
+            raise ToolError(f"{name}: says what is written or read where, not how well it goes; it goes behind --")
         span = RANGE.fullmatch(text)
         try:
             if span is None:
@@ -82,19 +85,53 @@ def text_of(value: Any) -> str:
     return format(value, ".6g") if isinstance(value, float) else str(value)
 
 
+def config(env: Mapping[str, str], typed: Sequence[str] = ()) -> Any:
+    """The trainer's `Config`. Raises `ToolError` where it refuses."""
+    import train_gpt as tg
+    try:
+        return tg.Config.from_env(foreign.translate(env, typed)[0])
+    except tg.UserError as error:
+        raise ToolError(str(error)) from None
+
+
+def check_values(space: Mapping[str, BaseDistribution], env: Mapping[str, str]) -> None:
+    """Raise `ToolError` for a value that the trainer refuses whatever the space's other knobs are, and for equal ones.
+
+    Of a range both ends are tried, and of one of fractions a place between them: an integer's ends may be whole.
+    """
+    tried = {}
+    for name, places in space.items():
+        if isinstance(places, CategoricalDistribution):
+            tried[name] = list(places.choices)
+        else:
+            between = [places.low + 0.618 * (places.high - places.low)] * isinstance(places, FloatDistribution)
+            tried[name] = [text_of(value) for value in (places.low, places.high, *between)]
+    for name, values in tried.items():
+        others = [[(other, text) for text in tried[other]] for other in tried if other != name]
+        read = []
+        for value in values:
+            refusal = None
+            for more in itertools.chain([()], ([pair] for other in others for pair in other),
+                                        itertools.islice(itertools.product(*others), 5000)):
+                try:
+                    read.append(getattr(config({**env, **dict(more), name: value}), name.lower()))
+                    break
+                except ToolError as error:
+                    refusal = refusal or error
+            else:
+                raise ToolError(f"{name}={value} cannot be tried: {refusal}")
+        if len(set(read)) < len(read):
+            raise ToolError(f"{name}={','.join(values)}: expected different values")
+
+
 def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str], typed: Sequence[str] = ()
              ) -> dict[str, Any] | None:
     """The configuration's own values as a trial, or None if the space lacks one. Raises `ToolError` for bad knobs."""
-    import train_gpt as tg
     names = {knob.name for knob in knobs.read()}
     for name in space:
         if name not in names:
             raise ToolError(f"{name}: no such knob (./run.sh knobs lists them)")
-    try:
-        cfg = tg.Config.from_env(foreign.translate(env, typed)[0])
-    except tg.UserError as error:
-        raise ToolError(str(error)) from None
-    values = {}
+    cfg, values = config(env, typed), {}
     for name, places in space.items():
         value = getattr(cfg, name.lower())
         if isinstance(places, CategoricalDistribution):
@@ -245,18 +282,16 @@ def open_study(name: str, storage: str | Path, first: Mapping[str, Any] | None) 
 
 def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     """Exit status 0: done, 1: no trial has a score, 130: interrupted."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     at = arguments.index("--") if "--" in arguments else len(arguments)
     space, fixed = space_of(arguments[:at]), pairs(arguments[at + 1:])
-    if "RUN_ID" in {*space, *fixed}:
+    if "RUN_ID" in fixed:
         raise ToolError("RUN_ID: a study names its runs itself; leave it out")
     if both := sorted(set(space) & set(fixed)):
         raise ToolError(f"{both[0]}: cannot be searched and be fixed")
     if not re.fullmatch(r"[1-9]\d*", trials := env.get("TRIALS") or "20"):
         raise ToolError(f"TRIALS={trials}: expected a positive number")
     first = as_it_is(space, {**env, **fixed}, list(fixed))
+    check_values(space, {**env, **fixed})
     folder = log_folder({**env, **fixed}).absolute()
     name = env.get("STUDY") or f"tune-{digest(json.dumps([sorted(arguments[:at]), fixed]))}"
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
@@ -268,4 +303,4 @@ def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, "tune"))
+    sys.exit(program(main, "tune", __doc__))
