@@ -224,5 +224,5 @@ case $verb in
   setup) setup "$@" ;;
   lock) setup; lock ;;
   help | -h | --help) if [ "${1:-}" = all ]; then usage_all; else usage; fi ;;
-  *) usage >&2; fail "'$verb': no such verb" ;;
+  *) fail "'$verb': no such verb; ./run.sh help lists them" ;;
 esac

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt as tg
-from tools import compare, logs, show, submission
+from tools import compare, logs, runs, show, submission
 from tools.common import ToolError
 
 
@@ -29,6 +29,17 @@ def test_none_and_several_are_refused(item, expected, tmp_path, monkeypatch):
         Path(f"{name}.jsonl").touch()
     with pytest.raises(ToolError, match=expected.replace("*", ".")):
         logs.find_log(item, Path("logs"))
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    """A folder among its logs is no log."""
+    (tmp_path / "a.jsonl").mkdir()
+    (tmp_path / "b.jsonl").touch()
+    assert logs.logs_in(tmp_path) == [tmp_path / "b.jsonl"] and logs.logs_in(tmp_path / "none") == []
+    for look in (runs.main, show.main):
+        monkeypatch.setenv("LOG_DIR", str(tmp_path / "b.jsonl"))
+        with pytest.raises(NotADirectoryError):
+            look([])
 
 
 @pytest.mark.parametrize("arguments, expected", [(["SEED"], "expected KNOB=value"), (["seed=1"], "expected KNOB=value"),

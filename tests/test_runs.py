@@ -67,7 +67,7 @@ def test_the_table_has_every_run_the_newest_last_and_the_knobs_that_differ(folde
     assert lines[3][2:6] == ["unfinished", "7", "5.500", "-"]
 
 
-@pytest.mark.parametrize("by, order", [("bpb", ["resumed", "old"]), ("MATRIX_LR", ["old", "going", "broken"]),
+@pytest.mark.parametrize("by, order", [("bpb", ["resumed", "old"]), ("MATRIX_LR", ["going", "old", "broken"]),
                                        ("run", ["broken", "going", "old", "resumed"]), ("steps", ["going", "old"])])
 def test_sorted_by_any_column_with_the_smallest_first_and_the_unknown_last(by, order, folder, capsys):
     names = [line[0] for line in printed(capsys, by)[1:]]
@@ -101,8 +101,8 @@ def test_runs_of_several_presets_do_not_show_all_that_these_set(folder, capsys):
     for name in ("old", "going", "broken", "resumed"):
         (folder / f"{name}.jsonl").unlink()
     head, *lines = printed(capsys, "PRESET")
-    assert head[8:] == ["PRESET", "MATRIX_LR", "NUM_LAYERS"]
-    assert [line[-3:] for line in lines] == [["demo", "0.5", "11"], ["record", "0.5", "-"]]
+    assert head[8:] == ["PRESET", "NUM_LAYERS", "MATRIX_LR"]
+    assert [line[-3:] for line in lines] == [["demo", "11", "0.5"], ["record", "-", "0.5"]]
     (folder / "demo.jsonl").unlink()
     assert printed(capsys)[0][8:] == ["MATRIX_LR"]  # a single run, beside its preset
 

@@ -219,6 +219,7 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("verdict", code_bytes=1), "submit with that"),
     (edit_log("verdict", (0,)), "no log of a whole run"),
     (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
+    (edit_log("verdict", (0,), eval_seconds="1.0"), "train_seed0.jsonl: cannot be read: "),
     (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
     (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
     (validation_first, "before the artifact was written"),
@@ -267,7 +268,7 @@ def test_a_sweeps_run_ids_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("number, options, words", [
     (2, {"TRACK": "track_10min_16mb"}, "SEEDS=3: runs given: 2"), (3, {"SEEDS": "5"}, "SEEDS=5: runs given: 3"),
-    (3, {"AUTHOR": ""}, "AUTHOR= is missing"), (3, {"DATE": "today"}, "DATE=today: expected such as 2026-04-27"),
+    (3, {"AUTHOR": ""}, "AUTHOR= is missing"), (3, {"ROOT": __file__}, "cannot be made in"), (3, {"DATE": "today"}, "DATE=today: expected such as 2026-04-27"),
     (3, {"TRACK": "track_1h"}, "TRACK=track_1h: expected one of"), (3, {"BASELINE": "nowhere"}, "BASELINE=nowhere")])
 def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: str, runs: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch):

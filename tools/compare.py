@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.common import ToolError, program
-from tools.logs import Scored, differing, log_folder, log_paths, scored_group, scored_log
+from tools.logs import Scored, differing, log_folder, log_paths, logs_in, scored_group, scored_log
 
 WRITTEN_NATS, WRITTEN_P, PRACTISED_P = 0.005, 0.01, 0.25
 """The challenge's README: this gain at this p; and the p by which its maintainers chose the leaderboard's rows."""
@@ -103,7 +103,7 @@ def tried(runs: Sequence[Scored]) -> str:
         return False
 
     folders = sorted({run.log.parent for run in runs if run.log})
-    logs = [path for folder in folders for path in folder.glob("*.jsonl")]
+    logs = [path for folder in folders for path in logs_in(folder)]
     without = sum(run.log is None for run in runs)
     parts = []
     if logs:

@@ -4,6 +4,7 @@ Also what the tools share on the command line: KNOB=value arguments, runs, names
 """
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import math
@@ -164,6 +165,13 @@ def log_folder(env: Mapping[str, str] = os.environ) -> Path:
     return Path(env.get("LOG_DIR") or "logs")
 
 
+def logs_in(folder: Path) -> list[Path]:
+    """Return the logs in a folder by name; none where it is missing. Raises `OSError` where it cannot be read."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(folder / e.name for e in os.scandir(folder) if e.name.endswith(".jsonl") and not e.is_dir())
+    return []
+
+
 def log_paths(item: str, folder: Path) -> list[Path]:
     """Return the JSON-lines logs that a path, folder, run id or glob stands for, or a run's .txt or .bin.
 
@@ -173,7 +181,7 @@ def log_paths(item: str, folder: Path) -> list[Path]:
     for place in (name, f"{name}.jsonl", str(folder / name), str(folder / f"{name}.jsonl")) if item else ():
         path = Path(place)
         if path.is_dir():
-            paths = sorted(path.glob("*.jsonl"))
+            paths = logs_in(path)
         elif path.exists():
             paths = [path]
         else:
@@ -242,8 +250,8 @@ def scored_group(text: str, folder: Path) -> tuple[list[Scored], list[Path]]:
     """Read (scores, logs without a verdict) of comma-separated logs, globs, run ids, submissions and scores in bpb."""
     scores: dict[str, Scored] = {}
     unfinished = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        submission = Path(item) / "submission.json" if Path(item).is_dir() else Path(item)
+    for item in (part.strip() for part in text.split(",")):
+        submission = Path(item) / "submission.json" if item and Path(item).is_dir() else Path(item)
         number = re.fullmatch(r"\d+\.?\d*|\.\d+", item)
         if number and not (folder / f"{item}.jsonl").exists():
             if "." not in item or float(item) == 0:

@@ -152,6 +152,8 @@ def resource_warnings(tg: Any, cfg: Any, run: Any, targets: int, processes: int 
                f"{knob.upper()}={getattr(cfg, knob)}")
     logs = Path(cfg.log_dir).absolute()
     folder = next(path for path in (logs, *logs.parents) if path.exists())
+    if not folder.is_dir():
+        yield f"LOG_DIR={cfg.log_dir}: {folder} is no folder: set another"
     free, checkpoint = shutil.disk_usage(folder).free, checkpoint_bytes(tg, cfg)
     need = cfg.artifact_bytes_cap + 2 * checkpoint  # a checkpoint is written beside the one that it replaces
     if free < need:
@@ -202,11 +204,12 @@ def main(arguments: Sequence[str]) -> int:
     for text in warnings:
         print(f"warning: {text}")
     import train_gpt as tg
-    cfg = tg.Config.from_env(env)
+    cfg, processes = tg.Config.from_env(env), launch.processes(env)
     if cfg.eval_only:
         raise ToolError("EVAL_ONLY: the artifact holds the model's knobs; ./run.sh train scores it, check is for a run")
     with tg.Run(cfg, {}, log=False) as run:
-        print("\n".join(lines(tg, cfg, run, launch.processes(env))))
+        text = "\n".join(lines(tg, cfg, run, processes))
+    print(text)
     return 0
 
 

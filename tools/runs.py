@@ -20,7 +20,7 @@ from typing import Any
 
 from tools import knobs
 from tools.common import ToolError, program
-from tools.logs import Run, cut, differing, log_folder, read_run
+from tools.logs import Run, cut, differing, log_folder, logs_in, read_run
 
 COLUMNS = "run when status steps loss bpb bytes secs".split()
 FORMS = {"loss": ".3f", "bpb": ".4f", "secs": ".0f"}
@@ -84,7 +84,7 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], width: int)
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, or the same as CSV."""
-    logs = [read_run(path, "steps", "train") for path in log_folder().glob("*.jsonl")]
+    logs = [read_run(path, "steps", "train") for path in logs_in(log_folder())]
     runs = [run for run in logs if run.last("config")]
     if not runs:
         raise ToolError(f"{log_folder()}/: no run yet; ./run.sh makes one")

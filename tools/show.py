@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from tools.common import ToolError, program
-from tools.logs import Run, cut, find_log, log_folder, read_run, readable
+from tools.logs import Run, cut, find_log, log_folder, logs_in, read_run, readable
 
 SCORES = {"ema": "trained weights, averaged over the last steps", "quantized": "the same weights, rounded and packed",
           "sliding": "packed weights, each target after a long context", "plain": "packed weights",
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments:
         path = find_log(arguments[0], folder)
     else:
-        path = max(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime, default=None)
+        path = max(logs_in(folder), key=lambda p: p.stat().st_mtime, default=None)
         if path is None:
             raise ToolError(f"{folder}/: no run yet; ./run.sh makes one")
     print(readable(path, table, read_run(path)))

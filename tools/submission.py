@@ -203,6 +203,7 @@ def check(folder: Path) -> list[Finding]:
     """Return every finding on one folder. Raises `ToolError` where there is no folder."""
     if not folder.is_dir():
         raise ToolError(f"{folder}: no such folder")
+    os.listdir(folder)  # raises where it cannot be read, which a glob does not
     texts = sorted(p for p in folder.rglob("*.txt") if not re.match("requirements|audit", p.name))
     logs, natives = sorted(folder.rglob("*.log")) + texts, sorted(folder.glob("*.jsonl"))
     sources, summaries = sorted(folder.glob("*.py")), sorted(folder.glob("submission*.json"))
@@ -600,6 +601,11 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise Refuted("\n".join(["nothing was made; refused for:", *bad]))
 
 
+def alone(log: Log) -> str:
+    """Return the README of one run without a name: whatever a submission tells of a log is read."""
+    return readme({"name": "", "blurb": "", **measured([log], "")}, [], log["start"])
+
+
 def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
     """Make the new folder, complete and checked. Raises `ToolError` and leaves nothing where anything is wrong."""
     for key in ("AUTHOR", "GITHUB_ID"):
@@ -613,6 +619,7 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
     for path, log in zip(paths, logs):
         if not set(EVENTS) <= set(log):
             raise ToolError(f"{path}: no log of a whole run (training, artifact, score); run it to its end")
+        readable(path, alone, log)
     track = pick_track(options, logs)
     script = Path(options.get("SCRIPT", ROOT / "train_gpt.py"))
     date = options.get("DATE") or datetime.date.today().isoformat()
@@ -621,14 +628,17 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
     folder = Path(options.get("ROOT", ROOT / "records")) / track / f"{date}_{name}"
     if folder.exists():
         raise ToolError(f"{folder}: exists already; choose another NAME or remove it")
-    artifacts = [artifact_of(path, log) for path, log in zip(paths, logs)]
+    place = next(path for path in folder.absolute().parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ToolError(f"{folder}: cannot be made in {place}; choose another ROOT")
+    artifacts = [readable(path, artifact_of, path, log) for path, log in zip(paths, logs)]
     files: dict[str, str | bytes] = {}
     for path, log in zip(paths, logs):
         stem = f"train_seed{log['verdict']['seed']}"
         if f"{stem}.jsonl" in files:
             raise ToolError(f"{path}: a second run of one seed; a submission has one run of each seed")
         files |= {f"{stem}.jsonl": path.read_bytes(), f"{stem}.log": path.with_suffix(".txt").read_bytes()}
-    refuse([f for path in paths for f in audit_log(path, None)])  # before the audit, which takes a minute
+    refuse([f for path in paths for f in readable(path, audit_log, path, None)])  # before the audit, which takes a minute
     config = logs[0]["config"]
     told = {"author": options["AUTHOR"], "github_id": options["GITHUB_ID"], "name": name.replace("_", " "),
             "blurb": options.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset "

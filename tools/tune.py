@@ -138,7 +138,7 @@ def as_it_is(space: Mapping[str, BaseDistribution], env: Mapping[str, str], type
             value = knobs.typed_text(value)
             inside = value in places.choices
         else:
-            inside = places.low <= value <= places.high
+            inside = isinstance(value, (int, float)) and places.low <= value <= places.high
         if not inside:
             return None
         values[name] = value
