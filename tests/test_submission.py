@@ -220,6 +220,7 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("verdict", (0,)), "no log of a whole run"),
     (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
     (edit_log("verdict", (0,), eval_seconds="1.0"), "train_seed0.jsonl: cannot be read: "),
+    (edit_log("config", preset="of 2031"), "cannot be read: KeyError: 'of 2031'"),
     (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
     (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
     (validation_first, "before the artifact was written"),

@@ -649,7 +649,7 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
         told |= against(Path(options["BASELINE"]), told)
     step(f"1 of 3: packing {script}")
     packed = packed_source(script, paths[0], logs[0])
-    source, knobs = script.read_bytes(), config_lines(load_module(script), config)
+    source, knobs = script.read_bytes(), readable(paths[0], config_lines, load_module(script), config)
     step(f"2 of 3: auditing {artifacts[0]}, which is scored again, whole and changed; it may take minutes")
     report = dynamic_audit(artifacts[0], paths[0], config, script)
     told["compliance"]["audit"] = report.rstrip().rpartition("\n")[2]
