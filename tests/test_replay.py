@@ -51,7 +51,8 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
     other.write_text('{"event": "x"}\n')
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text((folder / "r.jsonl").read_text() + '{"event": "verdict", "val_bpb": "1"}\n')
-    for argument, expected in ((damaged, "damaged.jsonl: cannot be read"), (cut, "no verdict"), (other, "names no knobs"), (tmp_path / "none", "no such log"),
+    for argument, expected in ((damaged, "damaged.jsonl: cannot be read"), (cut, "no verdict"),
+                               (other, "names no knobs"), (tmp_path / "none", "no such log"),
                                ("SEED=1", "SEED=1: no such log")):
         done = replay(argument)
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1

@@ -121,7 +121,7 @@ def test_no_run_at_all_is_said(tmp_path, monkeypatch):
 
 def test_damaged_lines_are_counted_once_and_an_end_that_was_cut_is_not(tmp_path, capsys):
     path = write(tmp_path, "r", 1, train(1))
-    path.write_text('{"event": "sta\n' + path.read_text() + '[]\n\n{"event": "verdict", "val_bpb": NaN}\n{"event": "ver')
+    path.write_text('{"event": "sta\n' + path.read_text() + '[]\n\n{"event": "verdict", "bpb": NaN}\n{"event": "ver')
     for _ in range(2):
         assert [e["event"] for e in logs.events(path)] == ["start", "config", "train"]
     assert capsys.readouterr().err == f"{path}: left out, damaged: lines 1, 5, 7\n"

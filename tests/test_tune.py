@@ -149,7 +149,8 @@ def refusal(arguments: list[str], env: dict[str, str]) -> str:
     (["ATTN_GATE=none,bogus"], {}, "ATTN_GATE=bogus cannot be tried: ATTN_GATE=bogus: expected one of"),
     (["NUM_LOOPS=1.0..3.0"], {}, "NUM_LOOPS='2.236': expected an integer"),
     (["NUM_HEADS=4,7", "MODEL_DIM=512,1024"], {}, "NUM_HEADS=7 cannot be tried"),
-    (["PRESET=0..1"], {}, "PRESET=0 cannot be tried"), (["MIN_LR=0.1,0.10"], {}, "MIN_LR=0.1,0.10: expected different"), (["LOG_DIR=a,b"], {}, "LOG_DIR: says what is"),
+    (["PRESET=0..1"], {}, "PRESET=0 cannot be tried"),
+    (["MIN_LR=0.1,0.10"], {}, "MIN_LR=0.1,0.10: expected different"), (["LOG_DIR=a,b"], {}, "LOG_DIR: says what is"),
     (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp")])
 def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -638,7 +638,7 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
         if f"{stem}.jsonl" in files:
             raise ToolError(f"{path}: a second run of one seed; a submission has one run of each seed")
         files |= {f"{stem}.jsonl": path.read_bytes(), f"{stem}.log": path.with_suffix(".txt").read_bytes()}
-    refuse([f for path in paths for f in readable(path, audit_log, path, None)])  # before the audit, which takes a minute
+    refuse([f for path in paths for f in readable(path, audit_log, path, None)])  # before the audit takes minutes
     config = logs[0]["config"]
     told = {"author": options["AUTHOR"], "github_id": options["GITHUB_ID"], "name": name.replace("_", " "),
             "blurb": options.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset "
