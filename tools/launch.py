@@ -20,7 +20,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import timeit
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +41,7 @@ SIZES = {
 }
 """The demo's sizes as knobs over PRESET=demo: for CPUs with AMX, which multiply bfloat16 matrices several times as fast
 as others multiply float32; for two plain cores; and for slow ones (docs/LOG.md 2026-11-28)."""
-SLOW_GFLOPS = 30.0
+SLOW_GFLOPS = 15.0
 
 
 def config_env(folder: Path, known: Collection[str]) -> dict[str, str]:
@@ -212,16 +211,18 @@ def train(env: dict[str, str]) -> int:
 
 
 def gigaflops() -> float:
-    """Billions of float32 operations a second of a matrix product on all cores: the best of ten, so that what else
-    the machine does for a moment changes nothing."""
-    import numpy as np
-    a = np.ones((768, 768), dtype=np.float32)
-    best = min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
-    return 2 * 768 ** 3 / best / 1e9
+    """Billions of float32 operations a second of a matrix product on one core: the best of twenty. In a process with one
+    thread, since two threads, one of them beside a busy process, wait for each other and say little about the machine.
+    """
+    code = ("import timeit, numpy as np; a = np.ones((768, 768), np.float32); "
+            "print(2e-9 * 768 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20)))")
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return float(subprocess.run([sys.executable, "-c", code], env={**os.environ, **one}, stdout=subprocess.PIPE,
+                                check=True).stdout)
 
 
 def size_of(speed: float, flags: str) -> str:
-    """The demo's size for a CPU of this speed (GFLOP/s in float32) with these feature flags (of /proc/cpuinfo)."""
+    """The demo's size for a CPU of this speed (GFLOP/s of a core in float32) with these feature flags (of /proc/cpuinfo)."""
     if "amx_bf16" in flags:
         return "large"
     return "tiny" if speed < SLOW_GFLOPS else "small"
@@ -236,7 +237,7 @@ def demo(env: dict[str, str]) -> int:
     info = Path("/proc/cpuinfo")
     threads, speed, flags = idle_cores(), gigaflops(), info.read_text() if info.is_file() else ""
     size = size_of(speed, flags)
-    print(f"speed       {threads} of {cores()} cores idle, {speed:.0f} GFLOP/s: the {size} demo", flush=True)
+    print(f"speed       {threads} of {cores()} cores idle, {speed:.0f} GFLOP/s on one: the {size} demo", flush=True)
     if status := train({**SIZES[size], "OMP_NUM_THREADS": str(threads), **env}):
         return status
     print("\nIt writes:")
