@@ -46,32 +46,16 @@ def sp(model: Path) -> sentencepiece.SentencePieceProcessor:
     return tg.load_sentencepiece(model)
 
 
-def stream(documents: list[list[int]]) -> np.ndarray:
-    return np.array([i for document in documents for i in [BOS, *document]], dtype=np.uint16)
-
-
 def test_documents_have_as_many_bytes_as_their_decoded_text(sp):
     """Each alone, and all together around empty documents, consecutive BOS among them."""
-    documents, table = [sp.encode(text) for text in TEXTS], tg.TokenBytes.build(sp)
-    sizes = [len(sp.decode(ids).encode("utf-8")) for ids in documents]
-    assert [table.of_targets(stream([ids])).sum() for ids in documents] == sizes
-    counted = table.of_targets(stream(documents))
-    assert counted.sum() == sum(sizes) > 80 and counted.shape == (len(stream(documents)) - 1,)
-    seen = {i for ids in documents for i in ids}  # else the above would prove little
+    documents, table = [np.array([BOS, *sp.encode(text)], dtype=np.uint16) for text in TEXTS], tg.TokenBytes.build(sp)
+    sizes, ids = [len(sp.decode(ids.tolist()).encode("utf-8")) for ids in documents], np.concatenate(documents)
+    assert [table.of_targets(ids).sum() for ids in documents] == sizes
+    counted = table.of_targets(ids)
+    assert counted.sum() == sum(sizes) > 80 and counted.shape == (len(ids) - 1,)
+    seen = set(ids.tolist())  # else the above would prove little
     assert sum(sp.is_byte(i) for i in seen) > 10 and sp.piece_to_id(SPACE) in seen
     assert any(not sp.is_byte(i) and not sp.id_to_piece(i).strip(SPACE).isascii() for i in seen)
-
-
-@pytest.mark.parametrize("pieces, expected", [
-    (["the", SPACE + "the"], [3, 4]), ([SPACE + "the"], [3]), (["a", SPACE, SPACE + "the"], [1, 1, 4]),
-    ([SPACE, SPACE, "a"], [0, 1, 1]), (["<0xF0>", "<0x9F>", "<0x9A>", "<0x80>", SPACE + "the"], [1, 1, 1, 1, 4]),
-    (["<0x20>", "<0xE2>", SPACE], [1, 1, 1]), (["<s>", SPACE + "the", "<s>", "<s>", SPACE], [0, 3, 0, 0, 0]),
-    (["</s>", SPACE + "the"], [0, 3]), (["<pad>", SPACE], [0, 0]), (["<unk>", SPACE + "the", "<unk>"], [0, 3, 0]),
-    ([SPACE + "caf\u00e9"], [5]), (["a", SPACE + "\u4e2d\u6587"], [1, 7])])
-def test_a_space_is_free_after_a_boundary_and_a_byte_elsewhere(pieces, expected, sp):
-    ids = [sp.piece_to_id(piece) for piece in pieces]
-    assert [sp.id_to_piece(i) for i in ids] == pieces
-    assert tg.TokenBytes.build(sp).of_targets(stream([ids])).tolist() == expected
 
 
 def slow_bytes(sp: sentencepiece.SentencePieceProcessor, before: int, target: int) -> int:
@@ -87,10 +71,14 @@ def slow_bytes(sp: sentencepiece.SentencePieceProcessor, before: int, target: in
 
 
 def test_any_sequence_of_ids_has_the_bytes_of_the_slow_count(sp):
-    ids = np.random.default_rng(0).integers(0, sp.vocab_size(), 5000).astype(np.uint16)
+    """And a few by hand: a space is free after a boundary and a byte elsewhere."""
+    ids, table = np.random.default_rng(0).integers(0, sp.vocab_size(), 20_000).astype(np.uint16), tg.TokenBytes.build(sp)
     ids[::9] = BOS
-    counted = tg.TokenBytes.build(sp).of_targets(ids)
-    assert counted.tolist() == [slow_bytes(sp, b, t) for b, t in zip(ids[:-1].tolist(), ids[1:].tolist())]
+    counted = table.of_targets(ids).tolist()
+    assert counted == [slow_bytes(sp, b, t) for b, t in zip(ids[:-1].tolist(), ids[1:].tolist())]
+    pieces = ["<s>", SPACE, SPACE + "the", "<0x20>", SPACE, "</s>", SPACE + "caf\u00e9", "<pad>", "<unk>", SPACE + "the"]
+    by_hand = np.array([sp.piece_to_id(piece) for piece in pieces], dtype=np.uint16)
+    assert table.of_targets(by_hand).tolist() == [0, 4, 1, 1, 0, 5, 0, 0, 3]
 
 
 def test_validation_has_a_target_for_every_id_but_the_first_and_their_bytes(dataset, run):
@@ -101,30 +89,21 @@ def test_validation_has_a_target_for_every_id_but_the_first_and_their_bytes(data
     assert int(val.target_bytes.sum()) == sum(len(t.encode("utf-8")) for t in text)
 
 
-@pytest.mark.parametrize("side, problem", [
-    ([0, 3, 0, 0, 700, 1], ""), ([1] * 5, "5 entries for 6 tokens"), ([1] * 7, "7 entries for 6 tokens"),
-    ([], "no fineweb_val_bytes")])
-def test_with_caseops_bytes_come_from_a_side_file_of_the_same_length(side, problem, tmp_path, run):
-    """No tokenizer is named."""
-    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([BOS, 5, 6, BOS, 7, 8]))
-    for i, part in enumerate(np.split(np.array(side), [4])):
-        if len(side):
-            write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", part)
+@pytest.mark.parametrize("cuts, sizes, problem", [
+    ([], 8, ""), ([4], 8, ""), ([2, 5], 8, ""), ([4], 7, "7 entries for 8 tokens"), ([], 9, "9 entries for 8 tokens"),
+    ([], 0, "no fineweb_val_bytes")])
+def test_documents_may_cross_shards_and_with_caseops_bytes_come_from_a_side_file(cuts, sizes, problem, tmp_path, run):
+    """No tokenizer is named; the first shard may lack its BOS; the side file is as long as the stream."""
+    ids, side = np.array([5, 6, BOS, 7, 8, 9, BOS, 4]), np.arange(sizes)
+    for name, values in (("", ids), ("_bytes", side)):
+        for i, part in enumerate(np.split(values, cuts) if len(values) else []):
+            write_shard(tmp_path / f"fineweb_val{name}_{i:06d}.bin", part)
     cfg = tiny(data_path=str(tmp_path), caseops_enabled=True)
     with pytest.raises(tg.UserError, match=problem) if problem else contextlib.nullcontext():
         tg.open_validation(cfg)
-        assert tg.ValData.load(cfg, run).target_bytes.tolist() == side[1:]
-
-
-@pytest.mark.parametrize("cuts", [[], [4], [2, 5]])
-def test_documents_may_run_on_into_the_next_shard_and_the_first_may_lack_its_bos(cuts, tmp_path, run):
-    ids = np.array([5, 6, BOS, 7, 8, 9, BOS, 4])
-    for i, (part, sizes) in enumerate(zip(np.split(ids, cuts), np.split(np.arange(8), cuts))):
-        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", part)
-        write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", sizes)
-    val = tg.ValData.load(tiny(data_path=str(tmp_path), caseops_enabled=True), run)
-    assert val.ids.tolist() == ids.tolist() and val.starts.tolist() == [0, 2, 6] and val.stops.tolist() == [2, 6, 7]
-    assert val.target_bytes.tolist() == [1, 2, 3, 4, 5, 6, 7]
+        val = tg.ValData.load(cfg, run)
+        assert val.ids.tolist() == ids.tolist() and val.starts.tolist() == [0, 2, 6] and val.stops.tolist() == [2, 6, 7]
+        assert val.target_bytes.tolist() == side[1:].tolist()
 
 
 @pytest.mark.parametrize("kind", ["", "_bytes"])
@@ -141,19 +120,16 @@ def test_validation_is_scored_on_the_files_that_the_manifest_lists(kind, tmp_pat
         tg.ValData.load(cfg, run)
 
 
-def test_a_tokenizer_of_another_size_or_without_the_bos_of_the_challenge_is_refused(model, sp, tmp_path):
+def test_what_is_no_tokenizer_or_one_of_another_size_or_bos_is_refused_in_one_line(model, sp, tmp_path):
     with pytest.raises(tg.UserError, match=f"{model}: .* has {sp.vocab_size()} pieces, VOCAB_SIZE=512"):
         tg.load_sentencepiece(model, 512)
     other = train_tokenizer(tmp_path / "other.model", bos_id=2, eos_id=1)
     with pytest.raises(tg.UserError, match="BOS has id 2, expected 1"):
         tg.load_sentencepiece(tmp_path / "other.model", other.vocab_size())
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 5000])
-def test_a_file_that_is_no_tokenizer_is_one_line(content, tmp_path):
-    (tmp_path / "broken.model").write_bytes(content)
-    with pytest.raises(tg.UserError, match="^.*broken.model: .*$"):
-        tg.load_sentencepiece(tmp_path / "broken.model", 300)
+    for content in (b"", b"not a model", b"\x00" * 5000):
+        (tmp_path / "broken.model").write_bytes(content)
+        with pytest.raises(tg.UserError, match="^.*broken.model: .*$"):
+            tg.load_sentencepiece(tmp_path / "broken.model", 300)
 
 
 def test_only_the_tokenizer_that_made_the_shards_is_accepted(model, tmp_path):
@@ -185,17 +161,6 @@ def test_a_manifest_of_another_form_is_one_line(text, model, tmp_path):
         tg.tokenizer_path(tiny(data_path=str(tmp_path), tokenizer_path=str(model)))
 
 
-def test_bits_per_byte_are_nats_in_bits_over_bytes(run):
-    """Of 4,000 nats over 1,000 tokens of 3,000 bytes; and one bit a byte is 1."""
-    many = 2 ** 31 - 1  # bytes are summed without overflow
-    for nats, size, loss, bpb in ((4.0, 3, 4.0, 4 / math.log(2) / 3), (math.log(2), 1, math.log(2), 1.0),
-                                  (4.0, many, 4.0, 4 / math.log(2) / many)):
-        ledger = ledger_of(1000)
-        ledger.record(torch.arange(1000), torch.full((1000,), nats))
-        score = ledger.close(np.full(1000, size, dtype=np.int32), run)[0]
-        assert score[1:3] == (1000, 1000 * size) and score[3:] == pytest.approx((loss, bpb), rel=1e-6)
-
-
 def ledger_of(num_targets: int) -> tg.Ledger:
     """A ledger whose events say that plain weights scored everything at once."""
     ledger = tg.Ledger(num_targets, np.array([0]))
@@ -203,45 +168,40 @@ def ledger_of(num_targets: int) -> tg.Ledger:
     return ledger
 
 
-@pytest.mark.parametrize("targets", [[0, 0], [1, 2]])
+@pytest.mark.parametrize("targets", [[1, 1], [2, 0]])
 def test_a_second_write_is_refused(targets):
     """In one call, and of what an earlier one wrote."""
     ledger = ledger_of(4)
-    ledger.record(torch.tensor([2, 3]), torch.tensor([1.0, 2.0]))
+    ledger.record(torch.tensor([0, 3]), torch.ones(2))
     with pytest.raises(AssertionError, match="twice"):
-        ledger.record(torch.tensor(targets), torch.tensor([1.0, 0.5]))
+        ledger.record(torch.tensor(targets), torch.ones(2))
 
 
-@pytest.mark.parametrize("others, wrong", [([0, 0, 0, 0], 1), ([1, 1, 1, 0], 2)])
-def test_a_gap_and_a_target_scored_by_two_ranks_are_refused(others, wrong, run, monkeypatch):
-    """`others`: how often the other ranks scored each target; this one scored the first, second and fourth."""
-    ledger = ledger_of(4)
-    ledger.record(torch.tensor([0, 3, 1]), torch.ones(3))
-    monkeypatch.setattr(run, "all_reduce", lambda t: t + torch.tensor(others).to(t.dtype))
-    with pytest.raises(AssertionError, match=f"{wrong} targets"):
-        ledger.close(np.ones(4, dtype=np.int32), run)
+@pytest.mark.parametrize("others, nats, size, error, message", [
+    ([0, 0, 0], 1, 1, AssertionError, "1 targets"), ([1, 1, 1], 1, 1, AssertionError, "2 targets"),
+    ([0, 1, 0], math.nan, 1, tg.UserError, "not finite"), ([0, 1, 0], math.inf, 1, tg.UserError, "not finite"),
+    ([0, 1, 0], 1, 0, tg.UserError, "no bytes of text")])
+def test_a_gap_a_target_scored_by_two_ranks_and_a_score_that_means_nothing_are_refused(
+        others, nats, size, error, message, run, monkeypatch):
+    """`others`: how often the other ranks scored each target; this one scored the first and the last."""
+    ledger = ledger_of(3)
+    ledger.record(torch.tensor([0, 2]), torch.tensor([1, nats]))
+    monkeypatch.setattr(run, "all_reduce", lambda t: t if t.dtype.is_floating_point else t + torch.tensor(others))
+    with pytest.raises(error, match=message):
+        ledger.close(np.full(3, size), run)
 
 
-def test_the_total_does_not_depend_on_the_order_of_scoring(run):
-    """Bit for bit, with losses of very different size."""
-    nats, size = 20 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 9, np.full(1000, 3)
-    totals = set()
+@pytest.mark.parametrize("size", [3, 2 ** 31 - 1])
+def test_a_score_is_nats_in_bits_over_bytes_to_the_bit_whatever_the_order(size: int, run):
+    """With losses of very different size; bytes are summed without overflow."""
+    nats, totals = 20 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 9, set()
     for seed in range(3):
         ledger = ledger_of(1000)
         for part in torch.randperm(1000, generator=torch.Generator().manual_seed(seed)).split(77):
             ledger.record(part, nats[part])
-        totals.add(ledger.close(size, run)[0])
-    (score,) = totals
-    assert score.nats == pytest.approx(math.fsum(nats.tolist()), rel=1e-13) and score[1:3] == (1000, 3000)
-
-
-@pytest.mark.parametrize("nats, size, message", [(math.nan, 1, "not finite"), (math.inf, 1, "not finite"),
-                                                 (1.0, 0, "no bytes of text")])
-def test_a_score_that_means_nothing_is_refused(nats, size, message, run):
-    ledger = ledger_of(1)
-    ledger.record(torch.tensor([0]), torch.tensor([nats]))
-    with pytest.raises(tg.UserError, match=message):
-        ledger.close(np.array([size]), run)
+        totals.add(ledger.close(np.full(1000, size, dtype=np.int32), run)[0])
+    (score,), total = totals, math.fsum(nats.tolist())
+    assert score == pytest.approx((total, 1000, 1000 * size, total / 1000, total / math.log(2) / 1000 / size), rel=1e-13)
 
 
 def test_a_score_is_taken_apart_by_position_and_length():
