@@ -45,7 +45,6 @@ def normalized(text: str) -> str:
 
 @pytest.mark.parametrize("text, v1, v2", [
     ("The NASA Launch", "Tthe Unasa Tlaunch", "^the! nasa^ launch"),
-    ("iPhone", "iCphone", "i^phone"),
     ("U.S. I'm", "Tu.Ts. Ti'm", "^u.^s.^ i'm"),
     ("McDonald ABc aB", "TmcCdonald TaCbc aCb", "^mc^donald^ a^bc a^b"),
     ("iPHONE", "iCpChCoCnCe", "i!phone"),
@@ -60,15 +59,6 @@ def test_the_form_of_both_versions(text, v1, v2):
     """T U C stand for v1's operators, ^ and ! for v2's."""
     assert V1.encode(text) == v1.translate(str.maketrans("TUC", "\ue001\ue002\ue003"))
     assert V2.encode(text) == v2.translate(str.maketrans("^!", "\u21e7\u21ea"))
-
-
-@pytest.mark.parametrize("name", ["caseops_v1", "caseops_v2"])
-@settings(max_examples=150, deadline=None)
-@given(text=TEXT)
-@example(text="\u21e7 A\u241b B")
-def test_decoding_gives_the_text_back(name, text):
-    ops = TRANSFORMS[name]
-    assert ops.decode(ops.encode(text)) == text
 
 
 @settings(max_examples=400, deadline=None)
@@ -93,11 +83,14 @@ def test_a_misplaced_operator_is_refused_with_its_place(name):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @settings(max_examples=200, deadline=None)
-@given(text=TEXT.map(str.strip))
+@given(text=TEXT)
+@example(text="\u21e7 A\u241b B")
 @example(text="\ufeffThe \u00e9\u4e2d\U0001f40d caf\u00e9 \ue001\u241b\u21e7x\u200b")
-def test_bytes_of_the_tokens_are_those_of_the_text(name, text):
+def test_decoding_gives_the_text_back_and_bytes_of_the_tokens_are_those_of_the_text(name, text):
     """And the ids are SentencePiece's own."""
     ops, sp = TRANSFORMS[name], TOKENIZERS[name]
+    assert ops.decode(ops.encode(text)) == text
+    text = text.strip()
     ids, sizes = ops.tokenize(sp, text)
     assert ids.tolist() == sp.encode(ops.encode(text)) and ids.dtype == sizes.dtype == np.uint16
     assert sizes.sum() == (len(text.encode()) if len(ids) else 0)

@@ -1,5 +1,6 @@
 """Section 8, schedules and the clock: what they are at the corners and between, in simulated time."""
 import contextlib
+import dataclasses
 import types
 
 import pytest
@@ -9,10 +10,13 @@ from conftest import tiny
 import train_gpt as tg
 
 
-@pytest.mark.parametrize("x, expected", [(-1, 0), (0.2, 0), (0.3, 0.25), (0.4, 0.5), (0.6, 1), (7, 1)])
-def test_a_ramp_is_0_before_its_start_1_after_its_end_and_linear_between(x, expected):
-    assert tg.ramp(x, 0.2, 0.6) == pytest.approx(expected, abs=1e-12)
-    assert tg.ramp(5, 5, 5) == 1  # of no length: its end
+def test_a_ramp_and_momentum_rise_linearly_between_their_start_and_end_and_stay_there():
+    xs, expected = (-1, 0.2, 0.3, 0.4, 0.6, 7), (0, 0, 0.25, 0.5, 1, 1)
+    assert [tg.ramp(x, 0.2, 0.6) for x in xs] == pytest.approx(expected, abs=1e-12) and tg.ramp(5, 5, 5) == 1
+    cfg = tiny(muon_momentum_warmup_start=0.92, muon_momentum=0.97, muon_momentum_warmup_steps=1500)
+    steps, expected = (0, 375, 750, 1500, 9000), (0.92, 0.9325, 0.945, 0.97, 0.97)
+    assert [tg.muon_momentum(cfg, step) for step in steps] == pytest.approx(expected, abs=1e-12)
+    assert tg.muon_momentum(dataclasses.replace(cfg, muon_momentum_warmup_steps=0), 0) == 0.97
 
 
 @pytest.mark.parametrize("warmdown", [0.0, 0.3, 0.85, 1.0])
@@ -27,13 +31,6 @@ def test_the_learning_rate_follows_the_records(warmdown, floor):
     assert scales == sorted(scales, reverse=True)
 
 
-@pytest.mark.parametrize("step, expected", [(0, 0.92), (375, 0.9325), (750, 0.945), (1500, 0.97), (9000, 0.97)])
-def test_momentum_rises_linearly_to_its_value(step, expected):
-    knobs = dict(muon_momentum_warmup_start=0.92, muon_momentum=0.97)
-    assert tg.muon_momentum(tiny(**knobs, muon_momentum_warmup_steps=1500), step) == pytest.approx(expected, abs=1e-12)
-    assert tg.muon_momentum(tiny(**knobs, muon_momentum_warmup_steps=0), step) == 0.97
-
-
 @pytest.mark.parametrize("knobs", [dict(), dict(enable_looping_at=0), dict(enable_looping_at=1), dict(num_loops=0),
                                    dict(quant="sdclip", qat_start=0.7), dict(quant="sdclip", qat_start=0)])
 def test_stages_follow_the_used_fraction_of_the_budget_and_are_all_known_before(knobs):
@@ -44,14 +41,6 @@ def test_stages_follow_the_used_fraction_of_the_budget_and_are_all_known_before(
     assert tg.stages(cfg) == list(dict.fromkeys(seen))
 
 
-class Ticks:
-    """A clock that moves only when a test says so."""
-    at = 100.0
-
-    def __call__(self) -> float:
-        return self.at
-
-
 def process(is_cuda: bool = False, broadcast=lambda t: t) -> types.SimpleNamespace:
     """As much of a `Run` as a clock asks for."""
     return types.SimpleNamespace(is_cuda=is_cuda, synchronize=lambda: None, broadcast=broadcast)
@@ -60,30 +49,22 @@ def process(is_cuda: bool = False, broadcast=lambda t: t) -> types.SimpleNamespa
 def steps_within(budget: float, seconds: list[float], run: types.SimpleNamespace | None = None, **knobs: object
                  ) -> list[float]:
     """The used fraction at the beginning of each step that is taken, where step i lasts seconds[i]."""
-    now, used = Ticks(), []
+    time, used = types.SimpleNamespace(now=100.0), []
     cfg = tiny(max_wallclock_seconds=budget + 2, gptq_reserve_seconds=2, **{"iterations": 10 ** 6, **knobs})
-    clock = tg.TrainClock(cfg, run or process(), now=now)
+    clock = tg.TrainClock(cfg, run or process(), now=lambda: time.now)
     while (progress := clock.progress(len(used))) < 1:
-        now.at += seconds[len(used)]
+        time.now += seconds[len(used)]
         used.append(progress)
     return used
 
 
-def test_a_step_budget_counts_steps_exactly():
-    clock = tg.TrainClock(tiny(max_wallclock_seconds=0, iterations=7), process())
-    assert [clock.progress(step) for step in range(8)] == [step / 7 for step in range(8)]
-
-
-@pytest.mark.parametrize("each, steps", [(0.75, 13), (1.0, 10), (2.5, 4), (3.0, 3), (6.0, 1), (10.0, 1)])
-def test_training_stops_before_the_step_that_would_cross_the_budget(each, steps):
-    """And not a step earlier."""
-    assert steps_within(10, [each] * 20) == pytest.approx([i * each / 10 for i in range(steps)])
-
-
-def test_a_step_is_measured_by_the_one_before_and_iterations_also_end_a_budget():
-    """The loop makes steps longer: the last one counts, not the average."""
+def test_training_stops_before_the_step_that_would_cross_the_budget_and_no_step_earlier():
+    """A step is measured by the one before: the loop makes steps longer. ITERATIONS also ends a budget, or alone."""
+    for each, steps in ((0.75, 13), (1.0, 10), (3.0, 3), (6.0, 1), (10.0, 1)):
+        assert steps_within(10, [each] * 20) == pytest.approx([i * each / 10 for i in range(steps)])
     assert len(steps_within(11.6, [1.0] * 4 + [2.0] * 9)) == 7
     assert len(steps_within(10, [1.0] * 20, iterations=3)) == 3
+    assert steps_within(-2, [1.0] * 20, iterations=7) == [step / 7 for step in range(7)]
     seconds = [4.0, 2.0, 1.5, 1.5, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
     for budget in (4.0, 5.9, 6.0, 7.4, 9.0, 9.1, 11.2):  # never crossed while steps do not slow down
         taken = len(steps_within(budget, seconds))
@@ -101,24 +82,22 @@ def test_a_gpu_is_waited_for_every_eighth_step_and_steps_between_are_extrapolate
 
 @pytest.mark.parametrize("is_cuda", [False, True])
 def test_pauses_are_not_charged(is_cuda):
-    now, step = Ticks(), 0
+    time, step = types.SimpleNamespace(now=100.0), 0
     cfg = tiny(max_wallclock_seconds=42, gptq_reserve_seconds=2, iterations=999)
-    clock = tg.TrainClock(cfg, process(is_cuda), now=now)
+    clock = tg.TrainClock(cfg, process(is_cuda), now=lambda: time.now)
     while clock.progress(step) < 1:
-        now.at += 1
+        time.now += 1
         step += 1
         with clock.pause() if step % 10 == 0 else contextlib.nullcontext():
-            now.at += 50 * (step % 10 == 0)
+            time.now += 50 * (step % 10 == 0)
         assert clock.seconds() == pytest.approx(step)
     assert step == 40
 
 
 def test_a_clock_goes_on_where_a_checkpoint_was_made_and_is_that_of_rank_0():
     """What is broadcast decides, not what this process measured."""
-    cfg, now = tiny(max_wallclock_seconds=12, gptq_reserve_seconds=2, iterations=99), Ticks()
-    clock = tg.TrainClock(cfg, process(), step=6, elapsed=6.0, now=now)
-    assert clock.progress(6) == pytest.approx(0.6)
-    now.at += 1
-    assert clock.progress(7) == pytest.approx(0.7)
+    cfg, seconds = tiny(max_wallclock_seconds=12, gptq_reserve_seconds=2, iterations=99), iter((50, 50, 51))
+    clock = tg.TrainClock(cfg, process(), step=6, elapsed=6.0, now=lambda: next(seconds))
+    assert [clock.progress(6), clock.progress(7)] == pytest.approx([0.6, 0.7])
     follower = process(broadcast=lambda t: t.copy_(torch.tensor([6.0, 1.0])))
     assert tg.TrainClock(cfg, follower).progress(3) == 0.6

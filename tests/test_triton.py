@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, tiny
-from test_model import nats_of, noisy
+from test_model import noisy
 from torch import Tensor
 
 import train_gpt as tg
@@ -71,20 +71,6 @@ def test_a_model_with_this_kernel_is_one_graph_and_has_the_references_loss_and_g
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_weights_that_are_listened_to_take_every_product_by_itself():
-    """What calibration sums does not depend on the kernels."""
-    cfg = tiny()
-    model, batch, grams = noisy(cfg).to(DEVICE), tg.random_batch(2, cfg).to(DEVICE), []
-    for kernels in (tg.Kernels(), tg.Kernels(mlp=tg.triton_mlp())):
-        model.kernels = kernels
-        w = tg.RecordingWeights(model, torch.float32)
-        nats_of(model, batch, w)
-        grams.append(w.gram)
-    assert grams[0].keys() == grams[1].keys() and {name for name, _ in grams[0]} == {"qkv", "o", "up", "down", "head"}
-    assert all(torch.equal(grams[0][key], grams[1][key]) for key in grams[0])
-
-
 FOR_HOPPER = """
 import triton, triton.language, train_gpt as tg
 from triton.backends.compiler import GPUTarget
@@ -124,19 +110,20 @@ def test_the_kernel_outlives_packing(tmp_path, monkeypatch):
     assert ast.dump(shipped) == ast.dump(here)
 
 
-@pytest.mark.parametrize("generation, knobs, installed, expected", [
-    (9, {}, True, "triton"), (8, dict(kernels="triton"), True, "triton"), (9, dict(kernels="plain"), True, "compiled"),
-    (9, dict(mlp_rank=8), True, "compiled"), (7, {}, True, "compiled"), (9, {}, False, "compiled"),
-    (7, dict(kernels="triton"), True, "KERNELS=triton: needs .*; use auto"),
-    (9, dict(kernels="triton"), False, "KERNELS=triton: cannot be imported here .*; use auto")])
-def test_a_gpu_takes_the_kernels_that_it_can_run(generation, knobs, installed, expected, monkeypatch):
-    def missing():
-        raise ImportError("no triton")
+def missing():
+    raise ImportError("no triton")
 
+
+@pytest.mark.parametrize("generation, knobs, triton_mlp, expected", [
+    (8, dict(kernels="triton"), tg.triton_mlp, "triton"), (9, dict(kernels="plain"), tg.triton_mlp, "compiled"),
+    (9, dict(mlp_rank=8), tg.triton_mlp, "compiled"), (7, {}, tg.triton_mlp, "compiled"), (9, {}, missing, "compiled"),
+    (7, dict(kernels="triton"), tg.triton_mlp, "KERNELS=triton: needs .*; use auto"),
+    (9, dict(kernels="triton"), missing, "KERNELS=triton: cannot be imported here .*; use auto"),
+    (9, {}, tg.triton_mlp, "triton")])
+def test_a_gpu_takes_the_kernels_that_it_can_run(generation, knobs, triton_mlp, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(tg, "pick_attention", lambda *args: tg.SDPA)
-    if not installed:
-        monkeypatch.setattr(tg, "triton_mlp", missing)
+    monkeypatch.setattr(tg, "triton_mlp", triton_mlp)
     run = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, compiles=True, is_cuda=True)
     if expected.startswith("KERNELS"):
         with pytest.raises(tg.UserError, match=expected):
