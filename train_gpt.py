@@ -461,6 +461,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     # What libraries read once, before they are imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that spin a little: 1.3 x on a CPU (LOG 2026-11-22)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # a GPU's memory in pieces that grow
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective a lost rank left
     try:
         if not os.environ.get("EVAL_ONLY"):  # whose knobs lie in the artifact
@@ -835,7 +836,7 @@ class Batch(NamedTuple):
     ids: Tensor  # [R, T] int64
     targets: Tensor  # [R, T] int64: the next id, or IGNORE
     positions: Tensor  # [R, T] int32: distance from the start of the document segment; 0 where one starts
-    cu_seqlens: Tensor  # [S+1] int32: where segments start in the flattened rows, padded with R*T to a few lengths
+    cu_seqlens: Tensor  # [S+1] int32: where segments start in the flattened rows, then R*T
     places: tuple = ()  # `GPT.places`, where these are made outside a compiled graph
 
     def to(self, device: torch.device) -> Batch:
@@ -858,10 +859,7 @@ def batch_of_segments(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     column = np.arange(seq_len, dtype=np.int32)
     positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
     begins = np.flatnonzero(starts)
-    # Few distinct lengths, in practice one: each would be a graph of its own where the model is compiled.
-    bucket = max(4, seq_len // 128) * num_rows
-    cu_seqlens = np.full(-(-len(begins) // bucket) * bucket + 1, ids.size, dtype=np.int32)
-    cu_seqlens[:len(begins)] = begins
+    cu_seqlens = np.append(begins, ids.size).astype(np.int32)
     return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
 
 def make_batch(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
@@ -945,7 +943,7 @@ class TrainData:
         batches = [make_batch(rows[m * self.micro_rows:(m + 1) * self.micro_rows], self.micro_rows,
                               self.cfg.train_seq_len) for m in range(self.num_micro)]
         if self.run.is_cuda:
-            batches = [Batch(*(t.pin_memory() for t in batch)) for batch in batches]
+            batches = [Batch(*(t.pin_memory() for t in batch[:4])) for batch in batches]
         return batches
 
     def steps(self, first: int = 0) -> Iterator:
@@ -1285,8 +1283,14 @@ def varlen_attention(name: str) -> Attention:
         return varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts_q, starts_k, longest, longest,
                            window_size=(-1, 0), enable_gqa=True).view_as(q)  # all of a segment up to the token
 
-    # Two tensors: an autograd.Function under `fullgraph` refuses the same one twice.
-    return Attention(name, lambda batch: (batch.cu_seqlens, batch.cu_seqlens.clone(), batch.ids.size(1)), run)
+    def prepare(batch):
+        # Two tensors: an autograd.Function under `fullgraph` refuses the same one twice. Of any length: one graph.
+        starts = batch.cu_seqlens, batch.cu_seqlens.clone()
+        for each in starts:
+            torch._dynamo.mark_dynamic(each, 0)
+        return *starts, batch.ids.size(1)
+
+    return Attention(name, prepare, run)
 
 SDPA = Attention("sdpa", segment_mask, masked_attention)
 
@@ -1386,7 +1390,7 @@ def triton_mlp() -> Callable:
     global tl
     import triton
     import triton.language as tl
-    tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 32, 4, 2)]
+    tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 32, 4, 2)]
     configs = [triton.Config(dict(ROWS=rows, COLS=cols, DEPTH=depth), num_warps=warps, num_stages=stages)
                for rows, cols, depth, warps, stages in tiles]
     if not torch.cuda.is_available():  # the interpreter takes the smallest; a GPU's warm-up looks for the fastest
@@ -3374,7 +3378,8 @@ class DocumentRows:
             row[1:length + 2] = val.ids[begin:begin + length + 1]
         self.ids = torch.from_numpy(ids).to(device)
         self.column = torch.arange(-1, self.total, device=device)
-        self.real = self.column[1:] < torch.from_numpy(self.lengths).to(device)[:, None]
+        self.sizes = torch.from_numpy(self.lengths).to(device)[:, None]
+        self.real = self.column[1:] < self.sizes
         self.numbers = torch.from_numpy(self.begins).to(device)[:, None] + self.column[None, 1:]
         self.targets = torch.where(self.real, self.ids[:, 2:], IGNORE)
 
@@ -3417,7 +3422,7 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
             scores[:, begin:end] = nats.view(-1, size)
             rows.note(ledger, Ledger.SCORE, rows.lengths > begin, begin, end)
             if learns:
-                weight = torch.from_numpy(goes_on / size).to(losses)[:, None]  # a document that ends learns no more
+                weight = (rows.sizes > end).to(losses.dtype) / size  # a document that ends learns no more
                 (losses.view(-1, size) * weight).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -58,7 +58,7 @@ def told(folder: Path, seconds: float = 20) -> dict:
 
 
 def test_arguments_come_before_the_environment_and_that_before_the_folder(tmp_path):
-    (tmp_path / "config.env").write_text("# a comment\n\n  SEED=1 \nMATRIX_LR=0.1\nTTT=lora\nEMA_DECAY=0.9\n"
+    (tmp_path / "config.env").write_text("\ufeff# a comment\n\n  SEED=1 \nMATRIX_LR=0.1\nTTT=lora\nEMA_DECAY=0.9\n"
                                          "LQER_RANK=4")
     env, warnings = launch.knobs_of([str(tmp_path), "SEED=3", "TTT_ENABLED=0"], {"SEED": "2", "MATRIX_LR": "0.2"})
     assert env == {"SEED": "3", "MATRIX_LR": "0.2", "TTT": "none", "EMA_DECAY": "0.9"}

@@ -55,7 +55,7 @@ def config_env(folder: Path, known: Collection[str]) -> dict[str, str]:
     if path.stat().st_size > 65536:
         raise ToolError(f"{path}: over 64 KiB; expected lines KNOB=value")
     values: dict[str, str] = {}
-    for line in map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for line in map(str.strip, path.read_text(encoding="utf-8-sig", errors="replace").splitlines()):
         if not line or line[0] == "#":
             continue
         name, equals, value = line.partition("=")

@@ -93,7 +93,8 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
     hessians = 4 * sum(p.shape[0] * (p.shape[1] ** 2 + p.shape[2] ** 2) for p in parameters.values() if p.dim() == 3)
     dim, kv_dim, vocab, width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.vocab_size, run.dtype.itemsize
     layers = len(tg.unroll_layers(cfg, True))
-    kept = layers * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width / (2 if run.compiles else 1)
+    eager = layers * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width
+    kept = eager / (2 if run.compiles else 1)
     scores = 0 if run.is_cuda else layers * cfg.num_heads * width  # a CPU keeps attention's probabilities, T a token
     tokens = min(cfg.micro_batch_tokens, -(-cfg.train_batch_tokens // run.world))
     quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
@@ -102,7 +103,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
     logits = 12 * min(1 << 26, eval_tokens * vocab)
     base = 600 * MIB + (0 if run.is_cuda else 25 * targets) + 60 * targets * (cfg.ngram_base_beta > 0)
     needs = {"train": 4 * weights + banks // run.world + 2 * (weights - banks) + step,
-             "quantize": 3 * weights + 3 * hessians + quarter * (2 * kept + scores * cfg.train_seq_len + 24 * vocab),
+             "quantize": 3 * weights + 3 * hessians + quarter * (2 * eager + scores * cfg.train_seq_len + 24 * vocab),
              "evaluate": 3 * weights + eval_tokens * width * (8 * dim + 2 * cfg.mlp_dim) + logits}
     if cfg.ttt == "lora":
         chunk = cfg.ttt_chunk_size
@@ -111,7 +112,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
         sites = [(dim + outputs[p]) * (1 if p == "head" else layers) for p in cfg.ttt_lora_on.split(",") if p]
         cache = layers * 2 * kv_dim * width * cfg.eval_seq_len * (cfg.ttt_context == "cache")
         document = 16 * cfg.ttt_lora_rank * sum(sites) + cache + chunk * vocab * 12
-        document += run_tokens * (kept + scores * cfg.eval_seq_len)
+        document += run_tokens * (eager + scores * cfg.eval_seq_len)  # nothing is compiled there
         needs["adapt"] = 3 * weights + cfg.ttt_batch_size * document
     if cfg.ttt == "sgd" or cfg.ttt == "lora" and cfg.phased_ttt_num_phases:
         needs["shared_sgd"] = 6 * weights + step

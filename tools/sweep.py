@@ -127,7 +127,7 @@ def runs_of(arguments: Sequence[str]) -> list[tuple[dict[str, str], dict[str, st
 def rows_of(file: str) -> list[dict[str, str]]:
     """The runs of a file, a line each. Raises `ToolError` with the number of a bad line."""
     try:
-        lines = Path(file).read_bytes().splitlines()
+        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # a byte order mark
     except OSError as error:
         raise ToolError(f"{file}: cannot be read ({error.strerror}); expected a file of runs or KNOB=value,value"
                          ) from None
