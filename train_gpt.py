@@ -968,13 +968,8 @@ class ValData(NamedTuple):
     @classmethod
     def load(cls, cfg: Config, run: Run) -> ValData:
         """From the dataset's shards; `UserError` where they are damaged or not those that the manifest lists."""
-        (stream, *side), table = open_validation(cfg)
+        (stream, *side), table, listed = open_validation(cfg)
         stream.check(cfg.vocab_size)
-        try:
-            listed = {row["name"]: row["sha256"] for split in manifest(cfg.dataset_dir).values()
-                      if isinstance(split, dict) for row in split.get("files", ())}
-        except (TypeError, KeyError):
-            raise UserError(f"{cfg.dataset_dir}/manifest.json: damaged; prepare the dataset again") from None
         for path in (path for each in (stream, *side) for path in each.paths):
             require(not listed or listed.get(path.name) == file_sha256(path), f"{path}: not the file that "
                     f"{cfg.dataset_dir}/manifest.json lists; fetch or prepare the dataset again")
@@ -992,12 +987,18 @@ class ValData(NamedTuple):
         return np.append(self.starts[1:], self.num_targets)
 
 def open_validation(cfg: Config) -> tuple:
-    """([stream of ids, with CASEOPS_ENABLED that of their bytes], the tokenizer's table of bytes without it).
+    """([stream of ids, with CASEOPS_ENABLED that of their bytes], the tokenizer's table of bytes without it, SHA-256 by
+    name of the shards that the manifest lists).
 
     By headers and sizes alone: the tokens wait for the frozen artifact. `UserError` where they do not belong together.
     """
-    folder = cfg.dataset_dir
-    marked = manifest(folder).get("transform", "none") != "none" or any(folder.glob("fineweb_val_bytes_*.bin"))
+    folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
+    try:
+        listed = {row["name"]: row["sha256"] for split in said.values() if isinstance(split, dict)
+                  for row in split.get("files", ())}
+    except (TypeError, KeyError):
+        raise UserError(f"{folder}/manifest.json: damaged; prepare the dataset again") from None
+    marked = said.get("transform", "none") != "none" or any(folder.glob("fineweb_val_bytes_*.bin"))
     cfg.expect("caseops_enabled", cfg.caseops_enabled or not marked, f"1: the text in {folder} has case operators")
     streams = [TokenStream(folder, prefix) for prefix in ("fineweb_val", "fineweb_val_bytes")[:1 + cfg.caseops_enabled]]
     ids, side = streams[0], streams[-1]
@@ -1005,7 +1006,7 @@ def open_validation(cfg: Config) -> tuple:
     require(len(side) == len(ids), f"{folder}: the byte side file has {len(side):,} entries for {len(ids):,} tokens; "
             f"they belong to different exports")
     sp = None if cfg.caseops_enabled else load_sentencepiece(tokenizer_path(cfg), cfg.vocab_size)
-    return streams, sp and TokenBytes.build(sp)
+    return streams, sp and TokenBytes.build(sp), listed
 
 def manifest(folder: Path, name: str = "manifest.json") -> dict:
     """A JSON object beside the shards, or {} where the export has none (the published ones)."""
@@ -3434,7 +3435,7 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
 
 class SharedSgd:
     """SGD of the shared weights on stretches of the stream, over all ranks (momentum 0.9, batches of 32 rows).
-    Where the run compiles, the graph is made here, on random ids and at the cost of the budget around it."""
+    Where the run compiles, the graph is made here, on random ids; the log has its seconds, no budget (as #1855)."""
     MOMENTUM, BATCH_ROWS, CLIP = 0.9, 32, 1.0  # as in #549, #1413 and #1626
 
     def __init__(self, model, ids: np.ndarray, cfg, run):
@@ -3442,7 +3443,8 @@ class SharedSgd:
         self.loss = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype))
         self.micro = max(1, min(-(-self.BATCH_ROWS // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         if run.compiles:
-            self.loss(model.placed(random_batch(self.micro, cfg), run)).backward()
+            with run.phase("warmup_sgd"):
+                self.loss(model.placed(random_batch(self.micro, cfg), run)).backward()
         self.forget()
 
     def forget(self):

@@ -147,11 +147,13 @@ def test_only_the_tokenizer_that_made_the_shards_is_accepted(model, tmp_path):
         tg.tokenizer_path(tiny(data_path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "\x00", '{"tokenizer": 3}', '{"tokenizer": {"path": 3}}'])
+@pytest.mark.parametrize("text", ["[]", "{", "\x00", '{"tokenizer": 3}', '{"tokenizer": {"path": 3}}',
+                                  '{"val": {"files": [null]}}'])
 def test_a_manifest_of_another_form_is_one_line(text, model, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(tg.UserError, match="manifest.json: .*; prepare the dataset again"):
         tg.tokenizer_path(tiny(data_path=str(tmp_path), tokenizer_path=str(model)))
+        tg.open_validation(tiny(data_path=str(tmp_path), tokenizer_path=str(model)))
 
 
 def ledger_of(num_targets: int) -> tg.Ledger:

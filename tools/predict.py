@@ -165,7 +165,7 @@ def resource_warnings(tg: Any, cfg: Any, run: Any, targets: int, processes: int 
 def token_counts(tg: Any, cfg: Any) -> dict[str, int]:
     """Tokens of the training and the validation shards. Raises the trainer's `UserError` where they are not usable, or
     do not fit the tokenizer or the side file."""
-    (val, *_), _ = tg.open_validation(cfg)
+    (val, *_), *_ = tg.open_validation(cfg)
     return {"train": len(tg.TokenStream(cfg.dataset_dir, "fineweb_train")), "val": len(val)}
 
 
