@@ -1,6 +1,8 @@
 """Shared pieces of the tests: tiny configurations, a tiny dataset of real text, runs in this process and in others."""
 import json
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ if not torch.cuda.is_available():
 
 import train_gpt as tg  # noqa: E402
 from bench.common import text_dataset, write_shard  # noqa: E402, F401
+from tools.common import ToolError, program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -55,9 +58,30 @@ def events(folder: Path, name: str, run_id: str = "r") -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
+def refusal(command: Callable, *arguments: object) -> str:
+    """The one line that refuses a command."""
+    with pytest.raises(ToolError) as error:
+        command(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def batch_of(ids: np.ndarray) -> tg.Batch:
     """[R, T+1] ids -> a batch of R rows of T tokens."""
     return tg.make_batch(list(ids.astype(np.uint16)), len(ids), ids.shape[1] - 1)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """Calls a `main` as a program of its own, but in this process; the exit status, stdout and stderr."""
+    def call(main: Callable[[Sequence[str]], int | None], name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            status = program(main, name)
+        except SystemExit as ended:  # argparse's own
+            status = ended.code
+        return status, *capsys.readouterr()
+    return call
 
 
 @pytest.fixture

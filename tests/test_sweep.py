@@ -1,5 +1,4 @@
 """A sweep trains each run once, whatever is killed on the way. The trainer is a stand-in that writes a run's log."""
-import contextlib
 import json
 import os
 import signal
@@ -9,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refusal
 from rich.console import Console
 
 from tools import logs
 from tools import sweep as sw
-from tools.common import ToolError
 
 TRAINER = """
 import json, os, pathlib, sys, time
@@ -84,20 +82,20 @@ def test_runs_in_turn_and_a_second_time_not_at_all(tmp_path, command):
     assert [s.bpb for s in one.states] == [1.04, 1.01, 1.03]
     runs, unfinished = logs.scored_group("LR=1*", tmp_path)
     assert len(runs) == 4 and not unfinished  # the logs are where compare looks
+    assert sw.Sweep(jobs(1, 2, 5, 6, 7), tmp_path, [{}, {}], command).left() == 120  # three of 60 s for two places
 
 
-def test_a_failure_is_tried_once_more(tmp_path, command):
-    status, one, out = conduct(jobs(1, 2, 3, ONCE="1", BAD="2"), tmp_path, command)
-    assert status == 1 and [s.status for s in one.states] == ["done", "failed", "done"]
-    assert sorted(s for s, *_ in starts(tmp_path)) == ["1", "1", "2", "2", "3"]
-    assert "no luck at first" in out and one.states[1].text == "no luck" and "1 failed" in out
-    assert one.states[0].run_id.endswith(".2")  # no log is written over
-
-
-def test_an_attempt_that_left_a_checkpoint_goes_on(tmp_path, command):
-    status, one, _ = conduct(jobs(1, 2, STOPS="2"), tmp_path, command)
-    ids = [run_id for seed, _, run_id in starts(tmp_path) if seed == "2"]
-    assert status == 0 and len(ids) == 2 and len(set(ids)) == 1 and one.states[1].run_id == ids[0]
+def test_a_failure_is_tried_once_more_unless_it_would_fail_again(tmp_path, command):
+    """No log is written over; an attempt that left a checkpoint goes on in its own."""
+    work = [*jobs(1, 2, 3, 4, ONCE="1", BAD="2", STOPS="4"), *jobs(5, BAD="5", KIND="UserError"),
+            *jobs(6, BAD="6", KIND="DivergedError"), *jobs(7, BAD="7", KIND="OutOfMemoryError")]
+    status, one, out = conduct(work, tmp_path, command)
+    assert status == 1 and [s.status for s in one.states] == ["done", "failed", "done", "done", *["failed"] * 3]
+    assert "".join(sorted(s for s, *_ in starts(tmp_path))) == "11223445677"
+    assert "no luck at first" in out and [s.text for s in one.states if s.status == "failed"] == [
+        "no luck", *["will not do"] * 3]
+    assert "4 failed" in out and one.states[0].run_id.endswith(".2")
+    assert {run_id for seed, _, run_id in starts(tmp_path) if seed == "4"} == {one.states[3].run_id}
 
 
 def test_what_is_stopped_may_write_its_checkpoint(tmp_path):
@@ -116,12 +114,6 @@ time.sleep(60)
     assert len(list(tmp_path.glob("*.ckpt"))) == 1 and not one.running
 
 
-@pytest.mark.parametrize("kind, attempts", [("UserError", 1), ("DivergedError", 1), ("OutOfMemoryError", 2)])
-def test_what_would_fail_again_is_not_tried_again(kind, attempts, tmp_path, command):
-    status, one, _ = conduct(jobs(2, BAD="2", KIND=kind), tmp_path, command)
-    assert status == 1 and len(starts(tmp_path)) == attempts and one.states[0].text == "will not do"
-
-
 def test_runs_are_packed_on_disjoint_gpus(tmp_path, command):
     """Two places of two GPUs each: two runs at a time, never two on one place."""
     places = sw.slots({"CUDA_VISIBLE_DEVICES": "0,1,4,5,6", "GPUS_PER_RUN": "2"})
@@ -137,12 +129,6 @@ def test_runs_are_packed_on_disjoint_gpus(tmp_path, command):
     (tmp_path / "go").touch()
     until(lambda: not one.step())
     assert [s.status for s in one.states] == ["done"] * 3
-
-
-def test_the_time_left_is_that_of_the_busiest_place(tmp_path, command):
-    """Two of five runs of 60 s are done: three are left for two places."""
-    conduct(jobs(1, 2), tmp_path, command)
-    assert sw.Sweep(jobs(1, 2, 3, 4, 5), tmp_path, [{}, {}], command).left() == 120
 
 
 def driver(folder: Path, command: list[str]) -> subprocess.Popen:
@@ -211,34 +197,6 @@ def test_grid_and_file(tmp_path):
         {"SEED": "1", "ATTN_WINDOWS": "5, 6"}, {"SEED": "2"}]
 
 
-def refusal(arguments: list[str], env: dict[str, str]) -> str:
-    """The one line that refuses a command."""
-    with pytest.raises(ToolError) as error:
-        sw.main(arguments, env)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("line, expected", [
-    (b"SEED='1", "line 2: No closing quotation"), (b"SEED=\xff", "line 2: 'utf-8' codec"),
-    (b"SEED", "line 2: SEED: expected KNOB=value"), (b"SEED=1 RUN_ID=x", "RUN_ID: a sweep names"),
-    (b"LEARNING_RATE=0.1", "LEARNING_RATE: no such knob")])
-def test_a_bad_line_of_a_file_is_named(line, expected, tmp_path, monkeypatch):
-    (tmp_path / "runs").write_bytes(b"SEED=1\n" + line + b"\nSEED=3\n")
-    monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
-    env = {"CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path / "logs")}
-    assert expected in refusal([str(tmp_path / "runs")], env) and not (tmp_path / "logs").exists()
-
-
-@pytest.mark.parametrize("varied, fixed, known", [
-    ({"LEARNING_RATE": "0.1"}, {}, False), ({"SEED": "1"}, {"NPROC": "2"}, False), ({"SEED": "1"}, {"X": ""}, False),
-    ({"MATRIX_LR": "0.1"}, {"AUDIT": "1", "TTT_ENABLED": "0", "LQER_RANK": "4", "SLIDING_WINDOW_ENABLED": "1"}, True)])
-def test_what_is_typed_must_be_a_knob(varied, fixed, known):
-    """Or a name that the launcher takes from older commands; what it would ignore makes one run of many."""
-    with contextlib.nullcontext() if known else pytest.raises(ToolError, match="no such knob|GPUS_PER_RUN"):
-        assert len(sw.identify([(varied, fixed)], {"HOME": "/", "NPROC": "2"}, 1)) == 1
-
-
 def test_a_key_is_not_the_end_of_another(tmp_path, command):
     one = sw.Sweep(jobs(1), tmp_path, LONE, command)
     job = one.states[0].job._replace(key="lr.t00001")
@@ -256,6 +214,7 @@ def test_a_run_is_its_configuration(tmp_path):
     base = key({"SEED": "1", "MATRIX_LR": "0.02"})
     assert base == key({"MATRIX_LR": "0.020", "SEED": "1"}) == key({"SEED": "1"}, {"MATRIX_LR": "2e-2"})
     assert base == key({"SEED": "1"}, {"LOG_DIR": "x"}, {"MATRIX_LR": ".02", "HOME": "/"})
+    assert key({"AUDIT": "1", "TTT_ENABLED": "0", "LQER_RANK": "4"})  # the launcher takes these from older commands
     assert len({base, key({"SEED": "2", "MATRIX_LR": "0.02"}), key({"SEED": "1", "MATRIX_LR": "0.02"}, gpus=2)}) == 3
 
 
@@ -266,15 +225,22 @@ def test_a_run_is_its_configuration(tmp_path):
     (["nofile"], {}, "nofile: cannot be read"), (["SEED=1", "--", "GPUS"], {}, "GPUS: expected KNOB=value"),
     (["MATRIX_LR=0.02,0.020"], {}, "MATRIX_LR=0.020: the same run as MATRIX_LR=0.02"),
     (["THREADS=1,2"], {}, "THREADS=2: the same run as THREADS=1"), (["WANDB=0,1"], {}, "WANDB=1: the same run as"),
-    (["CHECKPOINT_EVERY=0,60", "SEED=1,2"], {}, "CHECKPOINT_EVERY=60 SEED=1: the same run as CHECKPOINT_EVERY=0"),
     (["MATRIX_LR=0.02,abc"], {}, "MATRIX_LR=abc: MATRIX_LR='abc': expected a number"),
     (["SEED=1"], {"GPUS_PER_RUN": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "GPUS_PER_RUN=3: expected 1 to 2"),
     (["SEED=1"], {"GPUS_PER_RUN": "1", "CUDA_VISIBLE_DEVICES": ""}, "no GPU is visible"),
-    (["SEED=1"], {"LAUNCHER": "pbs"}, "LAUNCHER=pbs"), (["SEED=1"], {"LAUNCHER": "slurm"}, "such as GPUS_PER_RUN=8")])
+    (["SEED=1"], {"LAUNCHER": "pbs"}, "LAUNCHER=pbs"), (["SEED=1"], {"LAUNCHER": "slurm"}, "such as GPUS_PER_RUN=8"),
+    (["SEED=1", "--", "NPROC=2"], {}, "GPUS_PER_RUN"), (["SEED=1", "--", "X="], {}, "X: no such knob"),
+    (b"SEED='1", {}, "line 2: No closing quotation"), (b"SEED=\xff", {}, "line 2: 'utf-8' codec"),
+    (b"SEED", {}, "line 2: SEED: expected KNOB=value"), (b"LEARNING_RATE=0.1", {}, "LEARNING_RATE: no such knob")])
 def test_a_users_mistake_is_one_line_and_nothing_starts(arguments, env, expected, tmp_path, monkeypatch):
+    """Bytes: the second line of a file of runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sw, "conduct", lambda *a: pytest.fail("runs would start"))
-    assert expected in refusal(arguments, {"CUDA_VISIBLE_DEVICES": "", **env}) and not list(tmp_path.iterdir())
+    if isinstance(arguments, bytes):
+        Path("runs").write_bytes(b"SEED=1\n" + arguments + b"\nSEED=3\n")
+        arguments = ["runs"]
+    assert expected in refusal(sw.main, arguments, {"CUDA_VISIBLE_DEVICES": "", **env})
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
 
 
 def test_slurm_tasks_sweep_one_line_each(tmp_path, command, monkeypatch):
@@ -292,19 +258,3 @@ def test_slurm_tasks_sweep_one_line_each(tmp_path, command, monkeypatch):
     out = subprocess.run(["bash", script], env={**os.environ, "SLURM_ARRAY_TASK_ID": "2"}, text=True, check=True,
                          capture_output=True).stdout
     assert out == f"local 8 sweep\n'A=3 x' SEED=3\n[--][PRESET=de mo][LOG_DIR={tmp_path}]"
-
-
-def test_colour_only_on_a_terminal_and_not_where_it_is_unwanted(tmp_path, command, monkeypatch):
-    def shown() -> str:
-        console = Console(force_terminal=True, width=100)
-        with console.capture() as got:
-            console.print(one.view())
-        return got.get()
-
-    monkeypatch.setenv("TERM", "xterm-256color")
-    conduct(jobs(1), tmp_path, command)
-    one = sw.Sweep(jobs(1), tmp_path, LONE, command)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[32m" in shown()
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[32m" not in shown() and "1.01000" in shown()

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+from conftest import refusal
 from optuna.trial import TrialState
 from rich.console import Console
 
 from tools import sweep as sw
 from tools import tune
-from tools.common import ToolError
 from tools.logs import events
 
 TRAINER = """
@@ -99,6 +99,8 @@ def test_trials_of_killed_workers_are_settled(tuner):
     assert [path.exists() for path in left] == [False, True, True]
     assert worker.study.trials[0].value == pytest.approx(1 + (trials[0].params["MATRIX_LR"] - 0.3) ** 2, abs=1e-5)
     sw.unlock(*held)
+    other = tuner(study="wide-s").sweep(0, trials[0].params).states[0]
+    assert other.status == "waiting" and other.job.key != keys[0]  # no study takes another's logs
 
 
 def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner, tmp_path):
@@ -107,16 +109,6 @@ def test_failed_trials_count_and_none_with_a_score_is_status_1(tuner, tmp_path):
     status, out = work(worker, 2)
     assert status == 1 and states(worker) == [TrialState.FAIL] * 2 and "no luck" in out
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["another.ckpt"]
-
-
-def test_no_study_takes_anothers_logs(tuner):
-    """`lr` ends as `wide-lr` does; a run's log counts for its own study alone, though the values are the same."""
-    keys = []
-    for name in ("wide-lr", "lr"):
-        worker = tuner({"MATRIX_LR": 0.3}, study=name)
-        assert work(worker, 1)[0] == 0
-        keys.append(worker.sweep(0, {"MATRIX_LR": 0.3}).states[0].run_id)
-    assert len(set(keys)) == 2 and all(key.count("lr.") == 1 for key in keys)
 
 
 def test_space():
@@ -128,14 +120,6 @@ def test_space():
     assert tune.as_it_is(space, {"MATRIX_LR": "0.05"}) is None
     tune.check_values(space, {})
     tune.check_values(tune.space_of(["EVAL_SEQ_LEN=32,2048", "EVAL_STRIDE=32,64", "TTT_CHUNK_SIZE=8,32"]), {})
-
-
-def refusal(arguments: list[str], env: dict[str, str]) -> str:
-    """The one line that refuses a command."""
-    with pytest.raises(ToolError) as error:
-        tune.main(arguments, {"CUDA_VISIBLE_DEVICES": "", **env})
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("arguments, env, expected", [
@@ -151,17 +135,13 @@ def refusal(arguments: list[str], env: dict[str, str]) -> str:
     (["NUM_HEADS=4,7", "MODEL_DIM=512,1024"], {}, "NUM_HEADS=7 cannot be tried"),
     (["PRESET=0..1"], {}, "PRESET=0 cannot be tried"),
     (["MIN_LR=0.1,0.10"], {}, "MIN_LR=0.1,0.10: expected different"), (["LOG_DIR=a,b"], {}, "LOG_DIR: says what is"),
-    (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp")])
+    (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp"),
+    (["MIN_LR=0..1"], {"TUNE_STORAGE": "nonsense"}, "TUNE_STORAGE=nonsense: Could not parse"),
+    (["MIN_LR=0..1"], {"TUNE_STORAGE": "sqlite:////nowhere/x.db"}, "sqlite:////nowhere/x.db: (sqlite3.Op"),
+    (["MIN_LR=0..1"], {"TUNE_STORAGE": "redis://me:secret@host/0"}, "redis://me:...@host/0: "),
+    (["MIN_LR=0..1"], {"TUNE_STORAGE": "such://x"}, "such://x: Can't load plugin")])
 def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune.Tuner, "work", lambda *a: pytest.fail("runs would start"))
-    assert expected in refusal(arguments, env) and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("storage, shown", [
-    ("nonsense", "nonsense: Could not parse"), ("sqlite:////nowhere/x.db", "sqlite:////nowhere/x.db: (sqlite3.Op"),
-    ("redis://me:secret@host/0", "redis://me:...@host/0: "), ("such://x", "such://x: Can't load plugin")])
-def test_a_database_that_is_none_is_one_line(storage, shown, tmp_path):
-    text = refusal(["MIN_LR=0..1"], {"LOG_DIR": str(tmp_path), "TUNE_STORAGE": storage})
-    assert f"TUNE_STORAGE={shown}" in text and "secret" not in text
-    assert not list(tmp_path.iterdir())
+    text = refusal(tune.main, arguments, {"CUDA_VISIBLE_DEVICES": "", **env})
+    assert expected in text and "secret" not in text and not list(tmp_path.iterdir())
