@@ -31,33 +31,25 @@ def test_packages_against_their_pins(tmp_path, monkeypatch):
     assert str(pins) in the(lines, "no-such-thing").remedy
     pins.write_text(f"numpy=={doctor.importlib.metadata.version('numpy')}\n")
     assert the(doctor.python_lines(), "packages").level == "ok"
-
-
-@pytest.mark.parametrize("version, level", [("2.8.1", "failure"), ("2.9.0+cu128", "ok"), ("2.13.0", "ok"),
-                                            ("3.0.0", "warning")])
-def test_torch_may_be_the_machines_own(version, level, tmp_path, monkeypatch):
-    (tmp_path / "requirements.txt").write_text("torch==2.13.0\n")
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version)
-    assert the(doctor.python_lines(), "torch").level == level
+    pins.write_text("torch==2.13.0\n")  # may be the machine's own
+    for version, level in (("2.8.1", "failure"), ("2.9.0+cu128", "ok"), ("2.13.0", "ok"), ("3.0.0", "warning")):
+        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version)  # noqa: B023
+        assert the(doctor.python_lines(), "torch").level == level
 
 
 TOPOLOGY = "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m\nGPU0\t X \tNV18\t{}\tPIX\t0-15\n" \
            "GPU1\tNV18\t X \tNV18\tSYS\t0-15\nGPU2\t{}\tNV18\t X \tSYS\t0-15\nNIC0\tPIX\tSYS\tSYS\t X \n"
 
 
-def test_links():
-    assert doctor.links_line(TOPOLOGY.format("NV18", "NV18"))[:3] == ("ok", "links", "NV18 between all pairs")
-    slow = doctor.links_line(TOPOLOGY.format("SYS", "SYS"))
-    assert slow.level == "warning" and "1 of 3 pairs of GPUs have no NVLink" in slow.found
-
-
-def test_gpus_that_others_use_are_named(monkeypatch):
+def test_gpus_in_use_and_pairs_without_a_link_are_named(monkeypatch):
     rows = "NVIDIA H100 80GB HBM3, 81559, 3, 570.1, 0\nNVIDIA H100 80GB HBM3, 81559, 40000, 570.1, 97\n"
     monkeypatch.setattr(doctor, "output", lambda *c: TOPOLOGY.format("NV18", "NV18") if "topo" in c else rows)
     lines = list(doctor.gpu_lines())
     assert [line.level for line in lines] == ["ok", "warning", "ok"]
     assert lines[0].found.startswith("2 x NVIDIA H100") and lines[1].found.startswith("GPU 1 is in use: 40000")
+    assert lines[2].found == "NV18 between all pairs"
+    slow = doctor.links_line(TOPOLOGY.format("SYS", "SYS"))
+    assert slow.level == "warning" and "1 of 3 pairs of GPUs have no NVLink" in slow.found
 
 
 def test_room_and_load(tmp_path, monkeypatch):
@@ -93,20 +85,17 @@ def test_kernels_and_the_wheel_of_the_faster_one(run, monkeypatch):
 
 
 def test_room_is_what_the_run_itself_asks_for(dataset, run, monkeypatch):
+    """Processes share a machine's memory: as many as fit have room, twice as many have not."""
     assert list(predict.resource_warnings(tg, tiny(), run, 1000)) == []
+    need = max(predict.predicted_memory(tg, tiny(), run, 1000).values())
+    monkeypatch.setattr(predict, "memory_left", lambda run: 4 * need)
+    assert list(predict.resource_warnings(tg, tiny(), run, 1000, 4)) == []
+    assert len(list(predict.resource_warnings(tg, tiny(), run, 1000, 8))) == 1 and run.world == 1
     monkeypatch.setattr(predict, "memory_left", lambda run: 1)
     monkeypatch.setattr(predict.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     lines = [line for line in doctor.data_lines(tg, tiny(**dataset), run) if line.name == "room"]
     assert [line.level for line in lines] == ["warning"] * 2
     assert "MiB a process" in lines[0].found and "bytes free, a run may need" in lines[1].found
-
-
-def test_the_processes_of_a_machine_share_its_memory(run, monkeypatch):
-    """As many as fit have room, twice as many have not; the run itself is left as it was."""
-    need = max(predict.predicted_memory(tg, tiny(), run, 1000).values())
-    monkeypatch.setattr(predict, "memory_left", lambda run: 4 * need)
-    assert list(predict.resource_warnings(tg, tiny(), run, 1000, 4)) == []
-    assert len(list(predict.resource_warnings(tg, tiny(), run, 1000, 8))) == 1 and run.world == 1
 
 
 def test_data_and_tokenizer(dataset, run, tmp_path):
@@ -193,23 +182,18 @@ def test_a_probe_that_fails_is_a_line():
     assert line.level == "failure" and "NUM_HEADS = 6" in line.found
 
 
-def test_on_the_command_line(dataset, tmp_path):
+def test_on_the_command_line(dataset, tmp_path, called):
     """One line for each part, plain where piped; only data that is there passes; nothing is written."""
-    knobs = {**TINY, **dataset, "log_dir": str(tmp_path / "logs"), "run_id": "r"}
+    knobs = {**TINY, "log_dir": str(tmp_path / "logs"), "run_id": "r", **dataset}
     knobs = [f"{k.upper()}={v}" for k, v in knobs.items()]
-
-    def call(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "tools.doctor", "--quick", *more], text=True, cwd=ROOT,
-                              capture_output=True)
-
-    good, ugly, none, odd = call(*knobs, "NPROC=1"), call("x"), call("NPROC=x"), call("LEARNING_RATE=1", "NPROC=2")
-    bad = call("DATA_PATH=/nowhere", *(k for k in knobs if not k.startswith("DATA_PATH")))
-    assert good.returncode == 0 and bad.returncode == 1 and ugly.returncode == 2, good.stdout + good.stderr
-    assert "\x1b" not in good.stdout and good.stdout.splitlines()[-1].endswith("0 failure")
-    assert "ok       tokenizer" in good.stdout and "failure  data " in bad.stdout
-    assert ugly.stderr.startswith("doctor: x: no config.env") and ugly.stderr.count("\n") == 1
-    assert odd.returncode == 2 and "LEARNING_RATE: no such knob" in odd.stderr
-    assert none.returncode == 2 and none.stderr.startswith("doctor: NPROC=x: expected a number of processes")
+    status, out, _ = called(doctor.main, "doctor", "--quick", *knobs, "NPROC=1")
+    assert status == 0 and "\x1b" not in out and out.splitlines()[-1].endswith("0 failure") and "ok       token" in out
+    status, out, _ = called(doctor.main, "doctor", "--quick", "DATA_PATH=/nowhere", *knobs[:-2])
+    assert status == 1 and "failure  data " in out
+    for mistake, said in ((["x"], "x: no config.env"), (["NPROC=x"], "NPROC=x: expected a number of processes"),
+                          (["LEARNING_RATE=1", "NPROC=2"], "LEARNING_RATE: no such knob")):
+        status, _, err = called(doctor.main, "doctor", "--quick", *mistake)
+        assert status == 2 and err.startswith(f"doctor: {said}") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

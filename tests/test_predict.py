@@ -1,10 +1,7 @@
 """What ./run.sh check says of a run before it: layers, FLOPs, bytes, memory; and mistakes in one line."""
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, TINY, batch_of, tiny
+from conftest import TINY, batch_of, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
@@ -67,15 +64,14 @@ def test_memory_grows_with_what_each_knob_holds(run):
     (["SEEDS=1"], 2, "did you mean SEED?"), (["NPROC=0"], 2, "NPROC=0: exp"),
     (["LOG_DIR=run.sh/x"], 0, "run.sh is no folder"), (["EVAL_ONLY=x.bin"], 2, "EVAL_ONLY"),
     (["BETA1=0.5"], 0, "BETA1: no effect")])
-def test_on_the_command_line(knobs, status, said, tmp_path):
+def test_on_the_command_line(knobs, status, said, called):
     tiny_knobs = [f"{name.upper()}={value}" for name, value in TINY.items() if name.upper() not in str(knobs)]
-    done = subprocess.run([sys.executable, "-m", "tools.predict", *tiny_knobs, "DATA_DIR=/nowhere", *knobs], text=True,
-                          cwd=ROOT, capture_output=True)
-    assert done.returncode == status and said in (done.stderr if status else done.stdout), done.stdout + done.stderr
+    ended, out, err = called(predict.main, "check", *tiny_knobs, "DATA_DIR=/nowhere", *knobs)
+    assert ended == status and said in (err if status else out), out + err
     if status:
-        assert done.stdout == "" and done.stderr.startswith("check: ") and done.stderr.count("\n") == 1
+        assert out == "" and err.startswith("check: ") and err.count("\n") == 1
     else:
-        assert "predicted artifact:" in done.stdout and "loop on" in done.stdout and "qo_bank" in done.stdout
+        assert "predicted artifact:" in out and "loop on" in out and "qo_bank" in out
 
 
 @pytest.mark.parametrize("knobs", [

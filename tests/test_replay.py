@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import QUICK, ROOT, environment, refusal
 
 import train_gpt as tg
 from tools import logs
@@ -18,27 +18,21 @@ from tools.common import ToolError
 def folder(dataset, tmp_path_factory) -> Path:
     """A finished run of a few steps."""
     made = tmp_path_factory.mktemp("replayed")
-    values = {**TINY, **dataset, "log_dir": str(made), "run_id": "r", "ttt": "none", "ngram_base_beta": 0,
-              "diagnostic_evals": "", "iterations": 5}
-    assert tg.main([], {name.upper(): tg.show(value) for name, value in values.items()}) == 0
+    assert tg.main([], environment(dataset, made, **{**QUICK, "iterations": 5})) == 0
     return made
 
 
-def replay(*arguments: object) -> subprocess.CompletedProcess:
-    """Run it; what it runs is logged beside the first argument."""
-    env = {**os.environ, "LOG_DIR": str(Path(str(arguments[0])).parent)}
-    return subprocess.run([sys.executable, "-m", "tools.replay", *map(str, arguments)], cwd=ROOT, text=True, env=env,
-                          capture_output=True, timeout=120)
-
-
-def test_a_log_is_enough_to_run_again_and_compare(folder):
+def test_a_log_is_enough_to_run_again_and_compare(folder, monkeypatch, capsys):
     """From the log alone; the same numbers, and another seed's are told apart."""
-    done = replay(folder / "r.txt")
+    env = {**os.environ, "LOG_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-m", "tools.replay", folder / "r.txt"], cwd=ROOT, text=True, env=env,
+                          capture_output=True)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
     assert "the same: 5 logged losses, train_end.steps" in done.stdout and "made with another" not in done.stdout
-    other = replay(folder / "r.jsonl", "SEED=7")
-    assert other.returncode == 1
-    assert "artifact.sha256 differs" in other.stdout and "5 of 5 logged losses differ" in other.stdout
+    monkeypatch.setattr(rp, "start", lambda env, world: tg.main([], env))  # in this process
+    assert rp.main([str(folder / "r.jsonl"), "SEED=7"], env) == 1
+    out = capsys.readouterr().out
+    assert "artifact.sha256 differs" in out and "5 of 5 logged losses differ" in out
     made = sorted(p.name for p in folder.glob("r-replay-*.bin"))
     assert len(made) == 2 and (folder / made[0]).read_bytes() == (folder / "r.bin").read_bytes()
 
@@ -54,8 +48,7 @@ def test_what_cannot_be_run_again_is_one_line(folder, tmp_path):
     for argument, expected in ((damaged, "damaged.jsonl: cannot be read"), (cut, "no verdict"),
                                (other, "names no knobs"), (tmp_path / "none", "no such log"),
                                ("SEED=1", "SEED=1: no such log")):
-        done = replay(argument)
-        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+        assert expected in refusal(rp.main, [str(argument)], {"LOG_DIR": str(tmp_path)})
     assert not list(tmp_path.glob("*-replay-*"))
 
 

@@ -88,10 +88,6 @@ def source(code: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "train_gpt.py").write_text(code) and None
 
 
-def second_log_of_one_seed(folder: Path) -> None:
-    edit_log("verdict", (0,), seed=42)(folder)
-
-
 def validation_first(folder: Path) -> None:
     """Move the event that opens the validation data to the front of a log."""
     path = folder / "train_seed42.jsonl"
@@ -101,14 +97,12 @@ def validation_first(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "no README": (remove("README.md"), "P1", "README.md"),
     "no submission.json": (remove("submission.json"), "P1", "submission.json"),
     "no train_gpt.py": (remove("train_gpt*.py"), "P1", "train_gpt.py"),
     "no log": (remove("*.log", "*.jsonl"), "P1", "a log"),
     "no requirements": (remove("requirements.txt"), "P1", "requirements.txt"),
     "JSON cut short": (edit_text("submission.json", r"\}\s*$", ""), "P2", "not JSON"),
     "no author": (edit_json(author=""), "P2", "author"),
-    "no github_id": (edit_json(github_id=None), "P2", "github_id"),
     "no date": (edit_json(date="yesterday"), "P2", "date"),
     "no score": (edit_json(val_bpb=None), "P2", "val_bpb"),
     "a better headline": (edit_json(val_bpb=1.05), "P3", "is not the mean of the seeds"),
@@ -119,13 +113,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a seed without a log": (remove("train_seed0.*"), "P4", "seed_results.0"),
     "seeds that are not its results": (edit_json(seeds=[42, 0, 7]), "P3", "seeds and seed_results disagree"),
     "three seeds claimed with one": (edit_json(seeds=[42], seed_results={}), "P3", "fewer seeds than said"),
-    "one seed twice": (second_log_of_one_seed, "P4", "one seed in two logs"),
+    "one seed twice": (edit_log("verdict", (0,), seed=42), "P4", "one seed in two logs"),
     "over the cap": (edit_log("verdict", artifact_bytes=16_000_001), "A4", "exceed the cap"),
     "over the cap in JSON": (edit_json(bytes_total=16_024_793), "P6", "over the cap"),
     "code bytes that are not the file's": (edit_log("verdict", code_bytes=31_999), "P7", "not the bytes"),
     "another packed program": (edit_text("train_gpt_human.py", "BOS_ID = 1", "BOS_ID = 2"), "P7", "two programs"),
     "a source nobody ran": (edit_text("train_gpt_human.py", "BOS_ID = 1", "BOS_ID = 2"), "P7", "neither source"),
-    "mixed code": (edit_log("start", (0,), code_sha256="f" * 64), "P5", "mixed code hash"),
     "mixed config": (edit_log("config", (0,), matrix_lr=0.5), "P5", "mixed config (matrix_lr)"),
     "another validation set": (edit_log("val_data", (0,), targets=9), "P5", "mixed validation set"),
     "mixed machines": (edit_log("start", (0,), world=4), "P5", "mixed machine"),
@@ -134,12 +127,9 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "training past its clock": (edit_log("verdict", (42,), train_seconds=602.0), "P6", "rulings I, J"),
     "evaluation past its clock": (edit_log("verdict", (42,), eval_seconds=652.0), "A1", "rulings I, J"),
     "more steps than the clock holds": (edit_json(seed_results__42__steps=10_000), "P3", "more steps"),
-    "an illegal specimen": (source((ROOT / "records/pr1485_illegal/train_on_validation.py").read_text()), "S2",
-                            "ruling C"),
     "validation data before the artifact": (validation_first, "A2", "before the artifact was written"),
     "an untimed gap": (edit_log("verdict", (42,), total_seconds=900.0), "A1", "untimed gap"),
     "an unfinished run": (edit_log("verdict", (42,)), "P1", "no verdict"),
-    "a run that did not train": (edit_log("train_end", (42,)), "P1", "no train_end"),
     "a log cut short": (edit_text("train_seed42.jsonl", r'\{"seconds": [\d.]+, "event": "config"', ""), "P1",
                         "no config"),
     "a text log of another run": (edit_text("train_seed42.log", r"verdict +val_bpb=\d", "verdict val_bpb=1"), "P4",
@@ -151,15 +141,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a wrong difference": (edit_json(comparison_baseline_bpb=1.06, delta_vs_leaderboard_bpb=-1.0), "P3", "baseline"),
     "a download in the program": (source("import requests\n"), "S2", "no network"),
     "a program that Python 3.10 cannot read": (source("def f(:\n"), "S1", "line 1"),
+    "a machine beside the clock's": (lambda folder: None, "P6", "the track wants 8x H100"),
 }
 same_program = functools.lru_cache(submission.same_program)
-RECORD = {"a machine that the track does not take": (lambda folder: None, "P6", "the track wants 8x H100")}
 
 
-@pytest.mark.parametrize("name", [*FAULTS, *RECORD])
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plant, code, words = {**FAULTS, **RECORD}[name]
-    folder = tmp_path / ("track_10min_16mb" if "clock" in name or name in RECORD else made.parent.name) / made.name
+    plant, code, words = FAULTS[name]
+    folder = tmp_path / ("track_10min_16mb" if "clock" in name else made.parent.name) / made.name
     shutil.copytree(made, folder)
     plant(folder)
     monkeypatch.setattr(submission, "same_program", same_program)
@@ -221,7 +211,6 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("artifact", (0,), sha256="0"), "is not the artifact"),
     (edit_log("verdict", (0,), eval_seconds="1.0"), "train_seed0.jsonl: cannot be read: "),
     (edit_log("config", preset="of 2031"), "cannot be read: KeyError: 'of 2031'"),
-    (edit_log("config", (0,), matrix_lr=0.5), "mixed config"),
     (edit_log("verdict", (1234,), seed=42), "one run of each seed"),
     (validation_first, "before the artifact was written"),
     (edit_log("start", ()), "refutes the score"),
@@ -284,7 +273,7 @@ def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: 
 # -- other people's folders -----------------------------------------------------------------------------
 
 
-def foreign(folder: Path, **told: Any) -> Path:
+def foreign(folder: Path) -> Path:
     """A folder in the shape of the published ones: a program and text logs of another kind."""
     folder = folder / "track_10min_16mb" / "2026-04-27_Other"
     folder.mkdir(parents=True)
@@ -299,7 +288,7 @@ def foreign(folder: Path, **told: Any) -> Path:
                   val_bpb=1.06107587, bytes_total=15_907_550, bytes_code=13, seeds=[42, 0, 1234],
                   seed_results={seed: {"val_bpb": bpb, "val_loss": bpb / 1.06107587 * 2.32202732,
                                        "artifact_bytes": 15_907_550} for seed, bpb in scores.items()})
-    (folder / "submission.json").write_text(json.dumps({**values, **told}))
+    (folder / "submission.json").write_text(json.dumps(values))
     return folder
 
 
@@ -317,21 +306,7 @@ def test_a_folder_of_another_program_is_judged_by_its_text_logs(tmp_path: Path):
         path.write_text(text)
 
 
-@pytest.mark.parametrize("told, words", [
-    (dict(val_loss=1.06107587 * 0.693147 / 0.2280), "wrongly counted bytes"),
-    (dict(bytes_total=16_024_793), "over the cap"), (dict(seeds=[42, 0]), "disagree"),
-    (dict(compliance={"three_seeds": True}, seeds=[42], seed_results={}), "than said"),
-])
-def test_known_faults_of_published_folders_are_named(told: dict[str, Any], words: str, tmp_path: Path):
-    bad = [f for f in submission.check(foreign(tmp_path, **told)) if f.failed]
-    assert any(words in f.text for f in bad), bad
-
-
-def test_the_command_line_answers_without_torch(tmp_path: Path):
-    code = "import sys; from tools import common, submission; status = common.program(submission.main, 's'); " \
-           "assert 'torch' not in sys.modules; sys.exit(status)"
-    for folder, status, words in ((foreign(tmp_path), 0, "package=pass"),
-                                  (Path("nowhere"), 2, "s: nowhere: no such folder\n")):
-        done = subprocess.run([sys.executable, "-c", code, "check", str(folder)], cwd=ROOT, capture_output=True,
-                              text=True)
-        assert done.returncode == status and words in done.stdout + done.stderr, done.stdout + done.stderr
+def test_a_folder_is_judged_without_torch(tmp_path: Path):
+    code = "import sys; from tools import submission; submission.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "check", foreign(tmp_path)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and b"package=pass" in done.stdout, done.stderr
