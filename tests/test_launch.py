@@ -16,8 +16,7 @@ from tools.common import ToolError
 ROOT = launch.ROOT
 TRAINER = """
 import json, os, signal, sys, time
-told = dict(pid=os.getpid(), env=dict(os.environ))
-open(os.environ["TOLD"], "w").write(json.dumps(told))
+open(os.environ["TOLD"], "w").write(json.dumps(dict(env=dict(os.environ))))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 time.sleep(float(os.environ.get("SECONDS", 0)))
 sys.exit(int(os.environ.get("STATUS", 0)))

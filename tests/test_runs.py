@@ -107,14 +107,11 @@ def test_runs_of_several_presets_do_not_show_all_that_these_set(folder, capsys):
     assert printed(capsys)[0][8:] == ["MATRIX_LR"]  # a single run, beside its preset
 
 
-@pytest.mark.parametrize("arguments", [["nope"], ["bpb", "run"]])
-def test_what_is_no_column_is_refused(arguments, folder):
-    with pytest.raises(ToolError, match="expected --csv, or one column to sort by: run, when, .*MATRIX_LR"):
-        runs.main(arguments)
-
-
-def test_no_run_at_all_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOG_DIR", str(tmp_path / "none"))
+def test_what_is_no_column_is_refused_and_no_run_at_all_is_said(folder, monkeypatch):
+    for arguments in (["nope"], ["bpb", "run"]):
+        with pytest.raises(ToolError, match="expected --csv, or one column to sort by: run, when, .*MATRIX_LR"):
+            runs.main(arguments)
+    monkeypatch.setenv("LOG_DIR", str(folder / "none"))
     with pytest.raises(ToolError, match="none/: no run yet"):
         runs.main([])
 

@@ -55,9 +55,11 @@ def applies(pin: Requirement, python: str, system: str, machine: str) -> bool:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_lock_was_made_from_its_requirements(file):
+def test_a_lock_was_made_from_its_requirements_and_neither_names_an_index(file):
     digest = hashlib.sha256((ROOT / file).read_bytes()).hexdigest()
     assert f"\n# of {digest}\n" in lock_of(file).read_text(), "run ./run.sh lock"
+    for path in (ROOT / file, lock_of(file)):
+        assert not re.search(r"://|--(extra-)?index|--find-links|^-", path.read_text(), flags=re.M)
 
 
 def test_every_machine_gets_the_pinned_versions_with_hashes():
@@ -70,11 +72,6 @@ def test_every_machine_gets_the_pinned_versions_with_hashes():
             solved = {(canonicalize_name(p.name), str(p.specifier)) for p, _ in entries if applies(p, python, *machine)}
             assert len(dict(solved)) == len(solved)
             assert {name for name, _ in wanted - solved} == {name for name, _ in wanted} & BUILDS
-
-
-def test_none_names_an_index():
-    for path in [path for file in FILES for path in (ROOT / file, lock_of(file))]:
-        assert not re.search(r"://|--(extra-)?index|--find-links|^-", path.read_text(), flags=re.M)
 
 
 # -- licences -------------------------------------------------------------------------------------------
