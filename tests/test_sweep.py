@@ -192,7 +192,7 @@ def test_grid_and_file(tmp_path):
     grid = sw.runs_of(["SEED=1,2", "MATRIX_LR=3,4", "--", "ATTN_WINDOWS=5,6"])
     assert [(v["SEED"], v["MATRIX_LR"]) for v, _ in grid] == [("1", "3"), ("1", "4"), ("2", "3"), ("2", "4")]
     assert all(fixed == {"ATTN_WINDOWS": "5,6"} for _, fixed in grid)
-    (tmp_path / "runs").write_text("# a comment\nSEED=1 ATTN_WINDOWS='5, 6'\n\nSEED=2  # another\n")
+    (tmp_path / "runs").write_text("\ufeff# a comment\nSEED=1 ATTN_WINDOWS='5, 6'\n\nSEED=2  # another\n")
     assert [v for v, _ in sw.runs_of([str(tmp_path / "runs")])] == [
         {"SEED": "1", "ATTN_WINDOWS": "5, 6"}, {"SEED": "2"}]
 
