@@ -110,13 +110,13 @@ def test_processes_and_threads(monkeypatch):
 
 
 def test_a_run_gets_the_signals_and_its_status_is_the_launchers(start, tmp_path):
-    process = start("SEED=5", "NPROC=1", "AUDIT=1", SECONDS="30")
+    process = start("SEED=5", "NPROC=1", "AUDIT=1", SECONDS="300")
     given = told(tmp_path)
     assert given["env"]["SEED"] == "5" and not {"NPROC", "AUDIT"} & set(given["env"])
     assert given["env"]["RUN_ID"].startswith("record-")
     process.terminate()
-    assert process.wait(20) == 143  # and nothing is audited
-    assert start(STATUS="3").wait(20) == 3
+    assert process.wait(120) == 143  # and nothing is audited
+    assert start(STATUS="3").wait(120) == 3
     status = launch.forwarded([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ)
     assert status == 128 + signal.SIGKILL
 
