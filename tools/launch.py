@@ -211,9 +211,8 @@ def train(env: dict[str, str]) -> int:
 
 
 def gigaflops() -> float:
-    """Billions of float32 operations a second of a matrix product on one core: the best of twenty. In a process with one
-    thread, since two threads, one of them beside a busy process, wait for each other and say little about the machine.
-    """
+    """Billions of float32 operations a second of a matrix product on one core, the best of twenty; by one thread in a
+    process of its own, since two, one of them beside a busy process, wait for each other and tell little."""
     code = ("import timeit, numpy as np; a = np.ones((768, 768), np.float32); "
             "print(2e-9 * 768 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20)))")
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -222,7 +221,7 @@ def gigaflops() -> float:
 
 
 def size_of(speed: float, flags: str) -> str:
-    """The demo's size for a CPU of this speed (GFLOP/s of a core in float32) with these feature flags (of /proc/cpuinfo)."""
+    """The demo's size for a CPU of this speed (`gigaflops`) with these feature flags (of /proc/cpuinfo)."""
     if "amx_bf16" in flags:
         return "large"
     return "tiny" if speed < SLOW_GFLOPS else "small"
