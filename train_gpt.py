@@ -3029,6 +3029,13 @@ def fixed_bytes(model: GPT) -> int:
              for part in stream_parts(route(parameter).stored, values.shape))
     return sum(size for stream, size in sizes if not stream.startswith("gptq:"))
 
+def check_cap(model: GPT, code_bytes: int, cfg: Config):
+    """Refuses a cap that cannot be met, however coarse the scales."""
+    fixed = fixed_bytes(model)  # of which trained tables pack to 0.94, small tensors to 0.8 (docs/LOG.md 2026-11-28)
+    require(code_bytes + 0.75 * fixed < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code "
+            f"takes {code_bytes:,}, and what no scale makes smaller {fixed:,} before packing: raise it, or lower "
+            f"BIGRAM_BUCKETS={cfg.bigram_buckets} or BIGRAM_DIM={cfg.bigram_dim}")
+
 def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config, run: Run,
                validation: str = "") -> bytes:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
@@ -3824,10 +3831,7 @@ def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     missing = {"brotli", "safetensors", "sentencepiece"} - set(versions)
     require(not missing, f"package {' '.join(missing)} is missing; pip install -r requirements.txt")
     open_validation(cfg)
-    fixed = fixed_bytes(model)  # of which trained tables pack to 0.94, small tensors to 0.8 (docs/LOG.md 2026-11-28)
-    require(code_bytes + 0.75 * fixed < cfg.artifact_bytes_cap, f"ARTIFACT_BYTES_CAP={cfg.artifact_bytes_cap:,}: code "
-            f"takes {code_bytes:,}, and what no scale makes smaller {fixed:,} before packing: raise it, or lower "
-            f"BIGRAM_BUCKETS={cfg.bigram_buckets} or BIGRAM_DIM={cfg.bigram_dim}")
+    check_cap(model, code_bytes, cfg)
 
 @contextlib.contextmanager
 def out_of_memory(cfg: Config, run: Run) -> Iterator:

@@ -63,7 +63,7 @@ def test_memory_grows_with_what_each_knob_holds(run):
     ([], 0, "warning: the data are not ready"), (["NUM_HEADS=3"], 2, "MODEL_DIM=32"),
     (["SEEDS=1"], 2, "did you mean SEED?"), (["NPROC=0"], 2, "NPROC=0: exp"),
     (["LOG_DIR=run.sh/x"], 0, "run.sh is no folder"), (["EVAL_ONLY=x.bin"], 2, "EVAL_ONLY"),
-    (["BETA1=0.5"], 0, "BETA1: no effect")])
+    (["BETA1=0.5"], 0, "BETA1: no effect"), (["ARTIFACT_BYTES_CAP=9"], 2, "ARTIFACT_BYTES_CAP=9: code takes")])
 def test_on_the_command_line(knobs, status, said, called):
     tiny_knobs = [f"{name.upper()}={value}" for name, value in TINY.items() if name.upper() not in str(knobs)]
     ended, out, err = called(predict.main, "check", *tiny_knobs, "DATA_DIR=/nowhere", *knobs)

@@ -185,6 +185,7 @@ def lines(tg: Any, cfg: Any, run: Any, processes: int) -> Iterator[str]:
         r = tg.route(name)
         yield f"  {name:24s} {str(list(p.shape)):18s} {p.numel():>11,} {r.rule:5s} {r.lr} {r.wd} {r.stored}"
     code = len(tg.shipped_source(Path(tg.__file__)))
+    tg.check_cap(tg.shapes_of(cfg), code, cfg)
     sizes = predicted_bytes(tg, cfg, code)
     yield (f"{sum(p.numel() for p in parameters.values()):,} parameters; predicted artifact: "
            f"{code + sum(sizes.values()):,} of {cfg.artifact_bytes_cap:,} bytes: code {code:,}, "
