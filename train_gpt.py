@@ -3796,7 +3796,10 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     with run.phase("score", "eval"):
         scorer = Scorer(val, cfg, run, hints)
         score, digest = adapted_score(model, scorer)
-    run.record("places", by_place(scorer.ledger.nats.numpy(), val.target_bytes, val))
+    nats = scorer.ledger.nats.numpy()
+    run.record("places", by_place(nats, val.target_bytes, val))
+    # Nats up to the end of each: what a referee can score again from the artifact in a minute.
+    run.record("first_documents", {"nats": nats.cumsum(dtype=np.float64)[val.stops[:16] - 1].tolist()})
     name = {"none": "sliding" if cfg.eval_stride else "plain"}.get(cfg.ttt, cfg.ttt) + "+ngram" * (hints is not None)
     run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
     run.log("verdict", **{of: getattr(score, of) for of in ("val_bpb", "val_loss", "tokens", "bytes")},

@@ -1,11 +1,14 @@
 """The auditor passes the program as it is and names what is wrong with a program that breaks one rule at a time."""
 import base64
+import bz2
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import lzma
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -24,8 +27,8 @@ VOCAB = 40
 
 SMALL = dict(vocab_size=VOCAB, num_layers=2, num_loops=0, parallel_start_layer=1, eval_seq_len=16, eval_stride=8,
              train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, ngram_base_beta=0,
-             ngram_rules="1:0.3:1,2:0.5:1", ttt_chunk_size="4", ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.05,
-             ttt_lora_on="q,o,head", phased_ttt_num_phases=2, phased_ttt_prefix_docs=8, global_ttt_lr=0.05,
+             ngram_rules="1:0.3:1,2:0.5:1", ttt_chunk_size="8", ttt_lora_rank=4, ttt_lora_alpha=8, ttt_lora_lr=0.05,
+             ttt_lora_on="q,o,head", phased_ttt_num_phases=2, phased_ttt_prefix_docs=4, global_ttt_lr=0.05,
              ttt_chunk_tokens=40, ttt_lr=0.05, ttt_epochs=1)
 """Two blocks, and learning rates so large that every leak shows."""
 
@@ -36,12 +39,11 @@ ALONE = dict(phased_ttt_num_phases=0)  # adapters learn, nothing shared does
 
 
 def stream() -> np.ndarray:
-    """A stream of short documents: four in each phase, so that batches have several rows. Every third one is nearly
-    the one before it, so that hints come true."""
-    rng, texts = np.random.default_rng(0), []
-    for number in range(10):
-        text = rng.integers(2, VOCAB, rng.integers(4, 8)).tolist()
-        texts.append(texts[-1][:-1] + text[:1] if number % 3 == 2 else text)
+    """Seven documents, of which two roll over several windows and chunks, and one is a single id; some ids never occur.
+    Two begin as an earlier one does, so that hints come true."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, VOCAB - 4, n).tolist() for n in (6, 27, 9, 1, 14, 18, 9)]
+    texts[4][:12], texts[6][:7] = texts[1][:12], texts[2][:7]
     return np.array([i for text in texts for i in (tg.BOS_ID, *text)])
 
 
@@ -72,38 +74,68 @@ def failures(findings: list[evidence.Finding]) -> set[tuple[str, str]]:
     return {(f.code, f.condition) for f in findings if f.failed}
 
 
-# -- the program as it is ------------------------------------------------------------------------------
+# -- the program as it is, and honest variants of it ---------------------------------------------------
+
+HONEST: dict[str, tuple] = {
+    "none": ("none", []), "tilt": ("tilt", []), "sgd": ("sgd", []), "lora and tilt": ("lora and tilt", []),
+    "adapters alone": ("lora", [], ALONE), "a cache": ("cache", [], ALONE),
+    "small batches": ("cache", [], dict(**ALONE, ttt_batch_size=2)),
+    "whole windows": ("none", [], dict(eval_stride=0)), "short windows": ("none", [], dict(eval_seq_len=8)),
+    "constant tilt": ("tilt", [], dict(ngram_beta_by_share=0, ngram_base_beta=1)),
+    "one adapter": ("cache", [], dict(**ALONE, ttt_lora_on="head", ttt_lora_rank=2)),
+    "rows in another order": ("none", [("sorted(windows, key=lambda w: (w.begin - w.end, w.begin))",
+                                        "sorted(windows, key=lambda w: w.begin)")]),
+    "scores in float64": ("none", [("nats = softcapped_cross_entropy(logits, targets, softcap)",
+                                    "nats = softcapped_cross_entropy(logits.double(), targets, softcap).float()")]),
+    "a loop instead of a product": ("none", [("scorer.ledger.record(some, scorer.nats(", "for i in range(1):\n"
+                                              "                    scorer.ledger.record(some, scorer.nats(")]),
+    "batches by length alone": ("cache", [("key=lambda batch: (-batch.cost, batch.documents))",
+                                           "key=lambda batch: batch.documents)")], ALONE),
+    "another optimizer": ("cache", [("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8")],
+                          ALONE),
+    "two steps a chunk": ("cache", [("                optimizer.step()\n",
+                                     "                optimizer.step()\n                optimizer.step()\n")],
+                          ALONE),
+    "plain SGD without clipping": ("sgd", [("            clip_([flat], flat.norm(), self.CLIP)\n", "")],
+                                   dict(ttt_chunk_tokens=60)),
+    "hints of one length": ("tilt", [], dict(ngram_rules="1:0.4:1")),
+    "one phase": ("cache", [], dict(phased_ttt_num_phases=1)),
+    "tilt clamped in float32": ("tilt", [(".double()\n    of_hint", ".float().double()\n    of_hint")]),
+}
+"""Mode, edits and knobs: the same evaluation in other words, and other lawful evaluations."""
 
 
-@pytest.mark.parametrize("mode, knobs", [("tilt", {}), ("lora", ALONE), ("lora and tilt", {}), ("sgd", {})])
-def test_the_program_passes(mode: str, knobs: dict):
-    findings = audit.audit(subject(tg, **MODES[mode], **knobs))
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_passes(name: str, plant):
+    mode, edits, knobs = (*HONEST[name], {})[:3]
+    findings = audit.audit(subject(plant(name, edits) if edits else tg, **{**MODES[mode], **knobs}))
     assert not failures(findings), evidence.table(findings)
     codes = {f.code for f in findings}
-    assert codes == {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8"} | ({"D9"} if "tilt" in mode else set())
+    assert codes == {"D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8"} | ({"D9"} if "tilt" in mode else set()) or \
+        not edits
 
 
 def test_probes_look_where_something_was_learned():
     """Probed targets include states after adapters and shared weights learned, and hints right and wrong."""
     s = subject(tg, **MODES["lora and tilt"])
-    base = s.score()
-    positions = audit.choose(s, base, np.random.default_rng(0))
+    base, positions = s.plain, s.positions
     assert len(np.unique(base.shared)) == 3 and len(np.unique(base.own)) > 8
     betas, hints = base.hints[1].numpy()[positions] > 0, base.hints[0].numpy()[positions]
     right = hints == s.ids[1:][positions]
     assert (betas & right).any() and (betas & ~right).any()
     assert (base.shared[positions] != base.shared[0]).any()
+    assert (s.ends - s.starts).max() > s.cfg.eval_seq_len + s.cfg.eval_stride  # several windows
 
 
 # -- programs that break a rule ------------------------------------------------------------------------
 
 
 class Plant(NamedTuple):
-    """A change of the program's text that breaks one ruling, and the probe and condition that must notice."""
+    """A change of the program's text that breaks one ruling, and the condition that must be named."""
     ruling: str
     mode: str
     edits: list[tuple[str, str]]
-    expected: tuple[str, str]
+    expected: str
     knobs: dict[str, object] = {}
 
 
@@ -137,62 +169,207 @@ CALIBRATE = 'with run.phase("calibrate", "train"):'
 
 PLANTS = {
     "adapters learn before the score": Plant("A", "lora", [
-        (SCORED, AGAIN + SCORED)], ("D2", "C3"), ALONE),
+        (SCORED, AGAIN + SCORED)], "C3", ALONE),
     "shared weights learn before the score": Plant("A", "sgd", [
         ("            score_windows(model, windows[cuts[c]:",
          "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
-         "            score_windows(model, windows[cuts[c]:")], ("D2", "C3")),
+         "            score_windows(model, windows[cuts[c]:")], "C3"),
     "minimum over two passes": Plant("B", "lora", [
-        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], ("D5", "C4"), ALONE),
+        (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], "C4", ALONE),
     "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
-         'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], ("D2", "C1")),
+         'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], "C1"),
     "mass added to the hint alone": Plant("E", "tilt", [
-        ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], ("D3", "C2")),
+        ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], "C2"),
     "the lookup context holds the target": Plant("E", "tilt", [
-        ("return hints[:-1], betas[:-1]", "return hints[1:], betas[1:]")], ("D2", "C2")),
+        ("return hints[:-1], betas[:-1]", "return hints[1:], betas[1:]")], "C2"),
     "hints counted from the whole stream": Plant("E", "tilt", [
         ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
-        ("D9", "C1")),
+        "C1"),
     "tilt only where the hint comes true": Plant("F", "tilt", [
-        (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (hints == targets)")], ("D3", "C2")),
+        (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (hints == targets)")], "C2"),
     "smearing across documents": Plant("L", "none", [
-        ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], ("D6", "C1")),
+        ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], "P"),
     "attention across documents": Plant("L", "none", [
-        (MASK, "return (back >= 0).expand(len(batch.positions), 1, -1, -1)")], ("D6", "C1")),
+        (MASK, "return (back >= 0).expand(len(batch.positions), 1, -1, -1)")], "P"),
     "attention to later ids": Plant("C1", "none", [
-        (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], ("D1", "C1")),
+        (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], "C1"),
     "keys and values of the documents before": Plant("L", "cache", [
         ("cache = KeyValueCache(cfg.eval_seq_len) if",
          'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
-        ("D6", "C1"), ALONE),
+        "P", ALONE),
     "adapters averaged over the batch": Plant("P", "lora", [
         (UPDATED, UPDATED + "                for peer in w.parameters:\n"
          "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")],
-        ("D6", "C1"), ALONE),
+        "P", ALONE),
     "the last chunk is not scored": Plant("C4", "lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
-         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], ("D5", "C4"), ALONE),
-    "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, ("D1", "C3")),
+         "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], "C4", ALONE),
+    "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, "C3"),
     "shared weights learn from all parts": Plant("A", "lora", [
         ("starts = range(0, stop, cfg.ttt_chunk_tokens)", "starts = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
         ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
          "sgd.learn(at, min(at + cfg.ttt_chunk_tokens, val.num_targets),")],
-        ("D1", "C3")),
+        "C3"),
     "the ledger tells less than was learned": Plant("A", "sgd", [
         ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
-         "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], ("D2", "C3")),
+         "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], "C3"),
     "updates are not in the ledger": Plant("A", "sgd", [
-        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)", "pass")], ("D4", "C3")),
+        ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)", "pass")], "C3"),
     "the ledger counts a target twice": Plant("C4", "none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
-         "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], ("D5", "C4")),
+         "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], "C4"),
     "the length of a document sets its chunks": Plant("C1", "lora", [
         ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
         ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
          "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
          "    return sorted((DocumentBatch(tuple(rows), tuple(range(0, size[rows[0]] + 4, "
-         "2 if size[rows[0]] <= 8 else 4)),")], ("D1", "C1"), ALONE),
+         "2 if size[rows[0]] <= 8 else 4)),")], "C1", dict(**ALONE, ttt_chunk_size="4")),
+}
+
+
+RETURNED, WRITTEN = "return nats.detach(), nats", "self.nats[targets] = nats.detach().float().cpu()"
+TOTAL, COUNTED = "float(nats.double().sum())", "int(target_bytes.sum(dtype=np.int64))"
+LOGITS, ELEMENTWISE = 'logits = w.linear("head", None, hidden).flatten(0, -2)', "    # Elementwise, so that"
+RATE = "lr=cfg.ttt_lora_lr, "
+KEEP = """    for own, kept in zip(w.parameters, globals().get("kept", ())):
+        own.data.copy_(kept.expand_as(own))
+"""
+PLANTS |= {  # the first two tens, written with the probes
+    "losses are clamped": Plant("G", "none", [(RETURNED, "return nats.detach().clamp_max(3.0), nats")], "C2"),
+    "the ledger clamps losses": Plant("B", "none", [(WRITTEN, f"{WRITTEN}.clamp_max(3.0)")], "C4"),
+    "special targets are left out": Plant("O", "none", [
+        (TOTAL, "float(nats.double()[target_bytes > 1].sum())")], "accounting"),
+    "the tail is left out": Plant("O", "none", [
+        (TOTAL, "float(nats.double()[:len(nats) // 8 * 8].sum())")], "accounting"),
+    "one target too many": Plant("O", "none", [("total / len(nats),", "total / (1 + len(nats)),")], "accounting"),
+    "every BOS has a byte": Plant("O", "none", [(COUNTED, f"{COUNTED} + len(self.starts)")], "accounting"),
+    "rare ids are cheaper": Plant("F", "none", [
+        (RETURNED, "return torch.where(targets > 35, 0.9 * nats, nats).detach(), nats")], "C2"),
+    "a temperature for each chunk": Plant("D", "none", [
+        (RETURNED, "return min((softcapped_cross_entropy(logits, targets, softcap * s) for s in (0.9, 1.0, 1.1)), "
+                   "key=lambda x: float(x.sum())).detach(), nats")], "C1"),
+    "a look ahead beyond position 9": Plant("C1", "none", [
+        (MASK, MASK.replace("(back >= 0)", "(back >= -1 * (batch.positions[:, :, None] > 9).int())"))], "C1"),
+    "a warm start from long documents": Plant("P", "cache", [
+        (ELEMENTWISE, KEEP + ELEMENTWISE), ("            cache.advance(size)\n", """            cache.advance(size)
+            if rows.total > 20:
+                globals()["kept"] = [p.data.mean(0, keepdim=True) for p in w.parameters]
+""")], "P", ALONE),
+    "the better of two for each chunk": Plant("B", "lora", [
+        (SCORED, AGAIN + "                nats = min((first, nats), key=lambda x: float(x.sum()))\n" + SCORED)],
+        "C4", ALONE),
+    "frequencies of the whole stream": Plant("C1", "none", [(LOGITS, LOGITS + " + torch.from_numpy(np.bincount("
+        "self.val.ids, minlength=model.cfg.vocab_size)).float().log1p()")], "C1"),
+    "hidden states see targets": Plant("D", "none", [("        return norm(x)\n\n    def total_loss",
+        "        return norm(x + 0.3 * self.tok_emb[batch.targets.clamp_min(0)])\n\n    def total_loss")], "C1"),
+    "ends of documents are free": Plant("B", "none", [
+        (WRITTEN, WRITTEN + "\n        self.nats[self.starts[1:] - 1] = 0")], "C4"),
+    "a rate by the number of documents": Plant("P", "cache", [
+        (RATE, "lr=cfg.ttt_lora_lr * len(scorer.val.starts) / 7, ")], "P", ALONE),
+    "a rate by the score so far": Plant("P", "cache", [
+        (RATE, "lr=cfg.ttt_lora_lr * (1 + float(scorer.ledger.nats.mean())), ")], "P", ALONE),
+    "long documents learn first": Plant("A", "lora", [
+        (SCORED, AGAIN.replace("if learns:", "if learns and rows.total > 16:") + SCORED)], "C3", ALONE),
+    "the last chunk is learned first": Plant("A", "sgd", [
+        ("            score_windows(model, windows[cuts[c]:",
+         "            if c == count - 1:\n                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
+         "            score_windows(model, windows[cuts[c]:")], "C3"),
+    "the truth as a hint here and there": Plant("F", "tilt", [
+        ("return hints[:-1], betas[:-1]", "betas[3:-1:7], hints[3:-1:7] = cfg.ngram_base_beta, ids[4::7].int()\n"
+                                          "    return hints[:-1], betas[:-1]")], "C1"),
+    "a sum that is clamped": Plant("E", "tilt", [(".clamp_max(1.0), betas", ".clamp_max(0.1), betas")], "C2"),
+}
+
+
+PLANTS |= {  # the fourth and fifth ten, written afterwards from the rules and the evaluation alone
+    "a step on the chunk before its score, in late phases": Plant("A", "cache", [
+        (SCORED, AGAIN.replace("if learns:", "if learns and ledger.phase > 0:") + SCORED)], "C3"),
+    "windows overlap by one": Plant("B", "none", [
+        ("windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))",
+         "windows.append(Window(max(begin, first - (seq_len - stride)), stop, first - 1))")], "C4"),
+    "the stream begins later": Plant("B", "none", [("windows += [Window(begin, stop, begin)] * (stop > begin)",
+                                                    "windows += [Window(begin, stop, begin + 1)] * (stop > begin)")],
+                                     "C4"),
+    "a mean over the batch in the head": Plant("P", "none", [
+        (LOGITS, LOGITS + "\n        logits = logits + 0.1 * logits.mean(0)")], "P"),
+    "logits beyond the alphabet are dropped": Plant("E", "none", [
+        (LOGITS, LOGITS + "\n        own = targets[:, None].clamp_min(0)\n        logits = logits.scatter(-1, "
+                          "logits.topk(20, largest=False).indices, -1e4).scatter(-1, own, logits.gather(-1, own))")],
+        "C2"),
+    "momentum of the adapters goes on": Plant("P", "cache", [
+        (ELEMENTWISE, "    w.parameters[0].data.add_(globals().setdefault('drift', torch.zeros(1)))\n" + ELEMENTWISE),
+        (UPDATED, UPDATED + "                globals()['drift'] += 0.1 * w.parameters[0].data.mean()\n")], "P", ALONE),
+    "shared weights learn a document too far": Plant("A", "cache", [
+        ("stop = spans[i][1]\n", "stop = min(spans[i][1] + 6, val.num_targets)\n")], "C3"),
+    "an update that is entered in advance": Plant("A", "sgd", [
+        ("        score(i)\n        if begin < end",
+         "        scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)\n"
+         "        score(i)\n        if begin < end")], "C4"),
+    "hints by the next id's count": Plant("E", "tilt", [("best, count, earlier = best_continuations(", "best, count, "
+        "earlier = (x.roll(-1) for x in best_continuations("), ("order, cfg.vocab_size)\n        share",
+                                                                "order, cfg.vocab_size))\n        share")], "C1"),
+    "a strength by the truth": Plant("F", "tilt", [
+        ("        at = numbers.flatten()",
+         "        self.hints = (self.hints[0], self.hints[1] * (1 + (self.hints[0] == "
+         "torch.from_numpy(self.val.ids[1:].astype(np.int64)))))\n        at = numbers.flatten()")], "C2"),
+    "documents of more than 20 targets look ahead": Plant("C1", "none", [
+        (MASK, MASK.replace("(back >= 0)", "(back >= -1 * (batch.positions.max() > 13).int())"))], "C1"),
+    "the second pass counts": Plant("B", "sgd", [
+        ("            score_windows(model, windows[cuts[c]:cuts[c + 1]], scorer, f\"chunk "
+         "{c + 1}/{count}\")\n", """            some = windows[cuts[c]:cuts[c + 1]]
+            score_windows(model, some, scorer, "one")
+            learn(c)
+            kept = scorer.ledger.nats.clone()
+            scorer.ledger.times.zero_()
+            score_windows(model, some, scorer, "two")
+            scorer.ledger.nats = torch.minimum(kept, scorer.ledger.nats)
+            scorer.ledger.times.fill_(1)
+""")], "C4"),
+    "bytes by the model's vocabulary": Plant("O", "none", [
+        (COUNTED, "int((target_bytes + (target_bytes == 1)).sum())")], "accounting"),
+    "a loss in another unit": Plant("O", "none", [("total / math.log(2) / text_bytes", "total / 0.7 / text_bytes")],
+                                    "accounting"),
+    "the cache forgets to end with a document": Plant("L", "cache", [
+        ("        self.past, self.new, self.length = self.new, {}, self.length + size",
+         "        kept = {k: tuple(x + 1e-2 * x.mean(0) for x in v) for k, v in self.new.items()}\n"
+         "        self.past, self.new, self.length = kept, {}, self.length + size")],
+        "P", ALONE),
+    "peers share their gradients": Plant("P", "cache", [
+        (UPDATED, "                for own in w.parameters:\n"
+                  "                    own.grad += 0.1 * own.grad.roll(1, 0)\n" + UPDATED)], "P", ALONE),
+    "scores fall with the chunk's mean": Plant("D", "cache", [(SCORED, SCORED.replace(
+        "nats.view", "(nats * (1 - 0.01 * float(nats.mean() > 3))).view"))], "C4", ALONE),
+    "a gate that opens at rare targets": Plant("F", "none", [
+        (LOGITS, LOGITS + "\n        logits = logits * torch.where(targets > 33, 1.1, 1.0)[:, None]")], "C2"),
+    "weights are nudged while scoring": Plant("A", "none", [
+        (RETURNED, "model.q_gain.data.mul_(1.0001)\n            return nats.detach(), nats")], "C3"),
+    "a document's last chunk borrows from the next": Plant("C1", "cache", [
+        ("self.ids = torch.from_numpy(ids).to(device)", "self.ids = torch.from_numpy(ids).to(device)\n        "
+         "self.ids[:, 1] = int(val.ids[-1])")], "C1", ALONE),
+    # the sixth ten
+    "adapters only where they help": Plant("B", "lora", [(SCORED,
+        "            plain = scorer.nats(model, model(inputs, layers, base, cache)[:, -size:], "
+        "rows.targets[:, begin:end], rows.numbers[:, begin:end], base)[0]\n"
+        "            nats = torch.where(plain.mean() < nats.mean(), plain, nats)\n" + SCORED)], "C4", ALONE),
+    "a hint only where it helps": Plant("E", "tilt", [
+        ("    return (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)).float()",
+         "    return torch.minimum(nats, (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)))"
+         ".float()")], "C2"),
+    "a hint that counts its own target": Plant("E", "tilt", [("highest[:-1])[(index - 1).clamp_min_(0)]",
+                                                              "highest[:-1])[index]")], "C1"),
+    "windows belong to the chunk of their end": Plant("A", "sgd", [
+        ("[window.first for window in windows]", "[window.end - 1 for window in windows]")], "C3"),
+    "rows that run on": Plant("A", "sgd", [
+        ("(at, min(at + seq_len, stop))", "(at, min(at + seq_len, len(self.ids) - 1))")], "C3"),
+    "learned, then scored": Plant("A", "sgd", [("        score(i)\n        if begin", "        if begin < end:\n"
+                                                "            learn(i)\n        score(i)\n        if begin")], "C3"),
+    "a mask that is off by one": Plant("C1", "cache", [
+        ("return ((back >= 0) & (back < self.cache_len))", "return ((back >= -1) & (back < self.cache_len))")],
+        "C1", ALONE),
+    "smearing from the right": Plant("C1", "none", [("e.roll(1, dims=1)", "e.roll(-1, dims=1)")], "C1"),
+    "outliers are trimmed": Plant("B", "none", [
+        (TOTAL, "float(nats.double().sort().values[:-2].sum())")], "accounting"),
 }
 
 
@@ -220,41 +397,68 @@ def plant(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_violation_is_named(name: str, plant):
-    _, mode, edits, expected, knobs = PLANTS[name]
-    findings = audit.audit(subject(plant(name, edits), **{**MODES[mode], **knobs}))
-    assert expected in failures(findings), evidence.table(findings)
+    _, mode, edits, expected, *knobs = PLANTS[name]
+    found = []
+    for finding in audit.looks(subject(plant(name, edits), **{**MODES[mode], **(knobs[0] if knobs else {})})):
+        found.append(finding)
+        if finding.failed and finding.condition == expected:
+            return
+    pytest.fail(evidence.table(found))
 
 
 # -- rehearsal: data in the right order ----------------------------------------------------------------
 
+SCORE = "score, digest = adapted_score(model, scorer)\n"
+VAL_FILE = 'np.fromfile(next(cfg.dataset_dir.glob("fineweb_val_0*")), dtype="<u2", offset=1024)'
 REHEARSED = {
-    "as it is": ([], set()),
+    "as it is": ([], set()), "as it is, with hints": ([], set(), dict(ngram_base_beta=2)),
     "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
-                                        'cfg.dataset_dir, "fineweb_val")')], {("A2", "C3")}),
-    "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {("A2", "accounting")}),
+                                        'cfg.dataset_dir, "fineweb_val")')], {"C3"}),
+    "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {"accounting"}),
     "training data while scoring": ([('        run.log("val_data"', "        TokenStream(cfg.dataset_dir, "
-                                      '"fineweb_train").read(0, 9)\n        run.log("val_data"')],
-                                    {("A2", "accounting")}),
-    "the specimen of records/pr1485_illegal": ([], {("A2", "C3")}),
+                                      '"fineweb_train").read(0, 9)\n        run.log("val_data"')], {"accounting"}),
+    "the specimen of records/pr1485_illegal": ([], {"C3"}),
+    # the third ten
+    "the weights before quantization": ([(SCORE, SCORE.replace("model", "average or model"))], {"accounting"}),
+    "hints off the clock": ([('with run.phase("ngram", "eval"):', 'with run.phase("ngram"):')], {"accounting"},
+                            dict(ngram_base_beta=2)),
+    "a side door to validation": ([(CALIBRATE, f"{CALIBRATE}\n        {VAL_FILE}")], {"C3"}),
+    "a file beside the artifact": ([(SCORE, SCORE + '        (Path(cfg.log_dir).parent / "cache.txt").write_text("x")'
+                                     "\n")], {"C1"}),
+    "half of the time": ([("self.charged[self.budget] += now - self.charged_until",
+                           "self.charged[self.budget] += 0.5 * (now - self.charged_until)")], {"accounting"}),
+    "weights that know validation": ([("    blob, path = fit_to_cap(", "    with torch.no_grad():\n        "
+        f"model.q_gain += 0.01 * float({VAL_FILE}.std())\n    blob, path = fit_to_cap(")], {"C3"}),
+    "a verdict of its own": ([(SCORE, SCORE + "        score = score._replace(val_loss=0.99 * score.val_loss)\n")],
+                             {"accounting"}),
+    "controls have bytes": ([("base, space = np.zeros(n, dtype=np.int32)", "base, space = np.ones(n, dtype=np.int32)")],
+                            {"accounting"}),
+    "another program": ([(SCORE, SCORE + '        __import__("subprocess").run(["true"])\n')], {"accounting"}),
+    "a stream cut short": ([("        ids = stream.read(0, len(stream))\n        target_bytes = side",
+                             "        ids = stream.read(0, len(stream) // 32 * 32)\n        target_bytes = side")],
+                           {"accounting"}),
 }
+"""Edits, the conditions that must be named, knobs."""
 
 
-def rehearsed(module: ModuleType, ids: np.ndarray, dataset: dict[str, str]) -> list[evidence.Finding]:
-    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **dataset})
+def rehearsed(module: ModuleType, ids: np.ndarray, dataset: dict[str, str], **knobs: object) -> list[evidence.Finding]:
+    cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **knobs, **dataset})
     return audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
 
 
 @pytest.mark.parametrize("name", REHEARSED)
 def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str], plant, monkeypatch):
-    edits, expected = REHEARSED[name]
+    edits, expected, knobs = (*REHEARSED[name], {})[:3]
     module = plant(name, edits)
+    before = vars(module.TokenStream)["read"]
     if "specimen" in name:
         monkeypatch.setattr(train_on_validation, "EPOCHS", 1)
         train_on_validation.break_the_rule(module)
     ids = tg.TokenStream(Path(dataset["data_path"]), "fineweb_val").read(0, 300).astype(np.int64)
-    findings = rehearsed(module, ids, dataset)
-    assert failures(findings) == expected, evidence.table(findings)
-    assert module.TokenStream.__module__ == module.__name__  # nothing of the rehearsal stays behind
+    findings = rehearsed(module, ids, dataset, **knobs)
+    assert expected <= {f.condition for f in findings if f.failed}, evidence.table(findings)
+    assert expected or not failures(findings), evidence.table(findings)
+    assert vars(module.TokenStream)["read"] is before and not audit.WATCHERS  # nothing of the rehearsal stays behind
 
 
 @pytest.mark.parametrize("edits, token, words", [
@@ -277,12 +481,14 @@ BYTE_PIECE = "base[i] = 1 if"
     ("as it is", []),
     ("the space counted twice", [(TEXT_BYTES, 'len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
     ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3 if")]),
+    ("spaces after BOS", [(" & ~self.boundary[before])", ")")]),
 ])
 def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict[str, str], plant):
     import sentencepiece
     sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
     texts = ["two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x"]
-    ids = np.array([i for text in texts for i in (tg.BOS_ID, *sp.encode(text))])
+    space = [sp.piece_to_id("\u2581")]  # the normaliser would strip it
+    ids = np.array([i for text in texts for i in (tg.BOS_ID, *space * (text[:1] == " "), *sp.encode(text))])
     (finding,) = audit.probe_bytes(plant(name, edits), Path(dataset["tokenizer_path"]), ids, 512)
     assert finding.ok == (name == "as it is"), finding
 
@@ -299,33 +505,55 @@ def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: p
 # -- logs ----------------------------------------------------------------------------------------------
 
 
-def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "pack val_data") -> Path:
-    """A finished run's JSON lines, with some figures of the verdict replaced."""
-    end = 1100.0 + gap
+def log(path: Path, edit: dict[str, object], gap: float = 0.0, order: str = "pack val_data", **events: dict) -> Path:
+    """A finished run's JSON lines, with some figures of the verdict and of other events replaced."""
+    end, tokens, size = 1100.0 + gap, 40_540_803, 151_080_891
     phase = {"event": "phase", "budget": "none"}
-    lines = [{"seconds": 0.1, "event": "config", "max_wallclock_seconds": 600.0, "vocab_size": 8192,
-              "caseops_enabled": False},
-             {**phase, "seconds": 600.0, "name": "train", "phase_seconds": 600.0}]
-    lines += [{"seconds": 600.0, "event": name} for name in order.split()]
-    tokens, size = 40_540_803, 151_080_891
-    verdict = dict(seconds=end, event="verdict", val_loss=2.7, val_bpb=2.7 / np.log(2) * tokens / size,
-                   tokens=tokens, bytes=size, artifact_bytes=15_900_000, code_bytes=40_000, cap_bytes=16_000_000,
-                   train_seconds=590.0, eval_seconds=500.0, total_seconds=end)
-    lines += [{**phase, "seconds": end, "name": "score", "phase_seconds": 500.0}, {**verdict, **edit}]
-    path.write_text("\n".join(map(json.dumps, lines)))
+    verdict = dict(val_loss=2.7, val_bpb=2.7 / np.log(2) * tokens / size, tokens=tokens, bytes=size,
+                   artifact_bytes=15_900_000, code_bytes=40_000, cap_bytes=16_000_000, train_seconds=600.0,
+                   eval_seconds=500.0, total_seconds=end) | edit
+    sums = dict(targets=[tokens], bytes=[verdict["bytes"]], nats=[2.7 * tokens])
+    config = dict(max_wallclock_seconds=600.0, vocab_size=8192, caseops_enabled=False, ttt="lora")
+    told = {"start": {}, "config": config,
+            "artifact": dict(sha256=hashlib.sha256(BLOB).hexdigest()), "places": dict(position=sums, length=sums),
+            "val_data": dict(targets=tokens, bytes=verdict["bytes"]), "score": dict(val_loss=verdict["val_loss"]),
+            "warning": {}, "pack": {}, "val_probe": {}}
+    told = {name: {"event": name, **values, **events.get(name, {})} for name, values in told.items()}
+    lines = [(0.0, told["start"]), (0.1, told["config"]), (0.2, told["warning"]),
+             (600.0, {**phase, "name": "train", "budget": "train", "phase_seconds": 600.0}),
+             *((600.0, told[name]) for name in order.split()), (600.0, told["artifact"]),
+             (end, {**phase, "name": "score", "budget": "eval", "phase_seconds": 500.0}), (end, told["places"]),
+             (end, told["score"]), (end, {"event": "verdict", **verdict})]
+    path.write_text("\n".join(json.dumps({"seconds": seconds, **event}) for seconds, event in lines))
     return path
 
 
-@pytest.mark.parametrize("name,edit,more,expected", [
-    ("as it should be", {}, {}, ""), ("training over its budget", dict(train_seconds=602.0), {}, "A1"),
-    ("evaluation over its budget", dict(eval_seconds=631.0), {}, "A1"), ("an untimed gap", {}, dict(gap=51.8), "A1"),
-    ("validation first", {}, dict(order="val_data pack"), "A2"), ("another loss", dict(val_loss=2.6), {}, "A3"),
-    ("probed while training", {}, dict(order="val_probe pack val_data"), "A2"),
-    ("bytes counted twice", dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {}, "A3"),
-    ("over the cap", dict(artifact_bytes=16_024_793, code_bytes=164_793), {}, "A4"),
-    ("another artifact", dict(code_bytes=30_000), {}, "A4")])
-def test_a_log_is_checked(name: str, edit: dict, more: dict, expected: str, tmp_path: Path):
-    findings = evidence.audit_log(log(tmp_path / "r.jsonl", edit, **more), 15_860_000)
+BLOB = bytes(15_860_000)
+FORGED = {
+    "as it should be": ({}, {}, ""), "training over its budget": (dict(train_seconds=602.0), {}, "A1"),
+    "evaluation over its budget": (dict(eval_seconds=631.0), {}, "A1"), "an untimed gap": ({}, dict(gap=51.8), "A1"),
+    "validation first": ({}, dict(order="val_data pack"), "A2"), "another loss": (dict(val_loss=2.6), {}, "A3"),
+    "probed while training": ({}, dict(order="val_probe pack val_data"), "A2"),
+    "bytes counted twice": (dict(bytes=176_332_748, val_bpb=2.7 / np.log(2) * 40_540_803 / 176_332_748), {}, "A3"),
+    "over the cap": (dict(artifact_bytes=16_024_793, code_bytes=164_793), {}, "A4"),
+    "another size": (dict(code_bytes=30_000), {}, "A4"),
+    "nothing": (dict(val_bpb=None), {}, "A3"), "endless": (dict(eval_seconds=1e300), {}, "A1"),
+    "a few bytes more": (dict(bytes=151_210_000, val_bpb=2.7 / np.log(2) * 40_540_803 / 151_210_000), {}, "A3"),
+    "half the loss": (dict(val_loss=1.35, val_bpb=1.35 / np.log(2) * 40_540_803 / 151_080_891), {}, "A3"),
+    "a budget of its own": (dict(train_seconds=3000.0), dict(config=dict(max_wallclock_seconds=3600.0)), "A1"),
+    "less time than its phases": (dict(train_seconds=90.0), {}, "A1"),
+    "another artifact": ({}, dict(artifact=dict(sha256="0" * 64)), "A4"),
+    "other knobs": ({}, dict(config=dict(ttt="sgd")), "A4"),
+    "a marked run": ({}, dict(warning=dict(text="this run is illegal (C3)")), "A2"),
+    "another stream": ({}, dict(val_data=dict(targets=9_662_464)), "A3"),
+    "another score": ({}, dict(score=dict(val_loss=2.9)), "A3"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_log_is_checked(name: str, tmp_path: Path):
+    edit, more, expected = FORGED[name]
+    findings = evidence.audit_log(log(tmp_path / "r.jsonl", edit, **more), BLOB, dict(ttt="lora"))
     wanted = {(expected, "C3" if expected == "A2" else "accounting")} if expected else set()
     assert failures(findings) == wanted, evidence.table(findings)
 
@@ -360,6 +588,36 @@ def test_a_source_is_scanned(name: str, tmp_path: Path):
         script.write_text(text)
         bad = [f for f in evidence.static_audit(script, {}) if not f.ok]
         assert {(f.code, f.condition, f.suspect) for f in bad} == {(*expected, suspect)}, bad
+
+
+HIDDEN = "import socket\n"
+PACKED = base64.b64encode(HIDDEN.encode()).decode()
+CONCEALED = {
+    "a string that is run": {"train_gpt.py": f"exec({HIDDEN!r})"},
+    "base64": {"train_gpt.py": f"import base64\nexec(base64.b64decode({PACKED!r}))"},
+    "bz2 behind a name": {
+        "train_gpt.py": f"import bz2\nx = {bz2.compress(HIDDEN.encode())!r}\nexec(bz2.decompress(x))"},
+    "a wrapper in a wrapper": {"train_gpt.py": "import zlib\nexec(zlib.decompress(" + repr(zlib.compress(
+        f"import zlib\nexec(zlib.decompress({zlib.compress(HIDDEN.encode())!r}))".encode())) + "))"},
+    "written backwards": {"train_gpt.py": f"exec({HIDDEN[::-1]!r}[::-1])"},
+    "a file that is run": {"train_gpt.py": "exec(open('model.bin').read())"},
+    "a computed name": {"train_gpt.py": "__import__('so' + 'cket')"},
+    "a package": {"train_gpt.py": "from parts.net import x\n", "parts/__init__.py": "", "parts/net.py": HIDDEN},
+    "the second script": {"train_gpt.py": "x = 1\n", "train_gpt_eval.py": HIDDEN},
+    "a folder below": {"train_gpt.py": "x = 1\n", "tools/fetch.py": HIDDEN},
+    "another library": {"train_gpt.py": "import httpx\n"},
+    "weights in two files": {"train_gpt.py": "x = 1\n", "a.bin": "x" * 9_000_000, "b.bin": "x" * 9_000_000},
+    "a table in a text": {"train_gpt.py": "x = 1\n", "a.bin": "x" * 9_000_000, "table.txt": "x" * 9_000_000},
+    "a library of machine code": {"train_gpt.py": "x = 1\n", "fast.so": "x"},
+}
+
+
+@pytest.mark.parametrize("name", CONCEALED)
+def test_what_is_packed_or_hidden_is_named_or_suspect(name: str, tmp_path: Path):
+    for file, text in {"model.bin": "x", **CONCEALED[name]}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert {f.condition for f in evidence.static_audit(tmp_path, {}) if not f.ok} == {"accounting"}
 
 
 def test_lawful_sources_pass(tmp_path: Path):
@@ -416,8 +674,8 @@ def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path,
     assert audit.main([str(tmp_path / "r.bin"), *knobs, f"SCRIPT={tg.__file__}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
-    assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass accounting=pass"
-    assert {line.split()[0] for line in lines[1:-1]} == {"A2", *(f"D{i}" for i in range(1, 10))}
+    assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass P=pass accounting=pass"
+    assert {line.split()[0] for line in lines[1:-1]} == {"A2", "A4", *(f"D{i}" for i in range(1, 10))}
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import ast
 import base64
+import binascii
+import bz2
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -26,7 +29,7 @@ from tools.common import ToolError
 from tools.logs import events, last, pairs, readable
 
 ROOT = Path(__file__).resolve().parents[1]
-CONDITIONS = ("C1", "C2", "C3", "C4", "accounting")
+CONDITIONS = ("C1", "C2", "C3", "C4", "P", "accounting")
 CAP = 16_000_000
 
 
@@ -35,7 +38,7 @@ class Finding(NamedTuple):
     code: str
     """Probe of the rules: D1..D9, A1..A4, S1..S5, P1..P9."""
     condition: str
-    """C1..C4 or accounting."""
+    """C1..C4, P or accounting."""
     ok: bool
     figures: str
     """What was measured."""
@@ -111,7 +114,16 @@ CASEOPS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 TOKENS_PER_BYTE = {"fineweb10B_sp1024": 0.4105, "fineweb10B_sp4096": 1 / 3.322, "fineweb10B_sp8192": 0.26834,
                    CASEOPS: 47_851_520 / 151_074_309}
 """Of the whole validation set under the published tokenizers (rules 1.4)."""
+TEXT_BYTES = 151_080_891
+"""Of the whole published validation set, whatever plain tokenizer counts them (#1804)."""
+OFFICIAL = {"fineweb10B_sp1024": ((62_021_632, 62_022_655), (TEXT_BYTES, TEXT_BYTES)),
+            "fineweb10B_sp8192": ((40_540_160, 40_542_207), (TEXT_BYTES, TEXT_BYTES)),
+            CASEOPS: ((47_853_343, 47_853_343), (151_074_309, 151_090_000))}
+"""Least and most targets and bytes of the published sets. Where only a score without the tail was published (a multiple
+of 1,024 or 2,048 targets), the tail is the width of the range."""
 VALIDATION = re.compile(r"(^|_)val(id|idation)?(_|$)", re.I)
+TRACK_SECONDS = 600.0
+"""Of training, and again of evaluation, on the record track."""
 
 
 def dataset_name(caseops: bool, vocab_size: object) -> str:
@@ -128,8 +140,21 @@ def validated_early(log: Sequence[Mapping[str, Any]]) -> bool:
     return trained and (not packed or any(i < packed[-1] for i in opened))
 
 
-def audit_log(path: Path, blob_bytes: int | None) -> list[Finding]:
-    """Ask A1..A4 of a run's JSON lines; `blob_bytes`: size of the audited artifact.
+def charged(phases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the seconds of each budget by the phases alone; what a phase inside another takes is its own."""
+    totals, open_phases = {"train": 0.0, "eval": 0.0}, []
+    for phase in phases:  # a phase is logged when it ends, after those inside it
+        begin, inner = phase["seconds"] - phase["phase_seconds"], 0.0
+        while open_phases and open_phases[-1][0] >= begin - 0.005:
+            inner += open_phases.pop()[1]
+        open_phases.append((begin, phase["phase_seconds"]))
+        totals[phase["budget"]] = totals.get(phase["budget"], 0.0) + phase["phase_seconds"] - inner
+    return totals
+
+
+def audit_log(path: Path, blob: bytes | None, knobs: Mapping[str, Any] | None = None,
+              seconds: float = TRACK_SECONDS) -> list[Finding]:
+    """Ask A1..A4 of a run's JSON lines; the audited artifact's bytes and knobs; `seconds`: the track's budgets.
 
     Raises `ToolError` where the run is not finished.
     """
@@ -138,45 +163,97 @@ def audit_log(path: Path, blob_bytes: int | None) -> list[Finding]:
     if verdict is None:
         raise ToolError(f"LOG={path}: holds no verdict; give the .jsonl of a finished run")
     findings = Findings()
+    names = ("val_loss", "val_bpb", "tokens", "bytes", "artifact_bytes", "code_bytes", "cap_bytes", "train_seconds",
+             "eval_seconds", "total_seconds")
+    broken = [name for name in names if isinstance(verdict.get(name), bool)
+              or not isinstance(verdict.get(name), (int, float)) or not 0 <= verdict[name] < math.inf]
+    if broken:
+        return [finding("A3", "accounting", False, f"{broken[0]}={verdict.get(broken[0])}", "no number of a score")]
 
-    phases = [(e["seconds"] - e["phase_seconds"], e["seconds"]) for e in log if e["event"] == "phase"]
+    begun = max((i for i, e in enumerate(log) if e["event"] == "start"), default=0)  # a run that goes on starts again
+    phases = [e for e in log[begun:] if e["event"] == "phase"]
     gap, at, total = 0.0, 0.0, float(verdict["total_seconds"])
-    for begin, end in [*phases, (total, total)]:
+    spans = [(e["seconds"] - e["phase_seconds"], e["seconds"]) for e in phases]
+    for begin, end in [*sorted(spans), (total, total)]:
         gap, at = max(gap, begin - at), max(at, end)
+    gap = max(gap, verdict["seconds"] - total)
     findings.test("A1", "accounting", gap <= max(2.0, 0.02 * total), f"largest_gap={gap:.2f}s of {total:.1f}s",
                   "the clock has an untimed gap", "no untimed gap between the phases")
-    findings.test("A2", "C3", not validated_early(log), f"phases={len(phases)}",
-                  "validation data was opened before the artifact was written: rulings A, C",
+    marks = [str(e.get("text")) for e in log if e["event"] == "warning" and "illegal" in str(e.get("text"))]
+    early = "validation data was opened before the artifact was written: rulings A, C"
+    findings.test("A2", "C3", not marks and not validated_early(log), f"phases={len(phases)} marks={len(marks)}",
+                  early if validated_early(log) else f"the run says so itself: {''.join(marks[:1])}",
                   "validation data was opened after the artifact was written")
-    limits = {"train": float(config.get("max_wallclock_seconds") or math.inf),
-              "eval": float(config.get("eval_seconds_budget") or 600.0)}
-    spent = {budget: float(verdict[f"{budget}_seconds"]) for budget in limits}
+    limits = {"train": min(seconds, float(config.get("max_wallclock_seconds") or math.inf)),
+              "eval": min(seconds, float(config.get("eval_seconds_budget") or math.inf))}
+    told = {budget: float(verdict[f"{budget}_seconds"]) for budget in limits}
+    spent = {budget: max(told[budget], by_phase) for budget, by_phase in charged(phases).items() if budget in told}
     over = [budget for budget in limits if spent[budget] > limits[budget]]
-    findings.test("A1", "accounting", not over, " ".join(f"{b}={spent[b]:.1f}/{limits[b]:g}s" for b in limits),
-                  f"over budget: {', '.join(over)}: rulings I, J", "both budgets are kept")
+    hidden = [b for b in told if told[b] < spent[b] - max(0.5, 0.01 * spent[b])]
+    findings.test("A1", "accounting", not over and not hidden,
+                  " ".join(f"{b}={spent[b]:.1f}/{limits[b]:g}s" for b in limits),
+                  f"over budget: {', '.join(over)}: rulings I, J" if over else
+                  f"the verdict has {', '.join(f'{b}={told[b]:.1f}s' for b in hidden)}, its phases have more",
+                  "both budgets are kept")
 
-    ratio = verdict["tokens"] / verdict["bytes"]
+    ratio = verdict["tokens"] / max(1, verdict["bytes"])
     fits = math.isclose(verdict["val_loss"] / math.log(2) * ratio, verdict["val_bpb"], rel_tol=1e-5)
-    published = None
+    published, official = None, True
     if verdict["tokens"] > 10_000_000:  # the whole validation set
-        folder = Path(config.get("data_path") or "").name
-        published = TOKENS_PER_BYTE.get(folder or dataset_name(config.get("caseops_enabled"), config.get("vocab_size")))
+        name = Path(config.get("data_path") or "").name or dataset_name(config.get("caseops_enabled"),
+                                                                         config.get("vocab_size"))
+        published = TOKENS_PER_BYTE.get(name)
+        official = all(low <= verdict[what] <= high
+                       for what, (low, high) in zip(("tokens", "bytes"), OFFICIAL.get(name, ())))
     possible = math.isclose(ratio, published, rel_tol=1e-3) if published else 0.1 < ratio <= 1
-    findings.test("A3", "accounting", fits and possible, f"tokens_per_byte={ratio:.5f} published={published or 'no'}",
+    findings.test("A3", "accounting", fits and possible and official,
+                  f"tokens_per_byte={ratio:.5f} published={published or 'no'}",
                   "tokens, bytes and val_bpb do not fit together, or not the dataset: ruling O",
                   "tokens, bytes and val_bpb fit together")
+    findings += other_events(log, verdict)
     size, cap = verdict["artifact_bytes"], min(CAP, verdict["cap_bytes"])
-    mismatch = blob_bytes is not None and blob_bytes + verdict["code_bytes"] != size
+    mismatch = blob is not None and len(blob) + verdict["code_bytes"] != size
     findings.test("A4", "accounting", size < cap and not mismatch, f"bytes={size:,} cap={cap:,}",
                   "code and weights exceed the cap, or are not those of the log: ruling Q",
                   "code and weights are under the cap")
+    if blob is not None:
+        scored, own = (last(log, "artifact") or {}).get("sha256"), hashlib.sha256(blob).hexdigest()
+        findings.test("A4", "accounting", scored == own, f"sha256={own[:16]} log={str(scored)[:16]}",
+                      "the log is of another artifact: ruling Q", "the log is of this artifact")
+    odd = [name for name, value in (knobs or {}).items() if name in config and config[name] != value]
+    if knobs is not None:
+        findings.test("A4", "accounting", not odd, f"knobs={len(knobs)} {' '.join(odd[:3])}".rstrip(),
+                      "the log's knobs are not the artifact's: ruling Q", "the log's knobs are the artifact's")
     return findings
+
+
+def other_events(log: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> list[Finding]:
+    """A3: the verdict against what the same log says elsewhere: the score, the stream, nats and bytes by place."""
+    wrong = []
+    score, stream, places = (last(log, event) or {} for event in ("score", "val_data", "places"))
+    pairs_of = [(score, "val_loss", verdict["val_loss"]), (score, "val_bpb", verdict["val_bpb"]),
+                (stream, "targets", verdict["tokens"]), (stream, "bytes", verdict["bytes"]),
+                (stream, "validation", verdict.get("validation"))]
+    wrong += [name for told, name, value in pairs_of if name in told and told[name] != value]
+    for by in ("position", "length"):
+        held = places.get(by) or {}
+        wrong += [f"{of} by {by}" for of, value in (("targets", verdict["tokens"]), ("bytes", verdict["bytes"]), (
+            "nats", verdict["val_loss"] * verdict["tokens"])) if held and not math.isclose(
+                math.fsum(held[of]), value, rel_tol=1e-5)]
+    lost = [name for name, told in (("score", score), ("val_data", stream), ("places", places)) if not told]
+    return [finding("A3", "accounting", not wrong and not lost, f"wrong={len(wrong)} missing={len(lost)}",
+                    f"the verdict is not what the log says elsewhere: {', '.join(wrong)}: ruling Q" if wrong else
+                    f"the log lacks {', '.join(lost)}: not enough to refute its verdict",
+                    "the verdict is what the log says elsewhere", suspect=not wrong)]
 
 
 # -- sources ---------------------------------------------------------------------------------------------
 
-NETWORK = {"socket", "urllib", "requests", "huggingface_hub", "http", "ftplib"}
-OUTSIDE = {"subprocess", "ctypes"}
+NETWORK = set("socket urllib requests huggingface_hub http ftplib urllib3 httpx aiohttp wget gdown boto3 paramiko "
+              "kagglehub smtplib telnetlib xmlrpc pycurl".split())
+OUTSIDE = set("subprocess ctypes cffi datasets gcsfs s3fs fsspec google modelscope marshal pickle dill cloudpickle "
+              "zipimport runpy".split())
+"""What runs, reads or fetches something that the sources do not show."""
 FREEZING = re.compile(r"serialize|quantize|gptq|calibrat|pack_|save_model", re.I)
 LEARNING = re.compile(r"(^|_)(ttt|adapt|finetune|fine_tune|train)", re.I)
 ADAPTING = re.compile(r"(^|_)(ttt|adapt|finetune|fine_tune)", re.I)
@@ -190,7 +267,13 @@ WORD_TABLE = re.compile(r"(boundary|starts?_new_word|word_start)", re.I)
 NEAR_CAP = 20_000
 """Runs of one program differ by up to this many bytes (#1978)."""
 CODE = (".c", ".cpp", ".cu", ".h", ".hpp", ".so", ".sh")
+OPAQUE = (".so", ".pyc", ".pyd", ".pyz", ".egg", ".whl", ".zip", ".tar", ".tgz")
+"""Programs that cannot be read here."""
 WEIGHTS = (".bin", ".ptz", ".xz", ".lzma", ".zst", ".br", ".lrz", ".npz", ".pt", ".pkl")
+PAPERS = (".md", ".txt", ".log", ".json", ".jsonl", ".csv", ".png", ".svg", ".pdf", ".html", ".env", ".yml", ".toml",
+          ".model", ".vocab")
+"""Files beside a submission that it does not need in order to be scored; tokenizers are not counted, either."""
+LARGEST_PAPER = 1 << 20
 UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError, tokenize.TokenError)
 """What Python's parser and tokenizer raise for a source that is none, or is nested without end."""
 LARGEST_SOURCE = 1 << 24
@@ -221,39 +304,112 @@ def called(node: ast.Call) -> str:
     return ".".join([*([f.id] if isinstance(f, ast.Name) else []), *parts])
 
 
-def literal(node: ast.AST) -> bytes | None:
-    """Return the bytes of a constant, also through b85decode, b64decode and .encode(); None for anything else."""
-    if isinstance(node, ast.Constant):
-        value = node.value
-        if isinstance(value, str):
-            value = value.encode("latin-1", "replace")
-        return value if isinstance(value, bytes) else None
-    if isinstance(node, ast.Call):
-        name = called(node).rsplit(".", 1)[-1]
-        if name == "encode" and isinstance(node.func, ast.Attribute):
-            return literal(node.func.value)
-        inner = literal(node.args[0]) if node.args else None
-        if inner is not None and name in ("b85decode", "b64decode", "a85decode"):
-            return getattr(base64, name)(inner)
+UNPACKERS = {"b85decode": base64.b85decode, "a85decode": base64.a85decode, "b64decode": base64.b64decode,
+             "b32decode": base64.b32decode, "b16decode": base64.b16decode, "unhexlify": binascii.unhexlify,
+             "fromhex": lambda data: bytes.fromhex(data.decode()), "a2b_base64": binascii.a2b_base64}
+RUNNERS = {"exec", "eval", "compile", "builtins.exec", "builtins.eval", "builtins.compile"}
+
+
+def decompressed(data: bytes) -> bytes | None:
+    """Return what LZMA, zlib, gzip or bz2 have packed; None for anything else, also for a stream that is cut short.
+
+    Raises `ToolError` for more than LARGEST_SOURCE.
+    """
+    for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj(47), zlib.decompressobj(-15),
+                   bz2.BZ2Decompressor()):
+        with contextlib.suppress(lzma.LZMAError, zlib.error, OSError):
+            program = reader.decompress(data, LARGEST_SOURCE + 1)
+            if len(program) > LARGEST_SOURCE:
+                raise ToolError(f"a wrapper unpacks to more than {LARGEST_SOURCE:,} bytes")
+            if reader.eof:
+                return program
     return None
 
 
+def literal(node: ast.AST, known: Mapping[str, bytes | None] = {}) -> bytes | None:
+    """Return the bytes of a constant expression, None for anything else; `known`: names that are constants, too.
+
+    Also through decoders, decompressors, `+`, `[::-1]`, `"".join([...])`, bytes([...]).
+    """
+    def inside(inner: ast.AST) -> bytes | None:
+        return literal(inner, known)
+
+    if isinstance(node, ast.Constant):
+        value = node.value.encode("latin-1", "replace") if isinstance(node.value, str) else node.value
+        return value if isinstance(value, bytes) else None
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        parts = [inside(part) for part in node.elts]
+        return None if None in parts else b"".join(part for part in parts if part is not None)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = inside(node.left), inside(node.right)
+        return None if left is None or right is None else left + right
+    if isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "::-1":
+        value = inside(node.value)
+        return value and value[::-1]
+    if not isinstance(node, ast.Call):
+        return None
+    name = called(node).rsplit(".", 1)[-1] or (node.func.attr if isinstance(node.func, ast.Attribute) else "")
+    if name in ("encode", "decode", "strip") and isinstance(node.func, ast.Attribute):
+        return inside(node.func.value)
+    if name in ("bytes", "bytearray") and node.args and isinstance(node.args[0], (ast.List, ast.Tuple)):
+        with contextlib.suppress(ValueError):
+            return bytes(ast.literal_eval(node.args[0]))
+    data = inside(node.args[0]) if node.args else None
+    if data is None or name in ("bytes", "str", "join", "compile"):
+        return data
+    if name in UNPACKERS:
+        with contextlib.suppress(ValueError, binascii.Error):
+            return UNPACKERS[name](data)
+    return decompressed(data) if "decompress" in name else None
+
+
+def constants(tree: ast.AST) -> dict[str, bytes | None]:
+    """Return the names that are given one constant value, and no other, anywhere in a source."""
+    known: dict[str, bytes | None] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            known[name] = None if name in known else literal(node.value, known)
+    return known
+
+
+def payloads(source: bytes, run: bool = True) -> list[bytes]:
+    """Return the programs inside a source: what it decompresses from constants and, with `run`, runs of them."""
+    found: list[bytes] = []
+    with contextlib.suppress(*UNREADABLE):
+        tree = ast.parse(source)
+        known = constants(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args:
+                name = called(node)
+                data = literal(node, known) if "decompress" in name else None
+                if run and name in RUNNERS:
+                    data = literal(node.args[0], known)
+                if data and data not in found:
+                    found.append(data)
+    return found
+
+
+def programs(source: bytes) -> list[bytes]:
+    """Return a source and all programs in it, however deep (at most 64)."""
+    every = [source]
+    for inner in every:
+        every += [data for data in payloads(inner) if data not in every][:max(0, 64 - len(every))]
+    return every
+
+
 def unwrapped(source: bytes) -> bytes:
-    """Return the program inside a self-extracting wrapper (LZMA or zlib in a literal), else the source itself.
+    """Return the program inside self-extracting wrappers, else the source itself.
 
     Raises `ToolError` for one that unpacks to more than LARGEST_SOURCE.
     """
-    with contextlib.suppress(*UNREADABLE):
-        for node in ast.walk(ast.parse(source)):
-            packed = isinstance(node, ast.Call) and called(node).endswith("decompress") and node.args
-            data = literal(node.args[0]) if packed else None
-            for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj()) if data else ():
-                with contextlib.suppress(lzma.LZMAError, zlib.error):
-                    program = reader.decompress(data, LARGEST_SOURCE + 1)
-                    if len(program) > LARGEST_SOURCE:
-                        raise ToolError(f"a wrapper unpacks to more than {LARGEST_SOURCE:,} bytes")
-                    if reader.eof:
-                        return program
+    for _ in range(8):
+        inner = payloads(source, run=False)
+        if not inner:
+            break
+        source = inner[0]
     return source
 
 
@@ -283,13 +439,13 @@ class Hit(NamedTuple):
 
 def scan(tree: ast.AST) -> list[Hit]:
     """Return what a source shows of the rulings (S2)."""
-    hits: list[Hit] = []
+    hits, known = list[Hit](), constants(tree)
     adds_one = adds_space = 0
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            hits += scan_import(node)
+            hits += scan_import(node, imported(node))
         elif isinstance(node, ast.Call):
-            hits += scan_call(node)
+            hits += scan_call(node, known)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             hits += scan_function(node)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitXor, ast.BitOr)):
@@ -319,19 +475,29 @@ def imported(node: ast.Import | ast.ImportFrom) -> set[str]:
     return {module.split(".")[0] for module in modules}
 
 
-def scan_import(node: ast.Import | ast.ImportFrom) -> list[Hit]:
-    """Return the hits of an import."""
-    roots = imported(node)
-    hits = [Hit(node.lineno, "accounting", "1.1", f"imports {name}: no network in a run") for name in roots & NETWORK]
-    return hits + [Hit(node.lineno, "accounting", "1.1", f"imports {name}: outside code must be counted", False)
+def scan_import(node: ast.AST, roots: set[str]) -> list[Hit]:
+    """Return the hits of an import of these packages."""
+    line = getattr(node, "lineno", 0)
+    hits = [Hit(line, "accounting", "1.1", f"imports {name}: no network in a run") for name in roots & NETWORK]
+    return hits + [Hit(line, "accounting", "1.1", f"imports {name}: outside code must be counted", False)
                    for name in roots & OUTSIDE]
 
 
-def scan_call(node: ast.Call) -> list[Hit]:
-    """Return the hits of a single call."""
+def scan_call(node: ast.Call, known: Mapping[str, bytes | None]) -> list[Hit]:
+    """Return the hits of a single call; `known` as in `literal`."""
     name, hits = called(node), []
     short = name.rsplit(".", 1)[-1]
-    if name in ("os.system", "os.popen") or short in ("load_inline", "CDLL"):
+    if name in RUNNERS and node.args and literal(node.args[0], known) is None and not (
+            name != "compile" and isinstance(node.args[0], ast.Call) and called(node.args[0]) == "compile"):
+        hits.append(Hit(node.lineno, "accounting", "1.1", f"calls {name} on what cannot be read here", False))
+    if short in ("__import__", "import_module") and node.args:
+        module = literal(node.args[0], known)
+        hits += [Hit(node.lineno, "accounting", "1.1", f"calls {name} with a computed name", False)] * (module is None)
+        hits += scan_import(node, {(module or b"").decode("latin-1").split(".")[0]})
+    if name in ("torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file"):
+        hits.append(Hit(node.lineno, "accounting", "1.1", f"calls {name}: no network in a run"))
+    if name in ("os.system", "os.popen") or short in ("load_inline", "CDLL", "run_path", "run_module") or \
+            name.startswith(("os.exec", "os.spawn")):
         hits.append(Hit(node.lineno, "accounting", "1.1", f"calls {name}: outside code must be counted", False))
     if PREQUANT.search(short):
         hits.append(Hit(node.lineno, "C3", "C", f"calls {name}: learns before the weights are frozen", False))
@@ -353,47 +519,65 @@ def scan_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[Hit]:
 
 
 def local_sources(script: Path) -> list[Path]:
-    """Return the script and every file next to it that it imports, directly or not."""
+    """Return the script and every file below its folder that it imports, directly or not."""
     sources, queue = [], [script]
     while queue:
         path = queue.pop()
         if path in sources:
             continue
         sources.append(path)
-        with contextlib.suppress(*UNREADABLE):
-            for node in ast.walk(ast.parse(unwrapped(path.read_bytes()))):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    beside = [script.parent / f"{root}.py" for root in imported(node)]
-                    queue += [p for p in beside if p.is_file()]
+        for source in programs(path.read_bytes()):
+            with contextlib.suppress(*UNREADABLE):
+                for node in ast.walk(ast.parse(source)):
+                    if isinstance(node, (ast.Import, ast.ImportFrom)):
+                        base = path.parent if getattr(node, "level", 0) else script.parent
+                        queue += [p for name in dotted(node) for p in (base / f"{name}.py", base / name / "__init__.py")
+                                  if p.is_file()]
     return sources
 
 
-def static_sources(script: Path) -> list[Finding]:
-    """Ask S1 and S2 of one script and what it imports from its folder."""
+def dotted(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Return every module that an import may open, as paths: `from a.b import c` opens a, a/b and perhaps a/b/c."""
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module, *(f"{node.module}.{name}" for name in names)] if node.module else names
+    return ["/".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts) + 1)]
+
+
+def static_sources(script: Path, others: Sequence[Path] = ()) -> list[Finding]:
+    """Ask S1 and S2 of one script and what it imports from its folder; of `others`, which it may run, suspicions."""
     findings = Findings()
-    for path in local_sources(script):
-        source, tree = unwrapped(path.read_bytes()), ast.Module([], [])
+    own = local_sources(script)
+    for path in [*own, *(p for p in others if p not in own)]:
+        source, hits = unwrapped(path.read_bytes()), []
         try:
-            tree = ast.parse(source, feature_version=(3, 10))
+            ast.parse(source, feature_version=(3, 10))
             lines = newer_fstrings(source.decode("utf-8", "replace"))
             problem = f"line {lines[0]}: an f-string that needs Python 3.12" if lines else ""
         except UNREADABLE as error:
             problem = f"line {getattr(error, 'lineno', 0)}: {str(error) or type(error).__name__}"
-        findings.test("S1", "accounting", not problem, path.name, problem, "parses as Python 3.10")
-        hits = scan(tree)
+        findings.test("S1", "accounting", not problem, path.name, problem, "parses as Python 3.10",
+                      suspect=path not in own)
+        for number, program in enumerate(programs(path.read_bytes())):
+            with contextlib.suppress(*UNREADABLE):
+                hits += [hit for hit in scan(ast.parse(program)) if hit not in hits]
+            if number == 63:
+                hits.append(Hit(0, "accounting", "1.1", "more programs inside one another than are read here", False))
         for hit in hits:
             findings.test("S2", hit.condition, False, f"{path.name}:{hit.line}", f"{hit.text}: ruling {hit.ruling}",
-                          suspect=not hit.certain)
+                          suspect=not hit.certain or path not in own)
         if not hits:
             findings.test("S2", "C3", True, path.name, "", "no pattern of an illegal technique")
     return findings
 
 
-def static_bytes(folder: Path, script: Path) -> Finding:
+def static_bytes(folder: Path, script: Path) -> list[Finding]:
     """Ask S3: bytes of the code that is imported or lies there, and of the weights, or what submission.json says."""
-    code = {p for p in folder.iterdir() if p.suffix in CODE} | set(local_sources(script))
+    files = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    code = {p for p in files if p.suffix in CODE} | set(local_sources(script))
     code_bytes = sum(p.stat().st_size for p in code)
-    weights = max((p.stat().st_size for p in folder.iterdir() if p.suffix in WEIGHTS), default=0)
+    parts = [size for p, size in files.items() if p.suffix in WEIGHTS]
+    weights = max(parts, default=0)
     figures = {}
     for path in sorted(folder.glob("submission*.json"))[:1]:
         figures = readable(path, json.loads, path.read_bytes())
@@ -409,19 +593,30 @@ def static_bytes(folder: Path, script: Path) -> Finding:
         text = f"within {NEAR_CAP:,} bytes of the cap: another seed may exceed it"
     if unknown:
         text += "; of the weights nothing is known: submission.json needs bytes_total and bytes_code"
-    return finding("S3", "accounting", total < CAP and not near and not unknown,
-                   f"bytes={total:,} code={code_bytes:,} files={len(code)}", text, text, suspect=total < CAP)
+    findings = [finding("S3", "accounting", total < CAP and not near and not unknown,
+                        f"bytes={total:,} code={code_bytes:,} files={len(code)}", text, text, suspect=total < CAP)]
+    strange = {p: size for p, size in files.items() if p not in code and p.suffix not in (*WEIGHTS, ".py") and
+               (p.suffix not in PAPERS or size > LARGEST_PAPER)}
+    whole = total + sum(parts) - weights + sum(strange.values())
+    if whole >= CAP > total:
+        findings.append(Finding("S3", "accounting", False, f"bytes={whole:,} files={len(files)}",
+                                "over the cap if all of these files are needed: ruling Q", suspect=True))
+    for path in sorted(p for p in {*strange, *code} if p.suffix in OPAQUE or files.get(p, 0) > LARGEST_PAPER):
+        findings.append(Finding("S3", "accounting", False, f"{path.relative_to(folder)}: {files[path]:,} bytes",
+                                "cannot be read here: ruling 1.1", suspect=True))
+    return findings
 
 
-def spelled(sp: Any, ids: Sequence[int]) -> bytes | None:
-    """Return the UTF-8 bytes of pieces, without the first one's space mark; None where an id stands for no text."""
-    parts = []
-    for number, i in enumerate(ids):
+def spelled(sp: Any, ids: Sequence[int]) -> bytes:
+    """Return the UTF-8 bytes of pieces; a space mark is none at the beginning and behind an id without text."""
+    parts, inside = [], False
+    for i in ids:
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-            return None
-        piece = sp.id_to_piece(i)
-        piece = piece if number else piece.removeprefix("\u2581")
+            inside = False
+            continue
+        piece = sp.id_to_piece(i) if inside else sp.id_to_piece(i).removeprefix("\u2581")
         parts.append(bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else piece.replace("\u2581", " ").encode())
+        inside = True
     return b"".join(parts)
 
 
@@ -433,7 +628,7 @@ def static_tokenizer(path: Path) -> Finding:
     except (OSError, RuntimeError) as error:
         raise ToolError(f"TOKENIZER={path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
     sizes = load_module(ROOT / "train_gpt.py").TokenBytes.build(sp).base
-    wrong = sum(int(sizes[i]) != len(spelled(sp, [i]) or b"") for i in range(sp.vocab_size()))
+    wrong = sum(int(sizes[i]) != len(spelled(sp, [i])) for i in range(sp.vocab_size()))
     alone = sp.piece_to_id("\u2581") != sp.unk_id()
     return finding("S4", "accounting", not wrong and alone,
                    f"pieces={sp.vocab_size()} wrong={wrong} lone_space={int(alone)}",
@@ -462,12 +657,14 @@ def static_audit(path: Path, options: Mapping[str, str]) -> list[Finding]:
         raise ToolError(f"{unknown[0]}: --static takes TOKENIZER and DATA_PATH alone")
     scripts = [path] if path.is_file() else []
     if path.is_dir():
-        scripts = sorted(path.glob("train_gpt*.py")) or sorted(path.glob("*.py"))
+        every = sorted(path.rglob("*.py"))
+        scripts = sorted(path.glob("train_gpt*.py")) or sorted(path.glob("*.py")) or every
+        scripts += [p for p in every if p not in scripts]
     if not scripts:
         raise ToolError(f"{path}: no such script, nor a folder that holds one")
-    findings = static_sources(scripts[0])
+    findings = static_sources(scripts[0], scripts[1:])
     if path.is_dir():
-        findings.append(static_bytes(path, scripts[0]))
+        findings += static_bytes(path, scripts[0])
     if "TOKENIZER" in options:
         findings.append(static_tokenizer(Path(options["TOKENIZER"])))
     if "DATA_PATH" in options:

@@ -340,7 +340,8 @@ def check_logs(folder: Path, paths: Sequence[Path], told: Mapping[str, Any], tra
         if "error" in log and order.index("error") > ([*log, "start"]).index("start"):  # it did not go on after it
             findings.test("P1", "package", False, name, f"the run ended in an error: {log['error'].get('text')}")
         if not lost:
-            findings += [f._replace(figures=f"{name}: {f.figures}") for f in audit_log(folder / name, None)]
+            findings += [f._replace(figures=f"{name}: {f.figures}")
+                         for f in audit_log(folder / name, None, seconds=track.seconds)]
     if all(set(EVENTS) <= set(log) for log in logs.values()):
         verdicts = (folder / "audit.txt").read_text(encoding="utf-8") if (folder / "audit.txt").is_file() else ""
         verdict = next((line for line in reversed(verdicts.splitlines()) if line.startswith("verdict ")), "")
@@ -521,15 +522,17 @@ def config_lines(module: Any, config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: Path) -> str:
-    """Return the report of `audit.py` on one artifact under its run's knobs. Raises `Refuted` if it refutes the score.
+def dynamic_audit(artifact: Path, log: Path, config: Mapping[str, Any], script: Path, seconds: float) -> str:
+    """Return the report of `audit.py` on one artifact under its run's knobs and its track's budgets of `seconds`.
+
+    Raises `Refuted` if it refutes the score.
     """
     from tools import audit
     machine = ("device", "dtype", "compile", "attention", "kernels", "run_id", "eval_only", "seconds", "event")
     knobs = [f"{name.upper()}={typed_text(value)}" for name, value in config.items() if name not in machine]
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(io.StringIO()):
-        status = audit.main([str(artifact), f"LOG={log}", f"SCRIPT={script}", *knobs])
+        status = audit.main([str(artifact), f"LOG={log}", f"BUDGET={seconds:g}", f"SCRIPT={script}", *knobs])
     if status:
         raise Refuted(f"{artifact}: the audit refutes the score:\n{screen.getvalue()}".rstrip())
     return screen.getvalue()
@@ -638,7 +641,9 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
         if f"{stem}.jsonl" in files:
             raise ToolError(f"{path}: a second run of one seed; a submission has one run of each seed")
         files |= {f"{stem}.jsonl": path.read_bytes(), f"{stem}.log": path.with_suffix(".txt").read_bytes()}
-    refuse([f for path in paths for f in readable(path, audit_log, path, None)])  # before the audit takes minutes
+    seconds = TRACKS[track].seconds
+    # Before the audit of the artifact, which takes minutes.
+    refuse([f for path in paths for f in readable(path, lambda p: audit_log(p, None, seconds=seconds), path)])
     config = logs[0]["config"]
     told = {"author": options["AUTHOR"], "github_id": options["GITHUB_ID"], "name": name.replace("_", " "),
             "blurb": options.get("BLURB", f"{logs[0]['verdict']['parameters']:,} parameters, preset "
@@ -651,7 +656,7 @@ def submit(name: str, runs: Sequence[str], options: Mapping[str, str]) -> Path:
     packed = packed_source(script, paths[0], logs[0])
     source, knobs = script.read_bytes(), readable(paths[0], config_lines, load_module(script), config)
     step(f"2 of 3: auditing {artifacts[0]}, which is scored again, whole and changed; it may take minutes")
-    report = dynamic_audit(artifacts[0], paths[0], config, script)
+    report = dynamic_audit(artifacts[0], paths[0], config, script, seconds)
     told["compliance"]["audit"] = report.rstrip().rpartition("\n")[2]
     files |= {"train_gpt.py": packed, "audit.txt": report, "config.env": "\n".join(knobs) + "\n",
               "requirements.txt": requirements(source, (ROOT / "requirements.txt").read_text(encoding="utf-8")),
