@@ -376,7 +376,8 @@ PLANTS |= {  # the fourth and fifth ten, written afterwards from the rules and t
 @pytest.fixture(scope="module")
 def plant(tmp_path_factory: pytest.TempPathFactory):
     """A function that returns the program with some of its text replaced."""
-    folder = tmp_path_factory.mktemp("planted")
+    folder = tmp_path_factory.mktemp("planted") / "tests"  # modules elsewhere are read for constants by hypothesis
+    folder.mkdir()
 
     def planted(name: str, edits: list[tuple[str, str]]) -> ModuleType:
         source = SOURCE
