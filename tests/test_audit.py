@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import lzma
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -286,8 +287,8 @@ PLANTS |= {  # the fourth and fifth ten, written afterwards from the rules and t
     "a step on the chunk before its score, in late phases": Plant("A", "cache", [
         (SCORED, AGAIN.replace("if learns:", "if learns and ledger.phase > 0:") + SCORED)], "C3"),
     "windows overlap by one": Plant("B", "none", [
-        ("windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))",
-         "windows.append(Window(max(begin, first - (seq_len - stride)), stop, first - 1))")], "C4"),
+        ("windows.append(Window(first - (seq_len - stride), stop, first))",
+         "windows.append(Window(first - (seq_len - stride), stop, first - 1))")], "C4"),
     "the stream begins later": Plant("B", "none", [("windows += [Window(begin, stop, begin)] * (stop > begin)",
                                                     "windows += [Window(begin, stop, begin + 1)] * (stop > begin)")],
                                      "C4"),
@@ -676,6 +677,11 @@ def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path,
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
     assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass P=pass accounting=pass"
+    subject, cfg, ids, _ = audit.artifact_subject(tmp_path / "r.bin", {k.upper(): v for k, v in dataset.items()})
+    text = (tmp_path / "r.jsonl").read_text(encoding="utf-8")
+    for said, expected in ((text, set()), (re.sub(r'("nats": \[)\d', r"\g<1>9", text), {("A3", "accounting")})):
+        (tmp_path / "r.jsonl").write_text(said, encoding="utf-8")
+        assert failures(audit.probe_first_documents(tmp_path / "r.jsonl", subject, cfg, ids)) == expected
     assert {line.split()[0] for line in lines[1:-1]} == {"A2", "A4", *(f"D{i}" for i in range(1, 10))}
 
 

@@ -147,6 +147,19 @@ def test_only_the_tokenizer_that_made_the_shards_is_accepted(model, tmp_path):
         tg.tokenizer_path(tiny(data_path=str(tmp_path)))
 
 
+def test_a_score_is_tied_to_validation_shards_and_tokenizer_wherever_they_lie(model, tmp_path):
+    digests = []
+    for folder, ids, tokenizer in (("a", [BOS, 5], model), ("b", [BOS, 5], tmp_path / "copy.model"),
+                                   ("c", [BOS, 6], model), ("d", [BOS, 5], tmp_path / "other.model")):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "fineweb_val_000000.bin", np.array(ids))
+        (tmp_path / "copy.model").write_bytes(model.read_bytes())
+        (tmp_path / "other.model").write_bytes(model.read_bytes() + b"\0")
+        cfg = tiny(data_path=str(tmp_path / folder), tokenizer_path=str(tokenizer))
+        digests.append(tg.validation_digest(cfg))
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 @pytest.mark.parametrize("text", ["[]", "{", "\x00", '{"tokenizer": 3}', '{"tokenizer": {"path": 3}}',
                                   '{"val": {"files": [null]}}'])
 def test_a_manifest_of_another_form_is_one_line(text, model, tmp_path):

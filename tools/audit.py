@@ -1085,7 +1085,7 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
     moved = [name for name in expected if not abs(verdict[name] / again[name] - 1) <= 1e-5]
     first = (last(log, "first_documents") or {}).get("nats", [])
     sums = nats.cumsum()[own.ends[:16] - 1].tolist()
-    hidden = len(first) != len(sums) or largest(np.array(first), np.array(sums)) > 1e-3 * max(1.0, *sums)
+    hidden = len(first) != len(sums) or largest(np.array(first), np.array(sums)) > 1e-5 * max(1.0, *sums)
     slow = [b for b in ("train", "eval") if verdict[f"{b}_seconds"] < 0.8 * stage.seconds[b] - 0.01]
     if told:
         stage.fault("C3", "the artifact's weights depend on the validation tokens: rulings A, C, H, K")
@@ -1171,12 +1171,12 @@ def artifact_subject(path: Path, env: Mapping[str, str]) -> tuple[Subject, Any, 
     cfg = module.on_its_data(cfg, artifact.validation, env)
     stream = module.TokenStream(cfg.dataset_dir, "fineweb_val")
     ids = stream.read(0, min(len(stream), 1 << 20)).astype(np.int64)
-    model, findings = loaded(module, artifact, cfg), probe_header(module, blob, cfg, artifact)
+    model, findings, tokenizer = loaded(module, artifact, cfg), probe_header(module, blob, cfg, artifact), None
     with contextlib.suppress(module.UserError):  # with a side file scoring needs no tokenizer
         tokenizer = module.tokenizer_path(cfg)
     if cfg.caseops_enabled:
         side = module.TokenStream(cfg.dataset_dir, "fineweb_val_bytes").read(1, len(ids))
-        findings += probe_side_file(locals().get("tokenizer"), ids, side, module.BOS_ID)
+        findings += probe_side_file(tokenizer, ids, side, module.BOS_ID)
         tokenizer = None
     return Subject(module, cfg, piece_of_stream(module, cfg, ids), lambda: copy.deepcopy(model), tokenizer), cfg, ids, \
         findings
