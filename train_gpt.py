@@ -1821,7 +1821,7 @@ class GPT(nn.Module):
         return cache.prepare(self.kernels, batch), angle.cos().to(dtype), angle.sin().to(dtype)
 
     def placed(self, batch: Batch, run: Run) -> Batch:
-        """A batch on the device, its places made: a compiler computes them anew in every kernel that rotates."""
+        """A batch on the device with its places, for a compiled graph, which else computes cosines in every kernel."""
         batch = batch.to(run.device)
         return batch._replace(places=self.places(batch, run.dtype))
 
@@ -3122,7 +3122,7 @@ def plan_windows(val: ValData, seq_len: int, stride: int) -> list[Window]:
         windows += [Window(begin, stop, begin)] * (stop > begin)
         while stop < end:
             first, stop = stop, min(stop + stride, end)
-            windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))
+            windows.append(Window(first - (seq_len - stride), stop, first))
     return windows
 
 def pack_rows(windows: Sequence, seq_len: int) -> list[list[Window]]:
@@ -3342,8 +3342,8 @@ class EvalBudget:
         self.done, self.products = self.done + piece, self.products + np.outer(piece, piece)
 
     def seconds_ahead(self) -> float:
-        """Of the work that is left. What a step and a token cost is fitted to the work so far, since on a GPU a step
-        costs as much as 10,000 tokens; STEP_TOKENS, at a hundredth of the weight, decides where pieces are alike."""
+        """Of the work that is left. What a step and a token cost is fitted to the work so far: STEP_TOKENS is a CPU's.
+        At a hundredth of the weight it decides where pieces are alike (docs/LOG.md 2026-11-28)."""
         *done, busy = self.done
         a, y = self.products[:2, :2], self.products[:2, 2]
         little = 0.01 * a.diagonal()
