@@ -55,9 +55,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-# ----------------------------------------------------------------------------------------------------
-# 1 Config: every number that can change a result
-# ----------------------------------------------------------------------------------------------------
+# ======== 1 Config: every number that can change a result
 # One frozen dataclass, flat to its readers; each group of knobs is a base class, so that the model can be handed the
 # model's knobs alone (they travel in the artifact). A knob is one line: its environment name is the field in capitals,
 # the annotation bounds it, the comment is its documentation: `--help` and docs/knobs.md are made from it. The defaults
@@ -390,7 +388,6 @@ class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, D
     @classmethod
     def from_env(cls, env: Mapping, stored: Mapping | None = None) -> Config:
         """The config of a preset, then what an artifact has `stored` (EVAL_ONLY), then variables.
-
         Raises `UserError` for a value that does not parse, an impossible combination, and a variable that looks
         like a knob but is none.
         """
@@ -476,9 +473,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------
-# 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files
-# ----------------------------------------------------------------------------------------------------
+# ======== 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files
 # With one process every collective is the identity, so the code above it has one path. Ranks come from torchrun.
 # Every second between start and end belongs to a phase (`run.phase`), each charged to training, evaluation or neither;
 # the verdict adds them up. Only rank 0 writes. Collectives of CPU tensors go over gloo also where the model is on
@@ -728,6 +723,12 @@ class Run(Ranks):
         torch._dynamo.config.recompile_limit = 64  # a graph for every stage
         return torch.compile(function, dynamic=False, fullgraph=True)
 
+def of_any_size(tensors: Sequence, *dims: int) -> Sequence:
+    """Marks dimensions of tensors to which no compiled graph is to be tied: one serves all their sizes above 1."""
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, [dim for dim in dims if dim < t.dim() and t.size(dim) > 1])
+    return tensors
+
 def write_whole(path: Path, write: Callable):
     """`write(temporary)`, flushed to the disk, becomes `path`; or nothing changes."""
     temporary = path.with_suffix(path.suffix + ".tmp")
@@ -759,9 +760,7 @@ def load_checkpoint(path: Path, like: Mapping) -> tuple:
     return state, tensors
 
 
-# ----------------------------------------------------------------------------------------------------
-# 3 Data: shards -> documents -> batches
-# ----------------------------------------------------------------------------------------------------
+# ======== 3 Data: shards -> documents -> batches
 # A shard is 256 little-endian int32 (magic, version, token count, zeros) and then uint16 ids; every document starts
 # with BOS; documents may run on into the next shard, so the shards of a split are read as one stream. Which row goes
 # where is a pure function of (seed, step): any world size sees the same global batch, and a batch can be rebuilt from
@@ -899,7 +898,6 @@ class TrainData:
 
     def plan_epoch(self, epoch: int) -> tuple:
         """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
-
         Documents and windows are permuted; `coprime` steps through the windows by a random stride that shares no
         divisor with their number (#1060's order, for the corpus as one ring instead of one a shard). All but `none` cut
         the stream into windows at a random phase, so that epochs cut it differently.
@@ -989,7 +987,6 @@ class ValData(NamedTuple):
 def open_validation(cfg: Config) -> tuple:
     """([stream of ids, with CASEOPS_ENABLED that of their bytes], the tokenizer's table of bytes without it, SHA-256 by
     name of the shards that the manifest lists).
-
     By headers and sizes alone: the tokens wait for the frozen artifact. `UserError` where they do not belong together.
     """
     folder, said = cfg.dataset_dir, manifest(cfg.dataset_dir)
@@ -1087,9 +1084,7 @@ def tokenizer_path(cfg: Config) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------
-# 4 Score: bytes of a token, bits per byte, and the ledger in which each target is scored once
-# ----------------------------------------------------------------------------------------------------
+# ======== 4 Score: bytes of a token, bits per byte, and the ledger in which each target is scored once
 # val_bpb = (nats of all targets / ln 2) / (UTF-8 bytes of all targets). A target is every id of the validation stream
 # but the very first; BOS targets cost their nats and count no bytes. Nothing about the model may touch this section.
 # Safe to change: nothing without a referee.
@@ -1143,7 +1138,6 @@ class Score(NamedTuple):
 
 class Ledger:
     """The loss of every target, written exactly once, and every update with the targets that it was made from.
-
     The one declared order is the stream's. `BASE` is the state of the shared weights, other states are numbers of
     documents (adapters). Events are rows (phase, sequence number, kind, state, begin, end) over target numbers: a
     score of [begin, end) with that state, or an update of it. Updates of BASE end a phase.
@@ -1196,7 +1190,6 @@ class Ledger:
 
 def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list[str]:
     """What is illegal about a ledger's events (rows as in `Ledger`), by condition of rules C1, C3, C4; [] if nothing.
-
     C4: score intervals cover the targets once. C3: an update uses only targets scored before it (earlier in its
     document, or in a phase that is over). C1: nothing scored after an update precedes it in the stream, and a
     document's adapters learn from and score that document only.
@@ -1244,9 +1237,7 @@ def by_place(nats: np.ndarray, target_bytes: np.ndarray, val: ValData) -> dict:
             for name, octave in (("position", position), ("length", length))}
 
 
-# ----------------------------------------------------------------------------------------------------
-# 5 Kernels: a plain reference and the fused implementation that must agree with it, picked once
-# ----------------------------------------------------------------------------------------------------
+# ======== 5 Kernels: a plain reference and the fused implementation that must agree with it, picked once
 # The reference is plain PyTorch and right on every device. A fused implementation has the same signature, imports what
 # it needs when it is picked, and is named in the log. Attention is causal and never crosses a document segment.
 # Safe to change: the order of preference. A new implementation needs a test against the reference.
@@ -1271,7 +1262,6 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def varlen_attention(name: str) -> Attention:
     """FlashAttention on flattened rows: PyTorch's own `varlen_attn` with kernel 2 (varlen), or fa3 or fa4 activated.
-
     `ImportError` where a kernel is not to be had: packages flash_attn_interface and flash-attn-4; torch 2.11 or later.
     """
     from torch.nn.attention import activate_flash_attention_impl
@@ -1280,30 +1270,37 @@ def varlen_attention(name: str) -> Attention:
         activate_flash_attention_impl(name.upper())
 
     def run(q, k, v, segments):
-        starts_q, starts_k, longest = segments
-        return varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts_q, starts_k, longest, longest,
+        longest = q.size(1)
+        return varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *segments, longest, longest,
                            window_size=(-1, 0), enable_gqa=True).view_as(q)  # all of a segment up to the token
 
     def prepare(batch):
         # Two tensors: an autograd.Function under `fullgraph` refuses the same one twice. Of any length: one graph.
-        starts = batch.cu_seqlens, batch.cu_seqlens.clone()
-        for each in starts:
-            torch._dynamo.mark_dynamic(each, 0)
-        return *starts, batch.ids.size(1)
+        return of_any_size([batch.cu_seqlens, batch.cu_seqlens.clone()], 0)
 
     return Attention(name, prepare, run)
 
 SDPA = Attention("sdpa", segment_mask, masked_attention)
 
-def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The kernel called `name`, or the best that this machine has; `UserError` if it lacks it."""
+def prove(name: str, kernel: Callable, shapes: Sequence, run: Run):
+    """Runs a kernel once, forward and backward, on tensors of these shapes; where anything in it fails on this machine,
+    a warning names it, and `RuntimeError` lets the caller take the next one."""
+    inputs = [torch.zeros(shape, device=run.device, dtype=run.dtype, requires_grad=True) for shape in shapes]
+    try:
+        run.compiled(kernel)(*inputs).sum().backward()
+    except Exception as error:  # what compilers and drivers raise is of many kinds
+        run.log("warning", text=f"{name} fails on this GPU and is left out: {one_line(error)}")
+        raise RuntimeError(one_line(error)) from error
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype, load: Callable = varlen_attention) -> Attention:
+    """The kernel called `name`, or the best that this machine has and `load` returns; `UserError` if it lacks it."""
     flash = device.type == "cuda" and dtype == torch.bfloat16
     require(name in ("auto", "sdpa") or flash, f"ATTENTION={name}: needs CUDA and DTYPE=bfloat16; use auto")
     generations = {"fa3": (9,), "fa4": (9, 10, 11, 12), "varlen": range(8, 20)}  # fa3: Hopper alone
     for kernel in ("fa3", "fa4", "varlen") * flash:
         if name in (kernel, "auto") and torch.cuda.get_device_capability(device)[0] in generations[kernel]:
             try:
-                return varlen_attention(kernel)
+                return load(kernel)
             except (ImportError, RuntimeError, ValueError) as error:
                 require(name == "auto", f"ATTENTION={name}: not to be had here ({one_line(error)}); use auto")
     require(name in ("auto", "sdpa"), f"ATTENTION={name}: needs a newer GPU; use auto")
@@ -1351,7 +1348,6 @@ tl: Any = None
 def mlp_kernel(a_ptr, b_ptr, pre_ptr, grad_ptr, post_ptr, M, N: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
                BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
     """One [ROWS, COLS] tile of a product, with the MLP's activation in its epilogue.
-
     Forward: pre = a [M,K] times b [N,K] transposed, post = max(pre, SLOPE*pre)^2. Backward: grad = a times b [K,N]
     times the activation's derivative at pre, and post once more, so that it need not be kept.
     """
@@ -1439,7 +1435,14 @@ class Kernels(NamedTuple):
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
     """The kernels of this run: Triton's on a GPU; a compiler fuses the references, and eager runs have their own norm.
     Raises `UserError` where KERNELS=triton cannot be had."""
-    kernels = Kernels(pick_attention(cfg.attention, run.device, run.dtype))
+    def load(name):
+        attention = varlen_attention(name)
+        segments = attention.prepare(random_batch(1, cfg).to(run.device))
+        shapes = [(1, cfg.train_seq_len, n, cfg.head_dim) for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+        prove(f"attention {name}", lambda q, k, v: attention.run(q, k, v, segments), shapes, run)
+        return attention
+
+    kernels = Kernels(pick_attention(cfg.attention, run.device, run.dtype, load))
     if not run.compiles:
         kernels = kernels._replace(rms_norm=EagerRmsNorm.apply, fused="by hand")
     able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
@@ -1447,15 +1450,16 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
             "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
     if able and cfg.kernels != "plain" and not cfg.mlp_rank:  # a low-rank MLP has four products, the fused one two
         try:
-            kernels = kernels._replace(fused="triton", mlp=triton_mlp())
-        except ImportError as error:
-            require(cfg.kernels == "auto", f"KERNELS=triton: cannot be imported here ({error}); use auto")
+            mlp, (width, dim) = triton_mlp(), (cfg.mlp_dim, cfg.model_dim)
+            shapes = [(cfg.micro_batch_tokens, dim), (width, dim), (dim, width)]  # its tiles are chosen by time, here
+            prove("the Triton MLP", lambda *inputs: mlp(*inputs, cfg.mlp_slope), shapes, run)
+            kernels = kernels._replace(fused="triton", mlp=mlp)
+        except (ImportError, RuntimeError) as error:
+            require(cfg.kernels == "auto", f"KERNELS=triton: not to be had here ({one_line(error)}); use auto")
     return kernels
 
 
-# ----------------------------------------------------------------------------------------------------
-# 6 Model: what a matrix is, unrolled layers, one forward
-# ----------------------------------------------------------------------------------------------------
+# ======== 6 Model: what a matrix is, unrolled layers, one forward
 # Which block runs when is data (`unroll_layers`): loop off and loop on are two tuples. A block reads its matrices only
 # through `w.linear(name, layer, x)`, so that training, calibration and evaluation share every gate and norm; where `w`
 # is plain, a kernel may take the MLP's matrices whole. Matrices of one kind lie in one bank [count, O, I]
@@ -1473,7 +1477,6 @@ class Layer(NamedTuple):
 
 def unroll_layers(cfg: ModelKnobs, looped: bool) -> tuple[Layer, ...]:
     """The order in which stored blocks run: pure data, printed in the log.
-
     The first half of the layers (rounded down) is the encoder; the decoder's j-th layer takes the output of the
     encoder's j-th last one.
 
@@ -1542,6 +1545,8 @@ class Weights:
                     values = values * getattr(model, m.scale)[i].to(dtype).unsqueeze(1)
                 parts[m.product, i].append(values)
         # (product, block) -> [O, I]
+        for i, rows in enumerate(model.gate.rows(model.cfg.model_dim) if model.gate else ()):
+            parts["qkv", i].append(rows.to(dtype))
         self.matrices = {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
         self.matrices["head", 0] = model.tok_emb.to(dtype)
 
@@ -1570,7 +1575,6 @@ class Weights:
 
 class RecordingWeights(Weights):
     """Plain weights that also sum what quantization needs to know, over all layers of a block, in fp32.
-
     Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g^2; of every gradient at
     the embedding's output: g g^T, and |g|^2 by id. The model itself needs no gradient.
     """
@@ -1612,7 +1616,6 @@ class RecordingWeights(Weights):
 
 class AdaptedWeights(Weights):
     """Plain weights plus low-rank corrections (LoRA, Hu et al. 2021) of one batch of documents, one set a row.
-
     y + (x A^T) B^T * alpha / r, before the channel scales. A [R, r, I] is the same draw for every row, B [R, O, r]
     starts at zero, so that the first chunk is scored by the plain model, bit for bit. `o` and `mlp` (the whole MLP)
     read the sublayer's normed input (#1530).
@@ -1666,7 +1669,6 @@ NO_CACHE = NoCache()
 
 class KeyValueCache(NoCache):
     """Keys and values of the last `cache_len` tokens of each row's document, computed with the weights of their time.
-
     A chunk attends to them and to itself, so that a token is computed once instead of once a chunk. Gradients end at
     the chunk's start. All rows are at the same position of their documents.
     """
@@ -1708,12 +1710,6 @@ def exclusive(y_RTNH: Tensor, v_RTKH: Tensor) -> Tensor:
 
 GATE_CHANNELS = 12  # that SmearGate and the output and sparse gates read, as in every record
 
-class NoGate(nn.Module):
-    """Attention output passes unchanged."""
-
-    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
-        return y_RTNH
-
 class HeadGate(nn.Module):
     """Multiplies each head's output by outer * sigmoid(inner * (w . n[:G] + b)) of the layer's normed input n."""
 
@@ -1724,24 +1720,30 @@ class HeadGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(weight.shape) if bias else weight)
         self.bias = nn.Parameter(torch.full(weight.shape[:2], bias)) if bias else None
 
-    def forward(self, y_RTNH: Tensor, n_RTD: Tensor, block: int) -> Tensor:
-        weight, bias = (p[block].to(n_RTD.dtype) if p is not None else None for p in (self.weight, self.bias))
-        logit = F.linear(n_RTD[..., :weight.size(1)], weight, bias)
+    def rows(self, dim: int) -> Tensor:
+        """[L, N', D]: the weights as rows of the qkv product, which spares one of 12 inputs. N' is a multiple of 8:
+        attention kernels want rows of whole 16 bytes."""
+        return F.pad(self.weight, (0, dim - self.weight.size(2), 0, -self.weight.size(1) % 8))
+
+    def forward(self, y_RTNH: Tensor, logits_RTG: Tensor, block: int) -> Tensor:
+        """`logits` [R, T, N']: the product of these rows."""
+        logit = logits_RTG[..., :self.weight.size(1)]
+        if self.bias is not None:
+            logit = logit + self.bias[block].to(logit.dtype)
         return y_RTNH * (self.outer * torch.sigmoid(self.inner * logit)).unsqueeze(-1)
 
-def head_gate(cfg: ModelKnobs) -> nn.Module:
-    """The gate that ATTN_GATE names."""
+def head_gate(cfg: ModelKnobs) -> HeadGate | None:
+    """The gate that ATTN_GATE names; None: attention's output passes unchanged."""
     shape = (cfg.num_layers, cfg.num_heads)
     if cfg.attn_gate == "dense":  # reads the whole width (#1736, after Qwen's gated attention)
         return HeadGate(gaussian(0.01, *shape, cfg.model_dim), bias=cfg.gated_attn_bias)
     zeros = torch.zeros(*shape, min(GATE_CHANNELS, cfg.model_dim))
-    gates = {"none": NoGate, "output": functools.partial(HeadGate, zeros, outer=2.0),  # starts as the identity (#1667)
-             "sparse": functools.partial(HeadGate, zeros, inner=0.5)}  # starts at one half (#1787)
-    return gates[cfg.attn_gate]()
+    outer, inner = {"output": (2.0, 1.0), "sparse": (1.0, 0.5)}.get(cfg.attn_gate, (0.0, 0.0))
+    # `output` starts as the identity (#1667), `sparse` at one half (#1787).
+    return HeadGate(zeros, outer, inner) if outer else None
 
 class BigramHash(nn.Module):
     """A hashed embedding of (previous, current) token, projected to D and scaled (#162, form of #1060).
-
     The last bucket is for tokens without a predecessor in their segment. The table starts at zero and the projection
     orthogonal: were both zero, neither would ever get a gradient.
     """
@@ -1839,14 +1841,16 @@ class GPT(nn.Module):
     def attn(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """Attention of one layer on its normed input n [R, T, D]."""
         cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, layer.block
-        qkv = context.w.linear("qkv", layer, n).unflatten(-1, (heads + 2 * kv, cfg.head_dim))
-        q, k, v = qkv.split([heads, kv, kv], dim=2)
+        qkv, logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, kv, kv], dim=2)
         q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
         k = rotate(self.kernels.rms_norm(k), context.cos, context.sin)
         y = context.cache.attend(self.kernels, layer, q, k, v, context.segments)
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
-        return context.w.linear("o", layer, self.gate(y, n, block).flatten(2), side=n)
+        if self.gate is not None:
+            y = self.gate(y, logits, block)
+        return context.w.linear("o", layer, y.flatten(2), side=n)
 
     def skip(self, x: Tensor, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
         """x with the output of the layer's encoder partner, if it has one, mixed in or added."""
@@ -1923,9 +1927,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------
-# 7 Optimizer: update rules are pure functions; communication wraps them
-# ----------------------------------------------------------------------------------------------------
+# ======== 7 Optimizer: update rules are pure functions; communication wraps them
 # ROUTES says for every parameter who updates it, with which learning rate and decay, and how the artifact stores it.
 # Each rank holds the momentum of its own slices of the banks: gradients are summed and scattered, every rank
 # orthogonalises its slices, the updates are gathered and applied everywhere. With one process these are identities.
@@ -1982,7 +1984,6 @@ def orthogonalize(g_KOI: Tensor, steps: Sequence, dtype: torch.dtype) -> Tensor:
 def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | None, mu: float, beta2: float,
                 row_normalize: bool, steps: Sequence, dtype: torch.dtype) -> Tensor:
     """Muon's direction for a stack of matrices, in units of spectral norm; the two states change in place.
-
     Nesterov momentum, rows normalised (MuonEq-R, #1217), orthogonalised, scaled by sqrt(max(1, O/I)). With a second
     moment the rows are rescaled by their own running size at unchanged Frobenius norm (NorMuon, Li et al. 2025).
     """
@@ -2059,7 +2060,6 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """One update from the gradients of all ranks' shares of the loss; returns the gradient norm (a scalar).
-
         Gradients are consumed. `lr_scale` multiplies every peak learning rate. A gradient that is not finite counts
         as zero, and in `skipped`.
         """
@@ -2117,9 +2117,7 @@ class Ema:
         torch._foreach_copy_(self.live, self.average)
 
 
-# ----------------------------------------------------------------------------------------------------
-# 8 Schedule: pure functions of the used fraction of the budget, and the clock that measures it
-# ----------------------------------------------------------------------------------------------------
+# ======== 8 Schedule: pure functions of the used fraction of the budget, and the clock that measures it
 # `progress` runs from 0 to 1 over the budget: seconds of rank 0's clock, or steps. All ranks use the same number.
 # Safe to change: the shape of a schedule.
 
@@ -2154,7 +2152,6 @@ def stages(cfg: Config) -> list[Stage]:
 
 class TrainClock:
     """The used fraction of the training budget, the same on all ranks.
-
     With a budget in seconds, rank 0 measures every few steps (on a GPU, which is waited for then; the host runs ahead
     in between) and broadcasts elapsed time and time a step over gloo; steps between are extrapolated from these.
     Training stops before the step that would cross the budget at the pace of the last ones. With
@@ -2196,9 +2193,7 @@ class TrainClock:
         self.started += self.seconds() - start
 
 
-# ----------------------------------------------------------------------------------------------------
-# 9 Quantization: what an error costs, scales, GPTQ
-# ----------------------------------------------------------------------------------------------------
+# ======== 9 Quantization: what an error costs, scales, GPTQ
 # A matrix becomes integer codes times a scale for each row and column. GPTQ (Frantar et al. 2022) feeds the error of
 # each rounding forward into what is not rounded yet, along the inputs by their Hessian. Where the scales go matters
 # most: SDClip (#1394) gives every row the same rate, k standard deviations over the largest code; `waterfill` gives
@@ -2242,7 +2237,6 @@ class Quantized(NamedTuple):
 
 def inverse_factor(gram_KCC: Tensor, log: Callable = lambda *a, **k: None) -> Tensor:
     """[K, C, C] upper Cholesky factor U of the damped inverse, (gram + damp * mean diagonal)^-1 = U^T U.
-
     Compensated by all later ones, an error e in entry c costs (e / U_cc)^2. Entries never seen get the mean diagonal;
     where a matrix fails, the damping grows tenfold. `LocalError` where that does not help.
     """
@@ -2267,7 +2261,6 @@ SEGMENT = 64  # columns that one path through the trellis covers; each starts in
 
 class Trellis(NamedTuple):
     """Which codes may follow each other along a row (Ungerboeck's code 5/2 in octal, of 4 states).
-
     A state allows the codes of its own parity, every second one. The next bit of the code picks the next state, so that
     a path can reach every code and entropy coding still pays for every second one only.
     """
@@ -2290,7 +2283,6 @@ class Trellis(NamedTuple):
 
 def round_along(target: Tensor, upper: Tensor, grid: Tensor, trellis: Trellis, top: int) -> Tensor:
     """Codes [..., B] of pieces of rows, each error fed forward; the path of least cost through the trellis (Viterbi).
-
     target: [..., B] values to round; upper: [..., B, B] (broadcasts) factor of the columns; grid: [..., B] value of
     the code 1. Every survivor carries its own fed-forward errors. With one state this is GPTQ's column loop.
     """
@@ -2319,7 +2311,6 @@ def round_along(target: Tensor, upper: Tensor, grid: Tensor, trellis: Trellis, t
 def gptq(weight_KRC: Tensor, hessian_factor: Tensor, row_KR: Tensor, column_KC: Tensor, trellis: Trellis, top: int
          ) -> Tensor:
     """int16 codes [K, R, C], at most +-top, of a stack of matrices on the grid of values row x column x code.
-
     hessian_factor: [K, C, C] of the columns (`inverse_factor`). Rows are rounded independently, a segment of columns
     at a time; the rest of the matrix is then updated by one product.
     """
@@ -2395,7 +2386,6 @@ def error_cost(name: str, sums: RecordingWeights, model: GPT) -> tuple:
 
 def waterfill_scales(cost_KR: Tensor, factor_KC: Tensor) -> tuple:
     """(row scales [K, R], column scales [K, C]) at which every matrix loses equally much to rounding.
-
     An error e in row r and column c costs cost_r (e / factor_c)^2. Reverse water-filling (Cover and Thomas, 10.3.3)
     asks for scales ~ cost^-1/2 factor; the rows' exponent is softened, as their cost is an estimate.
     """
@@ -2569,9 +2559,7 @@ class Quantizer:
         return {name: done[name] for name, _, _ in self.model.tensors()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
-# ----------------------------------------------------------------------------------------------------
+# ======== 10 Artifact: tensors <-> bytes, code bytes, fit to the cap
 # Layout: magic, version, length of the header; the header (JSON, Brotli): the knobs of model and score, a digest of the
 # validation shards, global scale of the codes, states of the trellis, streams with coder, raw and packed length; the
 # packed streams; BLAKE2b-128 of all before it.
@@ -2705,7 +2693,6 @@ def histogram(table: np.ndarray) -> Any:
 
 def range_pack(matrices: Sequence, states: int) -> bytes:
     """int16 matrices [R, C] by a range coder with one histogram for each class of expected magnitude (and parity).
-
     Rows' and columns' mean magnitudes travel as side information; histograms are integers, so that both ends compute
     with the same numbers on any machine. Entropy coding as in Deflate's or zstd's static models, over better classes.
     Along the trellis the paths go abreast: one turn codes the next symbol of every stream.
@@ -2869,7 +2856,6 @@ class Artifact(NamedTuple):
 
 def read_header(blob: bytes) -> tuple:
     """Checks magic, version, digest and header of an artifact before anything of its size is allocated.
-
     Returns (model, preset, knobs of the score, digest of the validation, global scale, trellis states, tensors [(name,
     stored, shape)], streams [(name, coder, raw bytes, packed bytes)], where the first stream begins).
     """
@@ -2977,7 +2963,6 @@ def without_prose(source: str) -> str:
 
 def shipped_source(path: Path) -> bytes:
     """The script as a submission ships it: docstrings and comments stripped, LZMA, in a self-extracting wrapper.
-
     A file that is packed already is shipped as it is. The payload is a Latin-1 string literal: 2 % larger than the
     compressed bytes, where base85 costs 25 %. Tracebacks and `inspect` find the source through linecache.
     """
@@ -2996,7 +2981,6 @@ def shipped_source(path: Path) -> bytes:
 
 def search(pack_at: Callable, cap: int, guess: float, finest: float, slope: float, late: Callable) -> bytes:
     """The largest blob that `pack_at` makes within `cap` bytes, to a thousandth of it; empty where none fits.
-
     `pack_at(octaves)` packs with a global scale of 2^octaves: larger is coarser and smaller. From `guess` on, the next
     trial is extrapolated by `slope` (bytes an octave) until one fits and one does not, then interpolated between them.
     Ends at `finest`, or where `late()` says that there is no time for another trial.
@@ -3039,7 +3023,6 @@ def check_cap(model: GPT, code_bytes: int, cfg: Config):
 def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config, run: Run,
                validation: str = "") -> bytes:
     """The packed artifact, as fine as the knobs say or as the cap allows; the same bytes on every rank.
-
     One global scale multiplies all others. Where the cap binds it is guessed from entropies and the packed size of
     nearest codes, and finished with true sizes (`search`). `UserError` when nothing fits.
     """
@@ -3097,9 +3080,7 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
     return blob
 
 
-# ----------------------------------------------------------------------------------------------------
-# 11 Evaluation: one scorer; windows, adapters for each document, learning from what is scored, n-gram tilt
-# ----------------------------------------------------------------------------------------------------
+# ======== 11 Evaluation: one scorer; windows, adapters for each document, learning from what is scored, n-gram tilt
 # A document is scored by itself: a token's context is what precedes it in its document, at most EVAL_SEQ_LEN ids. The
 # target of a document's last token is the next BOS. Whatever adapts follows one order, the stream's: the shared
 # weights learn at the end of a part from targets of it and earlier ones, a document's adapters from its own earlier
@@ -3193,7 +3174,6 @@ def best_continuations(ids: Tensor, number: Tensor, order: Tensor, vocab_size: i
 
 def ngram_hints(ids: Tensor, cfg: Config) -> tuple:
     """The hint of every target: the continuation that its longest trusted context had most often before (#1420).
-
     NGRAM_RULES are tried longest context first; one applies where the best continuation has its least share and the
     context its least number of earlier occurrences. ids [N] int64 -> ids [N-1] int32, strengths [N-1] (0: no hint);
     both depend on the ids before the target alone.
@@ -3215,7 +3195,6 @@ def ngram_hints(ids: Tensor, cfg: Config) -> tuple:
 
 def tilted(nats: Tensor, logits: Tensor, targets: Tensor, hints: Tensor, betas: Tensor, softcap: float) -> Tensor:
     """Nats under p'(y) = p(y) e^(beta [y = hint]) / Z with Z = 1 + p(hint) (e^beta - 1).
-
     nats, targets, hints, betas [M]; logits [M, V] before the softcap. beta depends on ids before the target, never on
     the target, so that p' is a distribution fixed before the target is looked at.
     """
@@ -3286,7 +3265,6 @@ def tokens_run(begin: int, end: int, cfg: Config) -> int:
 
 def plan_batches(documents: np.ndarray, lengths: np.ndarray, cfg: Config, world: int) -> list[DocumentBatch]:
     """Every document (numbers, targets of each) in one batch, costliest batch first.
-
     Neighbours in length share a batch while the padding costs less than steps of their own, up to TTT_BATCH_SIZE rows,
     and fewer where the ranks would otherwise have too few batches, or too long ones, to share evenly.
     """
@@ -3321,7 +3299,6 @@ def assign_to_ranks(batches: Sequence, world: int) -> list:
 
 class EvalBudget:
     """Watches the projected end of evaluation: while it lies beyond EVAL_SECONDS_BUDGET, nothing adapts.
-
     What does not adapt is still scored, by what has been learned: no target is ever left out. Waiting for other ranks
     counts as time; as the pace of this rank's work only within a chunk of TTT=sgd, which all ranks end together.
     """
@@ -3360,19 +3337,26 @@ class EvalBudget:
         self.cut |= late
         return not late
 
-def score_documents(model: GPT, documents: np.ndarray, scorer: Scorer, budget: EvalBudget, name: str):
+def score_documents(model: GPT, batches: Sequence, scorer: Scorer, budget: EvalBudget, name: str):
     """Scores whole documents, each with adapters that learn from its own chunks once these are scored."""
-    val, run = scorer.val, scorer.run
-    batches = plan_batches(documents, (val.stops - val.starts)[documents], scorer.cfg, run.world)
-    mine = assign_to_ranks(batches, run.world)[run.rank]
     model.requires_grad_(False)
     with torch.no_grad():
-        base = Weights(model, run.dtype)
-    with run.progress(sum(batch.cost for batch in mine), name, "tok") as bar:
-        for batch in mine:
+        base = Weights(model, scorer.run.dtype)
+    with scorer.run.progress(sum(batch.cost for batch in batches), name, "tok") as bar:
+        for batch in batches:
             for cost in adapt_and_score(model, base, batch, scorer, budget):
                 bar.update(cost)
     model.requires_grad_(True)
+
+def warmup_adapters(model: GPT, cfg: Config, run: Run):
+    """Compiles a chunk step on random documents: the graph for one row, and that for any larger number of them.
+    Outside the budget, as #1855; nothing is kept."""
+    size = cfg.ttt_chunk_size
+    ids = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, 6 * size + 1).astype(np.uint16)
+    scorer = Scorer(ValData(ids, np.arange(3) * 2 * size, np.ones(6 * size, dtype=np.int32)), cfg, run)
+    batches = [DocumentBatch(documents, (0, size, 2 * size), 1) for documents in ((0,), (1, 2))]
+    with run.phase("warmup_adapters"):
+        score_documents(model, batches, scorer, EvalBudget(1, cfg, run), "warm-up")
 
 class DocumentRows:
     """The documents of one batch on the device, padded to its last chunk: the inputs and targets of any chunk."""
@@ -3393,10 +3377,10 @@ class DocumentRows:
 
     def inputs(self, first: int, end: int, prefix: int) -> Batch:
         """Positions [first - prefix, end) as a batch; rows that do not start their document count from `first`."""
-        window = self.ids[:, first + 1 - prefix:end + 1]
+        window = self.ids[:, first + 1 - prefix:end + 1].contiguous()
         positions = self.column[first + 1 - prefix:end + 1] - first * (prefix == 0)
         starts = torch.arange(0, window.numel() + 1, window.size(1), device=window.device, dtype=torch.int32)
-        return Batch(window, window, positions.int().expand(len(window), -1), starts)
+        return Batch(window, window, positions.int().repeat(len(window), 1), starts)
 
     def note(self, ledger: Ledger, kind: int, live: np.ndarray, begin: int, end: int):
         """Tells the ledger that the documents `live` (bool) score, or learn from, their targets [begin, end)."""
@@ -3406,7 +3390,6 @@ class DocumentRows:
 def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Scorer, budget: EvalBudget
                     ) -> Iterator[float]:
     """One batch: chunk by chunk, score first, then a step of the adapters on that chunk; yields their costs.
-
     TTT_CONTEXT=cache computes each token once and keeps keys and values; recompute runs the whole window of a chunk
     again with the newest adapters. Both score, and learn from, the chunk's targets alone.
     """
@@ -3417,15 +3400,23 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
     # Elementwise, so that documents stay independent.
     optimizer = torch.optim.AdamW(w.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
                                   weight_decay=cfg.ttt_weight_decay, fused=True)
-    cache = KeyValueCache(cfg.eval_seq_len) if cfg.ttt_context == "cache" else NO_CACHE
+    cache, forward, compiles = KeyValueCache(cfg.eval_seq_len), model.forward, False
+    if cfg.ttt_context == "recompute":
+        cache, forward, compiles = NO_CACHE, run.compiled(model.forward), run.compiles
     for begin, end in zip(batch.edges, batch.edges[1:]):
         size, cost = end - begin, STEP_TOKENS + len(rows.documents) * tokens_run(begin, end, cfg)
         goes_on = rows.lengths > end
         learns = bool(goes_on.any()) and budget.allows()
         with budget.work(cost, steps=1):
             inputs = rows.inputs(end - tokens_run(begin, end, cfg), end, cache.prefix)
-            with torch.set_grad_enabled(learns):
-                hidden = model(inputs, layers, w, cache)[:, -size:]
+            if compiles:  # one graph for all lengths and numbers of rows, the last chunk's included
+                inputs = model.placed(inputs, run)
+                segments, *tables = inputs.places
+                of_any_size([segments] if isinstance(segments, Tensor) else segments, 0, 2, 3)
+                of_any_size([inputs.ids, inputs.positions, *tables], 0, 1)
+                of_any_size(w.parameters, 0)
+            with torch.set_grad_enabled(learns or compiles):
+                hidden = forward(inputs, layers, w, cache)[:, -size:]
                 nats, losses = scorer.nats(model, hidden, rows.targets[:, begin:end], rows.numbers[:, begin:end], w)
             scores[:, begin:end] = nats.view(-1, size)
             rows.note(ledger, Ledger.SCORE, rows.lengths > begin, begin, end)
@@ -3498,7 +3489,6 @@ def score_and_learn(score: Callable, learn: Callable, spans: Sequence, scorer: S
 
 def chunked_sgd(model: GPT, scorer: Scorer):
     """Scores windows of TTT_CHUNK_TOKENS targets, from which the whole model then learns (#1413, #549).
-
     A window belongs to the chunk of its first scored target. Momentum runs on; the rate falls as a cosine over chunks.
     """
     val, cfg = scorer.val, scorer.cfg
@@ -3522,7 +3512,6 @@ def chunked_sgd(model: GPT, scorer: Scorer):
 
 def phased_lora(model: GPT, scorer: Scorer):
     """Scores documents with adapters of their own; after each phase the shared weights learn from all of them so far.
-
     The phases end at equal shares of the first PHASED_TTT_PREFIX_DOCS documents of the stream (#1610, which took the
     longest ones instead). Momentum and rate begin anew in each.
     """
@@ -3532,13 +3521,20 @@ def phased_lora(model: GPT, scorer: Scorer):
     edges = [0, *ends, len(documents)]
     spans = [(0, int(val.starts[end]) if begin < end < len(documents) else 0) for begin, end in zip(edges, edges[1:])]
     sgd = SharedSgd(model, val.ids, cfg, run) if phases else None
-    batches = plan_batches(documents, val.stops - val.starts, cfg, run.world)
-    mine = assign_to_ranks(batches, run.world)[run.rank]
-    steps = sum(len(batch.edges) - 1 for batch in mine)
-    budget = EvalBudget(sum(batch.cost for batch in mine), cfg, run, steps)
+    if run.compiles and cfg.ttt_context == "recompute":
+        warmup_adapters(model, cfg, run)
+
+    def mine(documents):
+        """This rank's batches of these documents."""
+        batches = plan_batches(documents, (val.stops - val.starts)[documents], cfg, run.world)
+        return assign_to_ranks(batches, run.world)[run.rank]
+
+    whole = mine(documents)
+    steps = sum(len(batch.edges) - 1 for batch in whole)
+    budget = EvalBudget(sum(batch.cost for batch in whole), cfg, run, steps)
 
     def score(i):
-        score_documents(model, documents[edges[i]:edges[i + 1]], scorer, budget, f"phase {i + 1}/{len(spans)}")
+        score_documents(model, mine(documents[edges[i]:edges[i + 1]]), scorer, budget, f"phase {i + 1}/{len(spans)}")
 
     def learn(i):
         stop = spans[i][1]
@@ -3561,9 +3557,7 @@ def adapted_score(model: GPT, scorer: Scorer) -> tuple:
     return scorer.ledger.close(val.target_bytes, scorer.run)
 
 
-# ----------------------------------------------------------------------------------------------------
-# 12 Train, main: the story, in order
-# ----------------------------------------------------------------------------------------------------
+# ======== 12 Train, main: the story, in order
 # Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
 
 def stage_loss(model: GPT, stage: Stage, cfg: Config, run: Run) -> Callable:
@@ -3764,7 +3758,7 @@ def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run
     with run.phase("load_artifact", "eval"):
         artifact = unpack(blob, path)
         model = shapes_of(artifact.model).to_empty(device=run.device)  # without initial values: all are loaded
-        model.kernels = pick_kernels(cfg, run)
+        model.kernels = average.kernels if average else pick_kernels(cfg, run)
         load_tensors(model, artifact.tensors)
     run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
             code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes, streams=artifact.streams)

@@ -93,7 +93,7 @@ def test_flash_attention_is_called_as_it_wants_to_be(name: str, varlen: list[str
 @pytest.mark.parametrize("generation, expected", [(7, "sdpa"), (8, "varlen"), (9, "fa3"), (10, "fa4")])
 def test_a_gpu_takes_the_fastest_attention_that_runs_on_it(generation: int, expected: str, varlen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    device, loadable = torch.device("cuda"), tg.varlen_attention
+    device = torch.device("cuda")
     assert tg.pick_attention("auto", device, torch.bfloat16).name == expected
     if generation == 7:
         with pytest.raises(tg.UserError, match="ATTENTION=varlen: needs a newer GPU"):
@@ -102,13 +102,33 @@ def test_a_gpu_takes_the_fastest_attention_that_runs_on_it(generation: int, expe
     def without_packages(name):
         if name != "varlen":
             raise ImportError(f"no {name}")
-        return loadable(name)
+        return tg.varlen_attention(name)
 
-    monkeypatch.setattr(tg, "varlen_attention", without_packages)
-    assert tg.pick_attention("auto", device, torch.bfloat16).name in ("varlen", "sdpa")
+    assert tg.pick_attention("auto", device, torch.bfloat16, without_packages).name in ("varlen", "sdpa")
     if expected.startswith("fa"):
         with pytest.raises(tg.UserError, match=f"ATTENTION={expected}: not to be had here .no {expected}.; use auto"):
-            tg.pick_attention(expected, device, torch.bfloat16)
+            tg.pick_attention(expected, device, torch.bfloat16, without_packages)
+
+
+def test_a_kernel_that_fails_at_its_first_use_is_named_and_the_next_one_taken(varlen, monkeypatch):
+    """FlashAttention 3 may load and yet not compile or run: found before the warm-up, whatever it raises."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    said, cfg, whole = [], tiny(kernels="plain"), tg.varlen_attention
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, compiles=True, is_cuda=True,
+                          compiled=lambda function: function, log=lambda event, **values: said.append(values["text"]))
+
+    def broken(name):
+        def run(q, k, v, segments):
+            raise TypeError("no such argument") if name != "varlen" else KeyError("sm_90")
+        return whole(name)._replace(run=run)
+
+    monkeypatch.setattr(tg, "varlen_attention", broken)
+    choose = tg.pick_attention
+    monkeypatch.setattr(tg, "pick_attention", lambda name, device, *rest: choose(name, torch.device("cuda"), *rest))
+    assert tg.pick_kernels(cfg, run).attention is tg.SDPA
+    assert [text.split(" fails")[0] for text in said] == ["attention fa3", "attention fa4", "attention varlen"]
+    with pytest.raises(tg.UserError, match="ATTENTION=fa3: not to be had here .no such argument.; use auto"):
+        tg.pick_kernels(tiny(kernels="plain", attention="fa3"), run)
 
 
 def test_a_cpu_takes_the_reference_and_refuses_the_others_in_one_line():
