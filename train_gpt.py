@@ -3689,7 +3689,8 @@ class Report:
         if self.losses:
             losses = self.run.all_reduce(torch.stack(self.losses)).tolist()
             first, self.losses, self.loss = step - len(losses) + 1, [], losses[-1]
-            self.run.record("steps", {"first": first, "loss_nats": [round(loss, 5) for loss in losses]})
+            finite = [round(loss, 5) if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
+            self.run.record("steps", {"first": first, "loss_nats": finite})
         return self.loss
 
 def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:

@@ -117,6 +117,24 @@ def test_adaptation_equals_a_loop_over_documents_with_merged_matrices(run: tg.Ru
 # -- the cache -----------------------------------------------------------------------------------------
 
 
+def test_where_the_run_compiles_all_chunks_are_two_graphs_made_before_the_score(run: tg.Run, monkeypatch):
+    """One for a single row, one for any more, of any length; with the scores of the plain program."""
+    graphs, cfg = [], tiny(**ALONE, ttt_context="recompute", ttt_lora_on="v,head", num_layers=2, loop_start=0, loop_end=0,
+                           parallel_start_layer=1, eval_seq_len=24, ttt_batch_size=3)
+    val = val_data([30, 9, 26, 20, 40])
+    expected = adapted(val, cfg, run)[0]
+
+    def graph_of(module, inputs):
+        graphs.append(run.status)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(run, "compiles", True)
+    monkeypatch.setattr(run, "compiled", lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=graph_of))
+    torch.testing.assert_close(adapted(val, cfg, run)[0], expected, rtol=0, atol=2e-5)
+    assert graphs == ["warmup_adapters"] * 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cache_len, size", [(100, 8), (5, 8), (33, 16)])
 def test_chunks_with_a_cache_equal_one_banded_forward(cache_len: int, size: int):

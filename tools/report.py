@@ -98,7 +98,8 @@ def curve(run: Run) -> list[tuple[float, float, float]]:
 
     The seconds of steps between two lines of the log lie evenly between those of the lines.
     """
-    loss = {block["first"] + i: each for block in run.all("steps") for i, each in enumerate(block["loss_nats"])}
+    loss = {block["first"] + i: each for block in run.all("steps") for i, each in enumerate(block["loss_nats"])
+            if each is not None}
     loss |= {e["step"]: e["loss_nats"] for e in logged(run)}
     lines = [(0, 0.0), *((e["step"], e["train_seconds"]) for e in logged(run))]
     end = run.last("train_end")
