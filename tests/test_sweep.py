@@ -22,7 +22,7 @@ with open(folder / "starts", "a") as file:
 log = open(folder / f"{env['RUN_ID']}.jsonl", "a" if env.get("RESUME") == "auto" else "x")
 def write(**event):
     print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
-write(event="train", frac=0.5, step=7, loss_nats=3.25)
+write(event="train", progress=0.5, step=7, loss_nats=3.25)
 while "WAIT" in env and not (folder / "go").exists():
     time.sleep(0.02)
 if env["SEED"] in env.get("BAD", "").split(":"):
