@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shlex
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,8 @@ from bench.common import ROOT
 from data import documents as docs
 from data.prepare import Parser, number
 from data.prepare import parser as data_parser
-from data.verify import load_tokenizer
+from data.text import prepare
+from data.verify import load_tokenizer, write_json
 from tools.common import ToolError, program
 from tools.logs import log_folder, pairs, read_run
 from tools.sweep import Sweep, conduct, identify
@@ -76,10 +76,7 @@ def variant_of(text: str) -> tuple[str, dict[str, str]]:
     ('wide', {'MODEL_DIM': '208', 'MLP_MULT': '3.5'})
     """
     name, colon, rest = text.partition(":")
-    try:
-        knobs = pairs(shlex.split(rest))
-    except ValueError as error:  # a quote without its end
-        raise ToolError(f"{text}: {error}") from None
+    knobs = pairs(rest.split())
     if not (colon and knobs and re.fullmatch(r"[\w.+-]+", name)) or name == "base" or "SEED" in knobs:
         raise ToolError(f"{text}: expected a name that is not base, a colon and knobs other than SEED, such as "
                         f"'wide: MODEL_DIM=208 MLP_MULT=3.5'")
@@ -88,21 +85,17 @@ def variant_of(text: str) -> tuple[str, dict[str, str]]:
 
 def dataset(train: Path, val: Path, tokenizer: Path, val_bytes: int, home: Path, make: bool) -> dict[str, str]:
     """Knobs of these documents in these pieces, of validation the first `val_bytes`; encoded once, when asked to."""
-    for path in (train, val, tokenizer):
-        docs.require(path.is_file(), f"{path}: no such file")
-    vocab_size = load_tokenizer(tokenizer).vocab_size()
     said = json.dumps([*map(file_sha256, (train, val, tokenizer)), val_bytes])
+    vocab_size = load_tokenizer(tokenizer).vocab_size()
     out = home / "data" / hashlib.sha256(said.encode()).hexdigest()[:10]
     target = out / "datasets" / f"text_sp{vocab_size}"
     if make and not (target / "manifest.json").exists():
-        from data.text import prepare
+        texts = [text for _, text in docs.read_documents(docs.input_files([val]), "text")]
+        starts = itertools.accumulate((len(text.encode()) for text in texts), initial=0)
         with tempfile.TemporaryDirectory() as folder:
-            kept, first = 0, Path(folder) / "val.jsonl"
-            with first.open("w", encoding="utf-8") as file:
-                for _, text in docs.read_documents(docs.input_files([val]), "text"):
-                    if kept < val_bytes:
-                        file.write(json.dumps({"text": text}) + "\n")
-                        kept += len(text.encode())
+            first = Path(folder) / "val.jsonl"
+            first.write_text("".join(json.dumps({"text": text}) + "\n"
+                                     for text, start in zip(texts, starts) if start < val_bytes))
             prepare(data_parser().parse_args(
                 ["text", str(train), "--val-files", str(first), "--tokenizer", str(tokenizer), "--name", "text",
                  "--out", str(out), "--workers", "1"]))
@@ -113,10 +106,9 @@ def dataset(train: Path, val: Path, tokenizer: Path, val_bytes: int, home: Path,
 def figures(log: Path) -> dict[str, Any]:
     """What is compared of one finished run."""
     run = read_run(log)
-    verdict, trained = run.last("verdict"), run.last("train_end")
-    probe = run.last("val_probe")
-    return {"steps": verdict["steps"], "s_step": trained["train_seconds"] / verdict["steps"],
-            "raw": probe["val_bpb"] if probe.get("step") == verdict["steps"] else None,
+    verdict, probe, steps = run.last("verdict"), run.last("val_probe"), run.last("verdict")["steps"]
+    return {"steps": steps, "s_step": run.last("train_end")["train_seconds"] / steps,
+            "raw": probe["val_bpb"] if probe.get("step") == steps else None,
             **{name: verdict["diagnostic_evals"].get(name) for name in SCORES[1:4]}, "adapted": verdict["val_bpb"],
             "bytes": verdict["artifact_bytes"], "cut": len(run.all("adaptation_cut"))}
 
@@ -147,29 +139,24 @@ class Contest(Sweep):
         rows = []
         for name, of in runs.items():
             columns = {key: [run[key] for run in of.values() if run[key] is not None] for key in FIGURES}
-            means = {key: statistics.fmean(values) if values else None for key, values in columns.items()}
-            apart = {f"d_{key}": paired(runs["base"], of, key) if name != "base" else None
-                     for key in ("sliding", "adapted")}
-            if of:
-                rows.append({"variant": name, "n": len(of), **means, "cut": sum(columns["cut"]), **apart, "runs": of})
+            row = {key: statistics.fmean(values) if values else None for key, values in columns.items()}
+            row |= {f"d_{key}": paired(runs["base"], of, key) for key in ("sliding", "adapted") if name != "base"}
+            rows += [{"variant": name, "n": len(of), **row, "cut": sum(columns["cut"]), "runs": of}] * bool(of)
         return rows
 
     def table(self) -> Table:
         """The rows for people."""
         def text(key: str, value: Any) -> str:
-            if value is None:
-                return "-"
             if isinstance(value, dict):
                 error = "" if value["error"] is None else f" ±{value['error']:.4f}"
                 return f"{value['mean']:+.4f}{error} n={value['n']}"
-            return str(value) if isinstance(value, str) else f"{value:.4f}" if key in (*SCORES, "s_step") else \
-                f"{value:,.0f}"
+            return "-" if value is None else f"{value:.4f}" if key in (*SCORES, "s_step") else f"{value:,.0f}"
 
-        table, rows = Table(box=None, pad_edge=False), self.rows()
-        for key in [key for key in (rows or [{}])[0] if key != "runs"]:
-            table.add_column(key, justify="left" if key == "variant" else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(text(key, value) for key, value in row.items() if key != "runs"))
+        table, keys = Table("variant", box=None, pad_edge=False), ("n", *FIGURES, "d_sliding", "d_adapted")
+        for key in keys:
+            table.add_column(key, justify="right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(row["variant"], *(text(key, row.get(key)) for key in keys))
         return table
 
     def tell(self) -> Iterator[Any]:
@@ -177,9 +164,8 @@ class Contest(Sweep):
         done = any(state.status == "done" for state in self.news)
         yield from super().tell()
         if done:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             knobs = {state.job.group: state.job.knobs for state in self.states}
-            self.out.write_text(json.dumps({"knobs": knobs, "rows": self.rows()}, indent=1))
+            write_json(self.out, {"knobs": knobs, "rows": self.rows()})
             with self.out.with_suffix(".txt").open("w", encoding="utf-8") as file:
                 Console(file=file, width=200).print(self.table())
             if any(state.status not in ("done", "failed") for state in self.states):  # the last one comes at the end
@@ -189,50 +175,41 @@ class Contest(Sweep):
 def main(arguments: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     """Exit status 0: all done, 1: some runs failed, 130: interrupted."""
     parser = Parser(prog="./run.sh bench contest", description=__doc__.split("\n\n")[0])
-    parser.add_argument("variants", nargs="*", metavar='"NAME: KNOB=value ..."', help="a variant of the base")
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="%(default)s")
-    parser.add_argument("--seeds", type=number(int, 1), default=3, help="1 to so many (%(default)s)")
+    add = parser.add_argument
+    add("variants", nargs="*", metavar='"NAME: KNOB=value ..."', help="a variant of the base")
+    add("--size", choices=list(SIZES), default="small", help="%(default)s")
+    add("--seeds", type=number(int, 1), default=3, help="1 to so many (%(default)s)")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
-    parser.add_argument("--jobs", type=number(int, 1, len(cores)), default=min(2, len(cores)),
-                        help="runs at a time, each on a core of its own (%(default)s)")
-    parser.add_argument("--data", type=Path, help="training documents, as ./run.sh data text takes them")
-    parser.add_argument("--val", type=Path, help="validation documents")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", type=number(float, 0.001), help="CPU time of training with GPTQ (by the size)")
-    budget.add_argument("--steps", type=number(int, 1), help="train so many steps instead")
-    parser.add_argument("--out", type=Path, help="JSON of the table (LOG_DIR/contest/SIZE.json)")
+    add("--jobs", type=number(int, 1, len(cores)), default=min(2, len(cores)), help="runs at a time (%(default)s)")
+    add("--data", type=Path, help="training documents: a file that ./run.sh data text takes")
+    add("--val", type=Path, help="validation documents")
+    add("--tokenizer", type=Path, help="SentencePiece model")
+    add("--seconds", type=number(float, 0.001), help="CPU time of training with GPTQ (by the size)")
+    add("--steps", type=number(int, 1), help="train so many steps instead")
+    add("--out", type=Path, help="JSON of the table (LOG_DIR/contest/SIZE.json)")
     asked = parser.parse_args(arguments)
     docs.require(len({asked.data is None, asked.val is None, asked.tokenizer is None}) == 1,
                  "--data, --val and --tokenizer: expected all of them, or none for DATA_PATH's text")
-    home = log_folder(env).absolute() / "contest"
-    base = dict(SIZES[asked.size])
-    if asked.seconds or asked.steps:
-        base |= {"MAX_WALLCLOCK_SECONDS": f"{asked.seconds or 0:g}"}
+    home, base = log_folder(env).absolute() / "contest", dict(SIZES[asked.size])
+    if asked.seconds:
+        base["MAX_WALLCLOCK_SECONDS"] = str(asked.seconds)
     if asked.steps:
-        base |= {"ITERATIONS": str(asked.steps)}
+        base |= {"MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": str(asked.steps), "VAL_LOSS_EVERY": str(asked.steps)}
     variants = {"base": {}, **(named := dict(map(variant_of, asked.variants)))}
     docs.require(len(named) == len(asked.variants), "two variants have one name; give each its own")
 
-    def fixed(knobs: Mapping[str, str], make: bool) -> dict[str, str]:
-        """The base's knobs and those of a variant's dataset; with --steps the last weights are scored, too."""
-        below, model = dict(base), Path(knobs.get("TOKENIZER_PATH") or asked.tokenizer or "").absolute()
-        if asked.data:
-            below |= dataset(asked.data.absolute(), asked.val, model, VAL_BYTES[asked.size], home, make)
-        both = {**below, **knobs}
-        if both.get("MAX_WALLCLOCK_SECONDS") == "0" and "ITERATIONS" in both:
-            below["VAL_LOSS_EVERY"] = both["ITERATIONS"]
-        return below
+    def data(name: str, make: bool) -> dict[str, str]:
+        """The knobs of a variant's dataset; none without --data."""
+        tokenizer = Path(variants[name].get("TOKENIZER_PATH", asked.tokenizer or "")).absolute()
+        return dataset(asked.data, asked.val, tokenizer, VAL_BYTES[asked.size], home, make) if asked.data else {}
 
-    seeds = [str(seed) for seed in range(1, asked.seeds + 1)]
-    below = {name: fixed(knobs, False) for name, knobs in variants.items()}
+    order = [(name, str(seed)) for seed in range(1, asked.seeds + 1) for name in variants]
+    below = {name: {**base, **data(name, make=False)} for name in variants}
     child_env = {**env, "OMP_NUM_THREADS": "1"}
-    found = identify([({**knobs, "SEED": seed}, below[name]) for seed in seeds for name, knobs in variants.items()],
-                     child_env, 0)
-    jobs = [job._replace(label=f"{name} SEED={seed}")
-            for job, (seed, name) in zip(found, itertools.product(seeds, variants))]
-    for knobs in variants.values():  # all are valid: now something is spent
-        fixed(knobs, True)
+    jobs = identify([({**variants[name], "SEED": seed}, below[name]) for name, seed in order], child_env, 0)
+    jobs = [job._replace(label=f"{name} SEED={seed}") for job, (name, seed) in zip(jobs, order)]
+    for name in variants:  # all are valid: now something is spent
+        data(name, make=True)
     contest = Contest(jobs, home / asked.size, [{"CORE": str(core)} for core in cores[:asked.jobs]],
                       [sys.executable, "-c", CHILD, str(ROOT / "train_gpt.py")], child_env)
     contest.out = asked.out or home / f"{asked.size}.json"

@@ -129,6 +129,8 @@ def test_runs_are_packed_on_disjoint_gpus(tmp_path, command):
     (tmp_path / "go").touch()
     until(lambda: not one.step())
     assert [s.status for s in one.states] == ["done"] * 3
+    cores = sw.Sweep([], tmp_path, [{"CORE": "0"}, {"CORE": "1"}], command)
+    assert [cores.free_place()[1] for _ in range(3)] == [0, 1, -1]
 
 
 def driver(folder: Path, command: list[str]) -> subprocess.Popen:
