@@ -5,10 +5,11 @@
 
 Without --data the text is DATA_PATH's, or the demo's. A variant is a name, a colon and its knobs, such as
 "wide: MODEL_DIM=208 MLP_MULT=3.5"; with --data, TOKENIZER_PATH=MODEL among them encodes the same documents anew. Every
-run is one thread on a core of its own, and every budget is in seconds of that process's CPU time, whatever else the
-machine does; steps still differ by about a percent from run to run. Runs go seed by seed, and the table is shown after
-each: means, and differences from the base taken seed by seed, with the standard error of their mean. `cut` counts the
-runs whose adaptation was stopped by the evaluation's budget; `raw` is known of --steps alone.
+run is one thread on a core of its own, and every budget is in seconds of that process's CPU time. Where cores share
+parts, busy neighbours still slow a step: the base took 0.32 and 0.40 s on a machine of two. So look at `s_step`, and ask
+with --steps what a step teaches. Runs go seed by seed, and the table is shown after each: means, and differences from
+the base taken seed by seed, with the standard error of their mean. `cut` counts the runs whose adaptation was stopped
+by the evaluation's budget; `raw` is known of --steps alone.
 
 The same command resumes: logs are LOG_DIR/contest/SIZE/*.jsonl, known by configuration and source as those of
 ./run.sh sweep. The table is written beside them, as text and as JSON (--out).
@@ -62,8 +63,8 @@ SIZES: dict[str, dict[str, str]] = {
     "large": dict(
         COMMON, NUM_LAYERS="6", MODEL_DIM="192", NUM_HEADS="6", NUM_KV_HEADS="3", XSA_LAST_N="6",
         PARALLEL_START_LAYER="4", TRAIN_BATCH_TOKENS="2048", MICRO_BATCH_TOKENS="2048", MAX_WALLCLOCK_SECONDS="480",
-        GPTQ_RESERVE_SECONDS="20", EVAL_SECONDS_BUDGET="240", ARTIFACT_BYTES_CAP="1154148")}
-VAL_BYTES = {"small": 100_000, "large": 240_000}
+        GPTQ_RESERVE_SECONDS="28", EVAL_SECONDS_BUDGET="250", ARTIFACT_BYTES_CAP="1154148")}
+VAL_BYTES = {"small": 100_000, "large": 180_000}
 """UTF-8 bytes of the first validation documents that are scored."""
 SCORES = ("raw", "ema", "quantized", "sliding", "adapted")
 FIGURES = ("steps", "s_step", *SCORES, "bytes", "cut")
