@@ -6,7 +6,7 @@
 Without --data the text is DATA_PATH's, or the demo's. A variant is a name, a colon and its knobs, such as
 "wide: MODEL_DIM=208 MLP_MULT=3.5"; with --data, TOKENIZER_PATH=MODEL among them encodes the same documents anew. Every
 run is one thread on a core of its own, and every budget is in seconds of that process's CPU time. Where cores share
-parts, busy neighbours still slow a step: the base took 0.32 and 0.40 s on a machine of two. So look at `s_step`, and ask
+parts, busy neighbours still slow a step: 0.32 s became 0.40 on a machine of two. So look at `s_step`, and ask
 with --steps what a step teaches. Runs go seed by seed, and the table is shown after each: means, and differences from
 the base taken seed by seed, with the standard error of their mean. `cut` counts the runs whose adaptation was stopped
 by the evaluation's budget; `raw` is known of --steps alone.
