@@ -38,6 +38,8 @@ usage_all() {
 ./run.sh mirror RUN wandb|tensorboard    copy a run's log there (WANDB=1, TENSORBOARD=1: while it trains)
 ./run.sh bench [SECTION ...]         measure the parts against their floors: step profile kernels loader artifact
 ./run.sh bench --gpu                 on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
+./run.sh bench contest [--data TRAIN --val VAL --tokenizer MODEL] ["NAME: KNOB=value ..." ...]
+                                     does a change make a better model: small runs of one thread, paired by seed
 ./run.sh bench NAME ...              a file of bench/, bench/studies/ or tests/stress/, such as evaluation ARTIFACT,
                                      codec ARTIFACT, plain_step, systems; fuzz [SECONDS] [TARGET ...], faults, soak
 ./run.sh setup [data|tools|dev ...]  install packages into .venv; the verbs do it when it is needed
@@ -211,7 +213,8 @@ case $verb in
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}  # as in tools/launch.py
     for place in bench bench/studies tests/stress; do
       if grep -qs '^if __name__' "$place/${1:-all}.py"; then
-        start "$([ $place != tests/stress ] || echo dev)" "${place//\//.}.${1:-all}" "${@:2}"
+        case $place/${1:-all} in tests/stress/*) groups=dev ;; bench/contest) groups=tools ;; *) groups= ;; esac
+        start "$groups" "${place//\//.}.${1:-all}" "${@:2}"
       fi
     done
     start "" bench.all "$@"

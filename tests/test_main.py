@@ -12,10 +12,12 @@ import torch
 from conftest import ROOT, TINY, environment, events
 
 import train_gpt as tg
+from bench.contest import figures
 
 
 def test_a_run_ends_in_one_verdict_whose_bytes_are_those_of_the_file(single: Path):
     (verdict,), (artifact,) = events(single, "verdict"), events(single, "artifact")
+    assert [key for key, value in figures(single / "r.jsonl").items() if value is None] == ["raw"]  # of bench contest
     blob = (single / "r.bin").read_bytes()
     assert verdict["weight_bytes"] == len(blob) and artifact["sha256"] == hashlib.sha256(blob).hexdigest()
     assert verdict["code_bytes"] == len(tg.shipped_source(ROOT / "train_gpt.py"))

@@ -22,7 +22,7 @@ with open(folder / "starts", "a") as file:
 log = open(folder / f"{env['RUN_ID']}.jsonl", "a" if env.get("RESUME") == "auto" else "x")
 def write(**event):
     print(json.dumps({"seconds": 0, **event}), file=log, flush=True)
-write(event="train", frac=0.5, step=7, loss_nats=3.25)
+write(event="train", progress=0.5, step=7, loss_nats=3.25)
 while "WAIT" in env and not (folder / "go").exists():
     time.sleep(0.02)
 if env["SEED"] in env.get("BAD", "").split(":"):
@@ -129,6 +129,8 @@ def test_runs_are_packed_on_disjoint_gpus(tmp_path, command):
     (tmp_path / "go").touch()
     until(lambda: not one.step())
     assert [s.status for s in one.states] == ["done"] * 3
+    cores = sw.Sweep([], tmp_path, [{"CORE": "0"}, {"CORE": "1"}], command)
+    assert [cores.free_place()[1] for _ in range(3)] == [0, 1, -1]
 
 
 def driver(folder: Path, command: list[str]) -> subprocess.Popen:

@@ -300,7 +300,7 @@ class Sweep:
         """(lock, index) of a place where nothing runs, neither ours nor another sweep's."""
         taken = {run.slot for run in self.running}
         for index, place in enumerate(self.places):
-            name = re.sub(r"\W", "_", place.get("CUDA_VISIBLE_DEVICES", "cpu"))
+            name = re.sub(r"\W", "_", "-".join(place.values()) or "cpu")
             path = self.own / f"on-{platform.node()}-{self.env.get('SLURM_JOB_ID', '')}-{name}.lock"
             if index not in taken and (held := lock(path)) is not None:
                 return held, index
@@ -389,7 +389,7 @@ class Sweep:
         train = log[-1]
         if train["event"] != "train":
             return train.get("name") or train["event"]
-        return f"train {train['frac']:.0%}, step {train['step']}, {train['loss_nats'] or float('nan'):.3f} nats"
+        return f"train {train['progress']:.0%}, step {train['step']}, {train['loss_nats'] or float('nan'):.3f} nats"
 
     def table(self) -> Table:
         """A row for each configuration: runs done, mean, spread and best of its seeds."""
