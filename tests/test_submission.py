@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 import train_gpt as tg
 from tools import audit, common, submission
 from tools.common import ToolError
-from tools.evidence import Finding
+from tools.evidence import Finding, load_module, static_audit
 
 SEEDS = (42, 0, 1234)
 WHO = {"AUTHOR": "Ada Lovelace", "GITHUB_ID": "ada"}
@@ -28,7 +28,8 @@ def runs(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> l
     folder = tmp_path_factory.mktemp("logs")
     for seed in SEEDS:
         knobs = {**TINY, **dataset, "log_dir": str(folder), "run_id": f"s{seed}", "seed": seed, "iterations": 2,
-                 "ttt": "none", "ngram_base_beta": 0, "eval_stride": 0}
+                 "ttt": "none", "ngram_base_beta": 0, "eval_stride": 0, "quant": "sdclip", "num_layers": 2,
+                 "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1, "diagnostic_evals": "ema,quantized"}
         assert tg.main([], {name.upper(): tg.show(value) for name, value in knobs.items()}) == 0
     return [str(folder / f"s{seed}.jsonl") for seed in SEEDS]
 
@@ -85,7 +86,8 @@ def remove(*patterns: str) -> Callable[[Path], None]:
 
 
 def source(code: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "train_gpt.py").write_text(code) and None
+    """The program's text, and no other source that takes its time."""
+    return lambda folder: (folder / "train_gpt_human.py").unlink() or (folder / "train_gpt.py").write_text(code) and None
 
 
 def validation_first(folder: Path) -> None:
@@ -135,7 +137,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a text log of another run": (edit_text("train_seed42.log", r"verdict +val_bpb=\d", "verdict val_bpb=1"), "P4",
                                   "train_seed42.log"),
     "a README of another run": (edit_text("README.md", r"\*\*\d\.", "**1."), "P8", "lacks what the logs say"),
-    "other knobs in config.env": (edit_text("config.env", "NUM_LAYERS=4", "NUM_LAYERS=5"), "P8", "NUM_LAYERS=5"),
+    "other knobs in config.env": (edit_text("config.env", "NUM_LAYERS=2", "NUM_LAYERS=5"), "P8", "NUM_LAYERS=5"),
     "no audit": (remove("audit.txt"), "P9", "missing"),
     "a failed audit": (edit_text("audit.txt", "C1=pass", "C1=FAIL(D1)"), "P9", "has failed"),
     "a wrong difference": (edit_json(comparison_baseline_bpb=1.06, delta_vs_leaderboard_bpb=-1.0), "P3", "baseline"),
@@ -146,15 +148,21 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 same_program = functools.lru_cache(submission.same_program)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No static audit, a second each time, and the same sources are compared once."""
+    monkeypatch.setattr(submission, "same_program", same_program)
+    monkeypatch.setattr(submission, "static_audit", lambda *_: [])
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch):
     plant, code, words = FAULTS[name]
     folder = tmp_path / ("track_10min_16mb" if "clock" in name else made.parent.name) / made.name
     shutil.copytree(made, folder)
     plant(folder)
-    monkeypatch.setattr(submission, "same_program", same_program)
-    if not code.startswith("S"):
-        monkeypatch.setattr(submission, "static_audit", lambda *_: [])  # a second each time
+    if code.startswith("S"):
+        monkeypatch.setattr(submission, "static_audit", static_audit)
     bad = [f for f in submission.check(folder) if f.failed]
     assert any(f.code == code and words in f"{f.figures} {f.text}" for f in bad), "\n".join(map(str, bad))
 
@@ -163,7 +171,7 @@ def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, monkeyp
 
 
 def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
-    assert [f for f in submission.check(made) if f.failed] == []
+    """`submit` has checked it whole."""
     told = json.loads((made / "submission.json").read_text())
     logs = [submission.read_log(path) for path in made.glob("*.jsonl")]
     assert told["bytes_code"] == (made / "train_gpt.py").stat().st_size
@@ -173,7 +181,7 @@ def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
     assert (made / "requirements.txt").read_text().startswith("torch==")
 
 
-def test_an_error_that_a_run_went_on_after_is_none(made: Path, tmp_path: Path):
+def test_an_error_that_a_run_went_on_after_is_none(made: Path, tmp_path: Path, quick: None):
     shutil.copytree(made, tmp_path / made.name)
     path = next((tmp_path / made.name).glob("*.jsonl"))
     whole, error = path.read_text(), json.dumps({"seconds": 1.0, "event": "error", "kind": "E", "text": "no"})
@@ -182,17 +190,19 @@ def test_an_error_that_a_run_went_on_after_is_none(made: Path, tmp_path: Path):
         assert any("ended in an error" in f.text for f in submission.check(path.parent)) == ends
 
 
-def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp_path: Path):
+def test_it_runs_from_inside_its_folder(made: Path, dataset: dict[str, str], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch):
     knobs = [line for line in (made / "config.env").read_text().splitlines() if not line.startswith("#")]
     environment = dict(line.split("=", 1) for line in knobs) | {"SEED": "7", "LOG_DIR": str(tmp_path), "RUN_ID": "r"}
-    environment |= {name.upper(): value for name, value in dataset.items()}
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=made, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    log = submission.read_log(tmp_path / "r.jsonl")
+    monkeypatch.chdir(made)
+    monkeypatch.setitem(sys.modules, "train_gpt", tg)  # put back afterwards
+    module = load_module(Path("train_gpt.py"))
+    assert module.main([], environment | {name.upper(): value for name, value in dataset.items()}) == 0
+    log, first = submission.read_log(tmp_path / "r.jsonl"), submission.read_log(next(made.glob("*.jsonl")))
     assert log["start"]["code_sha256"] == hashlib.sha256((made / "train_gpt.py").read_bytes()).hexdigest()
-    first = submission.read_log(next(made.glob("*.jsonl")))
-    assert {k: v for k, v in log["config"].items() if k not in submission.PLACES | {"seconds"}} == \
-        {k: v for k, v in first["config"].items() if k not in submission.PLACES | {"seconds"}}
+    own = submission.PLACES | {"seconds"}
+    assert {k: v for k, v in log["config"].items() if k not in own} == \
+        {k: v for k, v in first["config"].items() if k not in own}
 
 
 def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> list[str]:
@@ -216,11 +226,9 @@ def altered(runs: list[str], folder: Path, plant: Callable[[Path], None]) -> lis
     (edit_log("start", ()), "refutes the score"),
 ])
 def test_submit_refuses_and_leaves_nothing(plant: Callable, words: str, runs: list[str], tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch, made: Path):
-    report = (made / "audit.txt").read_text()
-    monkeypatch.setattr(submission, "same_program", same_program)
+                                           quick: None, monkeypatch: pytest.MonkeyPatch):
     if "refutes" not in words:
-        monkeypatch.setattr(submission, "dynamic_audit", lambda *_: report)
+        monkeypatch.setattr(submission, "dynamic_audit", lambda *_: pytest.fail("minutes would be spent"))
     refuted = Finding("D1", "C1", False, "", "a later id changes a score")  # what finds it has its own tests
     monkeypatch.setattr(audit, "audit", lambda *_: [refuted])
     monkeypatch.setattr(audit, "rehearse", lambda *_: [])
