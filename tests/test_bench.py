@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, environment
 
 import bench.all as bench
 import train_gpt as tg
-from bench.common import setting
+from bench.common import Machine, setting
 from bench.studies import caseops, scaling
 from bench.studies.profiling import UPDATE, analyze, gpu_work
 from tests.stress import faults
@@ -21,14 +21,14 @@ from tools.common import ToolError
 
 # -- every section ---------------------------------------------------------------------------------------
 
-SMALL = {name.upper(): tg.show(value) for name, value in {**TINY, "ttt_lora_rank": "2"}.items()}
-
-
 def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """What `--gpu` runs, at tiny size: in one graph, too, but without the compiler's code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(bench, "machine", lambda run: Machine("any", 1e12, 1e12, None))  # slow in bfloat16 on a CPU
     out = tmp_path / "bench.json"
-    with setting({**SMALL, "DTYPE": "bfloat16", "COMPILE": "on"}, documents=256) as (cfg, run):
+    small = environment({}, tmp_path, ttt_lora_rank=2, num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1,
+                        quant="sdclip", bigram_buckets=64, dtype="bfloat16", compile="on")
+    with setting(small, documents=256) as (cfg, run):
         bench.measure(cfg, run, bench.SECTIONS, out, math.inf, repeats=1)
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert report["left_out"] == [] and list(tmp_path.iterdir()) == [out]

@@ -54,9 +54,3 @@ def test_words_choose_knobs():
     assert heading.startswith("Evaluation: ") and knob == "  TTT_WEIGHT_DECAY=0.5  (0 or more)" and "lora" in doc
     with pytest.raises(ToolError, match="^no-such word: no knob"):
         knobs.text(["no-such", "word"])
-
-
-@pytest.mark.parametrize("value", [True, 3, 0.0261234567, 1234567.5, 1e-8, 10_000.0, "text"])
-def test_typed_text_is_what_one_would_type(value):
-    text = knobs.typed_text(value)
-    assert text == value if isinstance(value, str) else type(value)(float(text)) == value

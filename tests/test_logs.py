@@ -67,19 +67,6 @@ def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
             show.main(arguments)
 
 
-@pytest.mark.parametrize("text, expected", [('{"event": "start"}\n', "has no verdict"),
-                                            ('{"event": "verdict", "val_bpb": 1}\n', "cannot be read: KeyError")])
-def test_what_show_cannot_show_is_one_line(text, expected, tmp_path):
-    (tmp_path / "r.jsonl").write_text(text)
-    with pytest.raises(ToolError, match=expected):
-        show.main([str(tmp_path / "r.jsonl")])
-
-
-def test_lines_that_are_no_events_are_passed_over(tmp_path):
-    (tmp_path / "r.jsonl").write_text('[]\n{"a": 1}\n3\n{"event": 5}\n{"event": "start"}\n{"event": "tr')
-    assert logs.events(tmp_path / "r.jsonl") == [{"event": "start"}]
-
-
 def test_examples_in_docstrings():
     for module in (compare, show):
         result = doctest.testmod(module)

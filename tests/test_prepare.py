@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import sentencepiece
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -403,10 +402,3 @@ def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
         manifest["source"][key] = value
         (shard.parent / "manifest.json").write_text(json.dumps(manifest))
         assert command(capsys, *demo)[0] == status and (manifest_of(shard.parent) == manifest) == (status == 2)
-
-
-def test_help_needs_no_torch():
-    code = ("import sys\nfrom data import prepare\n"
-            "try: prepare.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code, "text", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage: ./run.sh data" in done.stdout and not done.stderr

@@ -123,12 +123,17 @@ def test_damaged_lines_are_counted_once_and_an_end_that_was_cut_is_not(tmp_path,
         assert [e["event"] for e in logs.events(path)] == ["start", "config", "train"]
     assert capsys.readouterr().err == f"{path}: left out, damaged: lines 1, 5, 7\n"
     assert [e["event"] for e in logs.events(path, "config", "train")] == ["start"]
+    path.write_text('[]\n{"a": 1}\n3\n{"event": 5}\n{"event": "start"}\n{"event": "tr')
+    assert logs.events(path) == [{"event": "start"}]
 
 
-def test_both_need_nothing_but_python_and_a_reader_may_leave(folder):
-    for module, status in (("runs", 0), ("show", 2)):
-        done = subprocess.run([sys.executable, "-S", "-m", f"tools.{module}"], cwd=ROOT, capture_output=True, text=True)
+def test_they_and_the_report_need_nothing_but_python_and_a_reader_may_leave(folder):
+    page = folder / "page.html"
+    for module, more, status in (("runs", [], 0), ("show", [], 2), ("report", ["broken", f"OUT={page}"], 0)):
+        done = subprocess.run([sys.executable, "-S", "-m", f"tools.{module}", *more], cwd=ROOT, capture_output=True,
+                              text=True)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert page.stat().st_size
     read, write_end = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "tools.runs"], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE)
@@ -184,8 +189,9 @@ def test_show_says_all_in_a_few_short_lines(tmp_path):
 
 
 @pytest.mark.parametrize("events, expected", [
-    ([], "it is unfinished"), ([dict(event="error", text="out of memory")], "it failed: out of memory; see"),
-    ([dict(event="error", text="x"), dict(event="start")], "it is unfinished")])
-def test_a_run_without_a_verdict_says_why(events, expected, tmp_path):
-    with pytest.raises(ToolError, match=f"has no verdict: {expected}"):
+    ([], "has no verdict: it is unfinished"), ([dict(event="verdict", val_bpb=1)], "cannot be read: KeyError"),
+    ([dict(event="error", text="out of memory")], "verdict: it failed: out of memory; see"),
+    ([dict(event="error", text="x"), dict(event="start")], "verdict: it is unfinished")])
+def test_what_show_cannot_show_is_one_line(events, expected, tmp_path):
+    with pytest.raises(ToolError, match=expected):
         show.main([str(write(tmp_path, "r", 1, *events))])
