@@ -108,7 +108,6 @@ def test_the_cuda_tests_are_found_and_say_why_they_are_skipped():
 
 # -- the profile -----------------------------------------------------------------------------------------
 
-
 def event(cat: str, name: str, ts: float, dur: float, **more: object) -> dict:
     return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, **more}
 
@@ -132,7 +131,6 @@ def test_kernels_are_grouped_by_kind_and_by_who_launched_them():
 
 
 # -- scaling ---------------------------------------------------------------------------------------------
-
 
 def test_links_cost_what_a_ring_sends():
     assert scaling.ring_ms(1e9, 1, 2, 350, 400) == 0

@@ -55,7 +55,6 @@ def told(folder: Path, seconds: float = 20) -> dict:
 
 # -- knobs -----------------------------------------------------------------------------------------------
 
-
 def test_arguments_come_before_the_environment_and_that_before_the_folder(tmp_path):
     (tmp_path / "config.env").write_text("\ufeff# a comment\n\n  SEED=1 \nMATRIX_LR=0.1\nTTT=lora\nEMA_DECAY=0.9\n"
                                          "LQER_RANK=4")
@@ -87,7 +86,6 @@ def test_a_mistake_is_one_line_and_nothing_starts(argument, said, start, tmp_pat
 
 
 # -- processes -------------------------------------------------------------------------------------------
-
 
 def test_processes_and_threads(monkeypatch):
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)

@@ -42,7 +42,6 @@ def stepped(run: tg.Run, factors: list[float], warmup: bool = False, **knobs: ob
 
 # -- routes --------------------------------------------------------------------------------------------
 
-
 def test_every_parameter_has_one_route_and_one_place_in_the_optimizer_and_every_pattern_a_parameter(run: tg.Run):
     model = tg.GPT(tiny(**EVERYTHING))
     names = [name for name, _ in model.named_parameters()]
@@ -59,7 +58,6 @@ def test_every_parameter_has_one_route_and_one_place_in_the_optimizer_and_every_
 
 
 # -- Muon ----------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kind, low, high", [("polar", 0.85, 1.15), ("classic", 0.46, 1.21)])
 def test_coefficients_are_those_of_the_records_and_flatten_the_spectrum(kind: str, low: float, high: float):
@@ -114,7 +112,6 @@ def test_muon_update_equals_its_formula_over_three_steps(shape: tuple, normalize
 
 
 # -- the whole step ------------------------------------------------------------------------------------
-
 
 def test_a_step_does_what_the_rules_say(run: tg.Run):
     """Muon and AdamW with their own rates and decays, from one gradient; the norm is that of all gradients."""
@@ -208,7 +205,6 @@ def test_our_step_is_the_straightforward_one(knobs: dict, run: tg.Run):
 
 
 # -- averaging -----------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("decay", [0.9, 0.0])

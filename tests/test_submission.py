@@ -42,7 +42,6 @@ def made(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # -- planted faults -------------------------------------------------------------------------------------
 
-
 def edit_json(name: str = "submission.json", **values: Any) -> Callable[[Path], None]:
     """Set (or with None remove) fields; `a__b` is field b of a."""
     def plant(folder: Path) -> None:
@@ -168,7 +167,6 @@ def test_a_planted_fault_is_named(name: str, made: Path, tmp_path: Path, quick: 
 
 # -- the folder -----------------------------------------------------------------------------------------
 
-
 def test_a_whole_folder_passes_and_counts_what_it_ships(made: Path):
     """`submit` has checked it whole."""
     told = json.loads((made / "submission.json").read_text())
@@ -278,7 +276,6 @@ def test_submit_says_what_it_lacks(number: int, options: dict[str, str], words: 
 
 
 # -- other people's folders -----------------------------------------------------------------------------
-
 
 def foreign(folder: Path) -> Path:
     """A folder in the shape of the published ones: a program and text logs of another kind."""
