@@ -44,28 +44,6 @@ def test_help_and_the_table_have_each_of_at_most_110_knobs_with_default_bound_an
         "make it anew: python -m tools.knobs --markdown > docs/knobs.md"
 
 
-SOURCE = '''
-Rate = Annotated[float, Bound("0 or more", lambda x: x >= 0)]
-class ToyKnobs:
-    """Toy: what it is for"""
-    first_rate: Rate = 1e-3  # how fast, in # of steps (#12)
-    mode: Literal["a", "b"] = "a"  # one | other
-    big: int = 1_000
-    """no knob"""
-    def method(self): x: int = 3
-class Other:
-    y: int = 2
-PRESETS: dict = {"record": {}, "demo": dict(mode="b", big=5)}
-'''
-
-
-def test_knobs_are_read_from_a_source():
-    first, mode, big = listing.read(SOURCE)
-    assert first == ("Toy: what it is for", "FIRST_RATE", "0 or more", 1e-3, "how fast, in # of steps (#12)")
-    assert mode[1:4] == ("MODE", "one of a, b", "a") and big == ("Toy: what it is for", "BIG", "an integer", 1000, "")
-    assert listing.preset("demo", SOURCE) == {"MODE": "b", "BIG": 5} and listing.preset("record", SOURCE) == {}
-
-
 def test_words_choose_knobs():
     """By name, expectation or text, in any case, under the heading of their group."""
     (heading, knob, doc) = listing.text(["LORA", "decay"]).splitlines()

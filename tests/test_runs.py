@@ -244,10 +244,8 @@ def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOG_DIR", "mine")
     with pytest.raises(ToolError, match="mine/: no run yet"):
         show.main([])
-    log = dict(event="verdict", diagnostic_evals={"plain": 0.9}, val_bpb=0.9, artifact_bytes=1200, cap_bytes=2000,
-               parameters=12_345, total_seconds=1, train_seconds=1, eval_seconds=0, other_seconds=0)
     Path("mine").mkdir()
-    Path("mine/r.jsonl").write_text(json.dumps(log) + "\n")
+    finished(Path("mine"))
     for arguments in ([], ["r"], ["mine/r.txt"]):
         assert show.main(arguments) == 0
         assert "12,345 parameters" in capsys.readouterr().out
@@ -257,6 +255,6 @@ def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
 
 
 def test_examples_in_docstrings():
-    for module in (compare, show):
+    for module in (tg, compare, show):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
