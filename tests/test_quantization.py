@@ -259,16 +259,6 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
             assert ((q.dequantize(scale) - values).abs() <= step).float().mean() > 0.7
 
 
-def test_bits_fall_by_one_an_octave_and_can_be_asked_for(run: tg.Run):
-    cfg = tiny(model_dim=64)
-    model = noisy(cfg)
-    quantizer = tg.Quantizer(model, unit_sums(model), cfg, run)
-    for bits in (3.0, 5.0):
-        octaves = quantizer.octaves_for(bits * quantizer.weights)
-        assert quantizer.bits(2.0 ** octaves) / quantizer.weights == pytest.approx(bits, abs=0.01)
-        assert quantizer.bits(2.0 ** (octaves + 1)) / quantizer.weights == pytest.approx(bits - 1, abs=0.1)
-
-
 def test_mixed_bits_go_by_the_trace_of_the_hessian(run: tg.Run):
     """#1260: the matrices of the largest trace have MATRIX_BITS, the others one less; the embedding has its own."""
     clips = dict(attn_clip_sigmas=1, mlp_clip_sigmas=1, embed_clip_sigmas=1)

@@ -140,14 +140,6 @@ def test_a_signal_outside_training_ends_the_run_at_once_and_inside_waits_for_the
         os.kill(os.getpid(), signal.SIGINT)  # asked twice
 
 
-def test_collectives_of_one_process_are_identities(run):
-    tensor = torch.arange(6.0).view(3, 2)
-    for name in ("all_reduce", "broadcast", "broadcast_object"):
-        assert getattr(run, name)(tensor) is tensor
-    assert run.reduce_scatter(tensor)() is tensor is run.all_gather(tensor)() and tensor.sum() == 15
-    assert run.all_gather_object(tensor) == [tensor]
-
-
 TENSORS = {"weights": torch.arange(6.0).view(2, 3), "count": torch.tensor(3, dtype=torch.int32)}
 
 
