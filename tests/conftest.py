@@ -18,6 +18,7 @@ from tools.common import ToolError, program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: they may not depend on who else is at work
 
 # A model of every part in a few milliseconds a step: knobs as environment text. The trellis takes a second at any size:
 # tests that are about it ask for it.

@@ -51,7 +51,6 @@ ANY_MODE = pytest.mark.parametrize("mode", MODES)
 
 # -- adapters ------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def test_adapters_that_have_not_learned_change_no_bit_and_each_has_a_place_of_its_own():
     """Changing any one B changes the logits: none is dead, none is shared; looped blocks have several."""
@@ -169,7 +168,6 @@ def test_with_a_cache_adapters_learn_and_within_a_window_those_that_do_not_score
 
 # -- what any mode keeps -------------------------------------------------------------------------------
 
-
 @ANY_MODE
 def test_no_score_depends_on_a_later_id_or_on_where_its_document_ends(mode: str, run: tg.Run):
     """With everything that adapts switched on; the changed id's own target does change."""
@@ -230,7 +228,6 @@ def test_documents_of_a_phase_do_not_see_each_other_and_a_phase_changes_later_on
 
 # -- shared SGD ----------------------------------------------------------------------------------------
 
-
 def test_chunked_sgd_equals_a_plain_loop(run: tg.Run, monkeypatch: pytest.MonkeyPatch):
     """Score a chunk's windows, two SGD passes over its rows, next chunk; written out with torch.optim.SGD."""
     monkeypatch.setattr(tg.SharedSgd, "CLIP", 0.5)
@@ -259,7 +256,6 @@ def test_chunked_sgd_equals_a_plain_loop(run: tg.Run, monkeypatch: pytest.Monkey
 
 
 # -- hints and tilt ------------------------------------------------------------------------------------
-
 
 def slow_hints(ids: list[int], rules: list[tuple[int, float, int]]) -> list[tuple[int, float] | None]:
     """(hint, share) of every target, from all that followed its context before; the longest rule that qualifies wins.
@@ -314,7 +310,6 @@ def test_the_tilted_distribution_is_the_formula():
 
 
 # -- batches, ranks, budget ----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("world, context", [(1, "cache"), (8, "recompute")])
 def test_every_document_is_in_one_batch_that_reaches_its_end_and_ranks_end_level(world: int, context: str):

@@ -9,8 +9,8 @@ from conftest import ROOT, tiny
 
 import train_gpt as tg
 from tools import knobs as listing
+from tools.common import ToolError
 
-SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 KINDS = tg.kinds(tg.Config)
 
 
@@ -28,20 +28,28 @@ def refusal(env: dict[str, str]) -> str:
     return message
 
 
-def test_help_has_each_of_at_most_110_knobs_with_default_bound_and_comment_under_its_group(capsys):
+def test_help_and_the_table_have_each_of_at_most_110_knobs_with_default_bound_and_comment(capsys):
+    """The tools read them from the source, without torch."""
     with pytest.raises(SystemExit, match="0"):
         tg.main(["--help"], {})
-    text, knobs = capsys.readouterr().out, listing.read()
-    assert [knob.name.lower() for knob in knobs] == [name for group in tg.GROUPS for name in group.__annotations__]
-    assert len(knobs) <= 110 and {knob.name.lower() for knob in knobs} == {*KINDS}
-    assert [knob.name for knob in knobs if len(knob.doc) < 10] == []
-    titles = [text.index(f"\n{group.__doc__}\n") for group in tg.GROUPS] + [len(text)]
-    for group, begin, end in zip(tg.GROUPS, titles, titles[1:]):
-        for knob in (knob for knob in knobs if knob.group == group.__doc__):
-            line = re.search(rf"^  {knob.name}=(.*?)  \((.*)\)\n      (.*)$", text[begin:end], re.MULTILINE)
-            assert line and (line[2], line[3]) == (tg.expectation(KINDS[knob.name.lower()]), knob.doc), knob.name
-            assert line[1] == tg.show(knob.default), knob.name
-    assert all(preset in text.splitlines()[0] for preset in tg.PRESETS)
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    knobs = listing.read()
+    assert all(preset in first for preset in tg.PRESETS) and lines == listing.text().splitlines()
+    fields = [field for group in tg.GROUPS for field in dataclasses.fields(group)]
+    assert [(k.name.lower(), k.default) for k in knobs] == [(f.name, f.default) for f in fields]
+    assert len(knobs) <= 110 and [knob.name for knob in knobs if len(knob.doc) < 10] == []
+    assert all(listing.typed_text(k.default) == tg.show(k.default) for k in knobs)
+    assert listing.preset("demo") == {name.upper(): value for name, value in tg.PRESETS["demo"].items()}
+    assert (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8") == listing.markdown(), \
+        "make it anew: python -m tools.knobs --markdown > docs/knobs.md"
+
+
+def test_words_choose_knobs():
+    """By name, expectation or text, in any case, under the heading of their group."""
+    (heading, knob, doc) = listing.text(["LORA", "decay"]).splitlines()
+    assert heading.startswith("Evaluation: ") and knob == "  TTT_WEIGHT_DECAY=0.5  (0 or more)" and "lora" in doc
+    with pytest.raises(ToolError, match="^no-such word: no knob"):
+        listing.text(["no-such", "word"])
 
 
 def test_every_knob_and_every_value_derived_from_knobs_is_read_by_some_code():
@@ -55,21 +63,8 @@ def test_every_knob_and_every_value_derived_from_knobs_is_read_by_some_code():
     assert len(derived) >= 5 and {*KINDS, *derived} - names == set()
 
 
-RECORD_1855 = """ADAM_WD=0.02 ATTN_CLIP_SIGMAS=13.0 BETA2=0.99 DATA_DIR=./data EMA_DECAY=0.9965 EMBED_BITS=7
-    EMBED_CLIP_SIGMAS=14.0 EMBED_WD=0.085 ENABLE_LOOPING_AT=0.35 EVAL_SEQ_LEN=2048 EVAL_STRIDE=64
-    GPTQ_CALIBRATION_BATCHES=16 GRAD_CLIP_NORM=0.3 ITERATIONS=20000 LN_SCALE=1 LOGIT_SOFTCAP=30 LOOP_END=5 LOOP_START=3
-    MATRIX_BITS=6 MATRIX_LR=0.026 MAX_WALLCLOCK_SECONDS=600 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5 MLP_MULT=4 MODEL_DIM=512
-    MUON_BACKEND_STEPS=5 MUON_MOMENTUM=0.97 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
-    MUON_ROW_NORMALIZE=1 MUON_WD=0.095 NUM_HEADS=8 NUM_KV_HEADS=4 NUM_LAYERS=11 NUM_LOOPS=2 PARALLEL_START_LAYER=8
-    QK_GAIN_INIT=5.0 ROPE_BASE=10000 ROPE_DIMS=16 SCALAR_LR=0.02 SEED=1337 SKIP_GATES_ENABLED=1 SMEAR_GATE_ENABLED=1
-    TIED_EMBED_INIT_STD=0.005 TIED_EMBED_LR=0.03 TRAIN_BATCH_TOKENS=786432 TRAIN_LOG_EVERY=500 TRAIN_SEQ_LEN=2048
-    VAL_BATCH_TOKENS=524288 VAL_LOSS_EVERY=0 VOCAB_SIZE=8192 WARMDOWN_FRAC=0.85 WARMUP_STEPS=20 XSA_LAST_N=11
-    ATTN_GATE=sparse PARALLEL_RESIDUAL=two MUON_COEFFICIENTS=polar MLP_SLOPE=0.5 NORMUON_BETA2=0 BIGRAM_BUCKETS=0
-    ARTIFACT_BYTES_CAP=16000000"""  # the last two lines: what #1855 does without having these names
-
-
-def test_the_defaults_are_those_of_record_1855_a_preset_overrides_them_and_variables_the_preset():
-    assert config(RECORD_1855) == config("PRESET=record") == config("") == tg.Config()
+def test_a_preset_overrides_the_defaults_and_variables_the_preset():
+    assert config("PRESET=record") == config("") == tg.Config()
     with pytest.raises(dataclasses.FrozenInstanceError):
         tg.Config().seed = 1
     demo = config("PRESET=demo")

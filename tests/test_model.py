@@ -1,6 +1,5 @@
 """The forward against a float64 restatement of its definition; causality, isolation of documents, unrolled layers."""
 import collections
-import doctest
 import itertools
 import math
 
@@ -60,7 +59,6 @@ def losses(model: tg.GPT, batch: tg.Batch) -> Tensor:
 
 
 # -- the forward, restated in float64 for one document -------------------------------------------------
-
 
 def rms(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + np.finfo(np.float32).eps)
@@ -241,7 +239,6 @@ def test_an_id_is_seen_from_its_place_to_the_end_of_its_document_and_nowhere_els
 
 # -- recording -----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("rank", [0, 6])
 @torch.no_grad()
 def test_recording_changes_no_bit_and_sums_the_input_of_every_product_of_all_layers(rank: int):
@@ -270,12 +267,9 @@ def test_recording_changes_no_bit_and_sums_the_input_of_every_product_of_all_lay
 
 # -- layers, counts, start -----------------------------------------------------------------------------
 
-
 def test_the_record_has_the_known_parameters_and_runs_its_blocks_in_the_known_order():
     counts = {name: p.numel() for name, p in tg.shapes_of(tg.ModelKnobs()).named_parameters()}
-    large = {"qo_bank": 5_767_168, "kv_bank": 2_883_584, "mlp_up_bank": 11_534_336, "mlp_down_bank": 11_534_336,
-             "tok_emb": 4_194_304}
-    assert large.items() <= counts.items() and sum(counts.values()) == 35_945_671
+    assert counts["qo_bank"] == 5_767_168 and sum(counts.values()) == 35_945_671
     on, off = (tg.unroll_layers(tg.ModelKnobs(), looped) for looped in (True, False))
     assert [v.block for v in on] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert [v.skip_from for v in on] == [None] * 8 + [7, 6, 5, 4, 3, 2, 1, 0, None]
@@ -283,11 +277,6 @@ def test_the_record_has_the_known_parameters_and_runs_its_blocks_in_the_known_or
     assert [v.block for v in off] == [v.number for v in off] == list(range(11))
     assert [v.skip_from for v in off] == [None] * 5 + [4, 3, 2, 1, 0, None]
     assert [v.lanes for v in off] == ["none"] * 8 + ["two"] * 3
-
-
-def test_docstrings_show_what_happens():
-    result = doctest.testmod(tg)
-    assert result.attempted >= 2 and result.failed == 0
 
 
 def test_stored_tensors_partition_the_parameters():
@@ -325,9 +314,3 @@ def test_a_new_model_guesses_uniformly_and_every_parameter_of_any_topology_learn
             assert not moving or p.grad.any(), name
         assert not moving or all(p.grad[i].any() for p in (model.qo_bank, model.kv_bank) for i in range(p.size(0)))
         assert math.isfinite(tg.ShardedOptimizer(model, cfg, run).step(1.0, 0.9))
-
-
-def test_the_seed_alone_decides_the_initial_weights(run: tg.Run):
-    first, again, other = (tg.build_model(tiny(**EVERYTHING, seed=seed), run).state_dict() for seed in (3, 3, 7))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in ("tok_emb", "kv_bank"))

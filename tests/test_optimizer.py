@@ -42,7 +42,6 @@ def stepped(run: tg.Run, factors: list[float], warmup: bool = False, **knobs: ob
 
 # -- routes --------------------------------------------------------------------------------------------
 
-
 def test_every_parameter_has_one_route_and_one_place_in_the_optimizer_and_every_pattern_a_parameter(run: tg.Run):
     model = tg.GPT(tiny(**EVERYTHING))
     names = [name for name, _ in model.named_parameters()]
@@ -60,15 +59,10 @@ def test_every_parameter_has_one_route_and_one_place_in_the_optimizer_and_every_
 
 # -- Muon ----------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("kind, low, high", [("polar", 0.85, 1.15), ("classic", 0.46, 1.21)])
-def test_coefficients_are_those_of_the_records_and_flatten_the_spectrum(kind: str, low: float, high: float):
+def test_orthogonalization_flattens_the_spectrum(kind: str, low: float, high: float):
     """Directions are kept."""
-    first, last = {"polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462),
-                             (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
-                   "classic": ((3.4445, -4.7750, 2.0315),) * 2}[kind]
     steps = tg.NEWTON_SCHULZ[kind]
-    assert len(steps) == 5 and (steps[0], steps[4]) == (first, last)
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(2, 24, 8), full_matrices=False)
     inner = u.mT @ tg.orthogonalize(7 * (u * torch.logspace(-2.3, 0, 8)) @ v, steps, torch.float32) @ v.mT
@@ -114,7 +108,6 @@ def test_muon_update_equals_its_formula_over_three_steps(shape: tuple, normalize
 
 
 # -- the whole step ------------------------------------------------------------------------------------
-
 
 def test_a_step_does_what_the_rules_say(run: tg.Run):
     """Muon and AdamW with their own rates and decays, from one gradient; the norm is that of all gradients."""
@@ -208,7 +201,6 @@ def test_our_step_is_the_straightforward_one(knobs: dict, run: tg.Run):
 
 
 # -- averaging -----------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("decay", [0.9, 0.0])

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import sentencepiece
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -317,9 +316,6 @@ MISTAKES = [
     ("bad.csv --name t", "bad.csv: expected a file, or a folder of files, ending in one of .txt, .md, .jsonl"),
     ("corpus.jsonl --name a/b", "--name a/b: not the name of a folder"),
     ("corpus.jsonl --name t --vocab-size 270", "--vocab-size 270: SentencePiece cannot be trained"),
-    ("corpus.jsonl --name t --vocab-size 60000", "use --vocab-size "),
-    ("corpus.jsonl --name t --val-share nan", "--val-share: nan: expected"),
-    ("loop.txt --name t", "loop.txt: no such file"),
     ("corpus.jsonl --name t --split-on=", "--split-on: empty: expected"),
     ("corpus.jsonl --name t --val-share 1e-9", "none for validation"),
     ("corpus.jsonl --name t --text-field body", "corpus.jsonl:1: no string in 'body'"),
@@ -330,7 +326,6 @@ MISTAKES = [
     ("cut.jsonl.gz --name t", "cut.jsonl.gz: cannot be read"),
     ("cut.parquet --name t", "cut.parquet: cannot be read"),
     ("whole.parquet --name t --text-field body", "no column 'body'"),
-    ("whole.parquet --name t --text-field id", "whole.parquet: no string in 'id'"),
     ("long.jsonl --name t", "long.jsonl:2: a document of more than 9,000 bytes"),
     ("long.txt --name t", "long.txt: a document of more than 9,000 bytes"),
     ("whole.parquet --name t", "no pyarrow.parquet here: pip install -r requirements.txt -r requirements-data.txt"),
@@ -346,7 +341,6 @@ def test_mistakes_are_one_line(texts, corpus, tmp_path, monkeypatch, capsys):
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=name, vocab_size=VOCAB,
                                                  minloglevel=2, **{**tx.TRAINING, **changes})
     lines = corpus.read_bytes()
-    (tmp_path / "loop.txt").symlink_to("loop.txt")
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), tmp_path / "whole.parquet")
     for name, content in {
         "bad.csv": b"text", "broken.jsonl": lines[:len(lines.splitlines()[0]) + 30],
@@ -403,10 +397,3 @@ def test_demo_makes_a_dataset_of_python_itself(tmp_path, monkeypatch, capsys):
         manifest["source"][key] = value
         (shard.parent / "manifest.json").write_text(json.dumps(manifest))
         assert command(capsys, *demo)[0] == status and (manifest_of(shard.parent) == manifest) == (status == 2)
-
-
-def test_help_needs_no_torch():
-    code = ("import sys\nfrom data import prepare\n"
-            "try: prepare.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code, "text", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage: ./run.sh data" in done.stdout and not done.stderr

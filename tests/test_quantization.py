@@ -64,7 +64,6 @@ def damage(weight: Tensor, hessian: Tensor, values: Tensor) -> float:
 
 # -- the column loop -----------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("cols", [5, 150])
 def test_gptq_equals_the_textbook_across_segments(cols: int):
     """Codes but for a tie that falls to the other side; the factor's diagonal gives the costs."""
@@ -126,7 +125,6 @@ def test_damping_rises_with_a_logged_event_until_a_singular_hessian_factorises(m
 
 # -- scales --------------------------------------------------------------------------------------------
 
-
 def test_scale_codes_are_eighths_of_an_octave_on_every_machine():
     every = torch.arange(-128, 128).to(torch.int8)
     scales = tg.scales_of(every, 1.0)
@@ -154,7 +152,6 @@ def test_scales_fill_every_matrix_to_the_same_level(softness: float, monkeypatch
 
 
 # -- the trellis ---------------------------------------------------------------------------------------
-
 
 def cheapest(weight: Tensor, upper: Tensor, grid: float) -> list[int]:
     """Codes of one row by the best of all paths (parity checks 5 and 2), errors fed forward in each, in float64."""
@@ -206,7 +203,6 @@ def test_codes_follow_the_trellis_and_lose_less_at_equal_entropy():
 
 
 # -- the whole model -----------------------------------------------------------------------------------
-
 
 def unit_sums(model: tg.GPT, grams: dict[tuple[str, int], Tensor] | None = None) -> tg.RecordingWeights:
     """What uncorrelated inputs and outputs of equal importance would give."""
@@ -263,16 +259,6 @@ def test_every_tensor_is_stored_once_as_its_route_says(quant: str, scale: float,
             assert ((q.dequantize(scale) - values).abs() <= step).float().mean() > 0.7
 
 
-def test_bits_fall_by_one_an_octave_and_can_be_asked_for(run: tg.Run):
-    cfg = tiny(model_dim=64)
-    model = noisy(cfg)
-    quantizer = tg.Quantizer(model, unit_sums(model), cfg, run)
-    for bits in (3.0, 5.0):
-        octaves = quantizer.octaves_for(bits * quantizer.weights)
-        assert quantizer.bits(2.0 ** octaves) / quantizer.weights == pytest.approx(bits, abs=0.01)
-        assert quantizer.bits(2.0 ** (octaves + 1)) / quantizer.weights == pytest.approx(bits - 1, abs=0.1)
-
-
 def test_mixed_bits_go_by_the_trace_of_the_hessian(run: tg.Run):
     """#1260: the matrices of the largest trace have MATRIX_BITS, the others one less; the embedding has its own."""
     clips = dict(attn_clip_sigmas=1, mlp_clip_sigmas=1, embed_clip_sigmas=1)
@@ -313,7 +299,6 @@ def test_each_matrix_is_rounded_for_the_inputs_it_reads(run: tg.Run):
 
 # -- training that sees rounded weights ----------------------------------------------------------------
 
-
 @pytest.mark.parametrize("bits", [2, 4])
 def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(bits: int, run: tg.Run):
     """Loss to the bit; the gradient at the rounded weights goes straight through; whatever the Hessians."""
@@ -340,7 +325,6 @@ def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(
 
 
 # -- calibration ---------------------------------------------------------------------------------------
-
 
 def test_sums_are_over_all_calibration_tokens_and_ranks(run: tg.Run, dataset: dict[str, str]):
     """To rounding, Fisher information included: its targets are drawn by row, whoever has the row."""

@@ -17,7 +17,7 @@ import train_gpt as tg
 def launch(folder: Path, jobs: list[dict]) -> str:
     """Runs the jobs, of three ranks or of the first WORLD_SIZE of them, under torchrun; returns standard error."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", __file__]
     return subprocess.run([*command, str(folder)], cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, timeout=300).stderr

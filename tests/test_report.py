@@ -5,13 +5,12 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, tiny
+from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,7 +155,7 @@ def test_a_browser_shows_every_picture_wide_and_narrow_light_and_dark(made: tupl
     ("clock", ["SEED=1", "training", "gptq", "0.75"]), ("clock", ["SEED=1", "training", "allocate", "0.25"]),
     ("clock", ["SEED=1", "training", "sum", "3.5"]), ("clock", ["SEED=1", "neither", "pack", "0.75"]),
     ("clock", ["SEED=1", "scoring", "sum, of 600", "3.5"]), ("bytes", ["SEED=1", "mlp", "600", "50.0 %", "1,600", "3"]),
-    ("bytes", ["SEED=2", "header", "100", "8.3 %"]), ("bytes", ["SEED=2", "code", "200", "16.7 %"]),
+    ("bytes", ["SEED=2", "header", "100", "8.3 %"]),
     ("step", ["SEED=1", "3 layers", "8", "100", "3,840"]),
     ("step", ["SEED=1", "6 layers, rounded", "10", "150", "2,560"])])
 def test_figures_are_the_logs(section: str, expected: list[str], made: tuple):
@@ -273,12 +272,3 @@ def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path):
     log(tmp_path / "a\udcff.jsonl", 1)
     report.write_page(tmp_path / "a.html", [report.read_run(tmp_path / "a\udcff.jsonl")])
     assert "<title>a\\udcff</title>" in (tmp_path / "a.html").read_text()
-
-
-def test_it_needs_nothing_but_python_and_says_what_is_missing(tmp_path: Path):
-    log(tmp_path / "a.jsonl", 1)
-    for name, status in ((str(tmp_path / "a.jsonl"), 0), ("nowhere", 2)):
-        done = subprocess.run([sys.executable, "-S", "-m", "tools.report", name, f"OUT={tmp_path}/{status}.html"],
-                              cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-    assert done.stderr.startswith("report.py: nowhere: no such log") and not (tmp_path / "2.html").exists()

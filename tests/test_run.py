@@ -140,26 +140,6 @@ def test_a_signal_outside_training_ends_the_run_at_once_and_inside_waits_for_the
         os.kill(os.getpid(), signal.SIGINT)  # asked twice
 
 
-def test_the_rank_that_fails_says_where(tmp_path, capsys):
-    """Whatever rank it is; the log has it, too."""
-    run, handler = tg.Run(tiny(log_dir=str(tmp_path), run_id="r"), {}), signal.getsignal(signal.SIGTERM)
-    run.rank = 5
-    with pytest.raises(ZeroDivisionError), run, run.phase("train", "train"):
-        run.status = "train step 7"
-        raise ZeroDivisionError("planted")
-    assert "train_gpt.py: rank 5 failed in phase train step 7: ZeroDivisionError" in capsys.readouterr().err
-    assert '"kind": "ZeroDivisionError", "text": "planted"' in run.path(".jsonl").read_text()
-    assert signal.getsignal(signal.SIGTERM) == handler
-
-
-def test_collectives_of_one_process_are_identities(run):
-    tensor = torch.arange(6.0).view(3, 2)
-    for name in ("all_reduce", "broadcast", "broadcast_object"):
-        assert getattr(run, name)(tensor) is tensor
-    assert run.reduce_scatter(tensor)() is tensor is run.all_gather(tensor)() and tensor.sum() == 15
-    assert run.all_gather_object(tensor) == [tensor]
-
-
 TENSORS = {"weights": torch.arange(6.0).view(2, 3), "count": torch.tensor(3, dtype=torch.int32)}
 
 

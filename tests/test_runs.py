@@ -1,5 +1,6 @@
 """What runs left is told at a glance: `runs` as a table of all, `show` as a few lines on one."""
 import csv
+import doctest
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, tiny
 
 import train_gpt as tg
-from tools import logs, runs, show
+from tools import compare, logs, runs, show, submission
 from tools.common import ToolError
 
 CONFIG = {name: getattr(tiny(), name) for name in tg.Config.__dataclass_fields__}
@@ -123,12 +124,17 @@ def test_damaged_lines_are_counted_once_and_an_end_that_was_cut_is_not(tmp_path,
         assert [e["event"] for e in logs.events(path)] == ["start", "config", "train"]
     assert capsys.readouterr().err == f"{path}: left out, damaged: lines 1, 5, 7\n"
     assert [e["event"] for e in logs.events(path, "config", "train")] == ["start"]
+    path.write_text('[]\n{"a": 1}\n3\n{"event": 5}\n{"event": "start"}\n{"event": "tr')
+    assert logs.events(path) == [{"event": "start"}]
 
 
-def test_both_need_nothing_but_python_and_a_reader_may_leave(folder):
-    for module, status in (("runs", 0), ("show", 2)):
-        done = subprocess.run([sys.executable, "-S", "-m", f"tools.{module}"], cwd=ROOT, capture_output=True, text=True)
+def test_they_and_the_report_need_nothing_but_python_and_a_reader_may_leave(folder):
+    page = folder / "page.html"
+    for module, more, status in (("runs", [], 0), ("show", [], 2), ("report", ["broken", f"OUT={page}"], 0)):
+        done = subprocess.run([sys.executable, "-S", "-m", f"tools.{module}", *more], cwd=ROOT, capture_output=True,
+                              text=True)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert page.stat().st_size
     read, write_end = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "tools.runs"], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE)
@@ -150,7 +156,6 @@ def test_what_stdout_cannot_take(module, out, status, said, folder, tmp_path):
 
 
 # -- show ------------------------------------------------------------------------------------------------
-
 
 def finished(folder: Path, **more: object) -> Path:
     """The log of a run with everything that `show` tells of."""
@@ -184,8 +189,72 @@ def test_show_says_all_in_a_few_short_lines(tmp_path):
 
 
 @pytest.mark.parametrize("events, expected", [
-    ([], "it is unfinished"), ([dict(event="error", text="out of memory")], "it failed: out of memory; see"),
-    ([dict(event="error", text="x"), dict(event="start")], "it is unfinished")])
-def test_a_run_without_a_verdict_says_why(events, expected, tmp_path):
-    with pytest.raises(ToolError, match=f"has no verdict: {expected}"):
+    ([], "has no verdict: it is unfinished"), ([dict(event="verdict", val_bpb=1)], "cannot be read: KeyError"),
+    ([dict(event="error", text="out of memory")], "verdict: it failed: out of memory; see"),
+    ([dict(event="error", text="x"), dict(event="start")], "verdict: it is unfinished")])
+def test_what_show_cannot_show_is_one_line(events, expected, tmp_path):
+    with pytest.raises(ToolError, match=expected):
         show.main([str(write(tmp_path, "r", 1, *events))])
+
+
+# -- what all tools share --------------------------------------------------------------------------------
+
+def test_knobs_that_change_no_result_are_the_trainers():
+    """One set, which each tool takes from or adds to."""
+    assert logs.NO_RESULT == tg.NO_RESULT
+    assert logs.PRIVATE | logs.DATA == submission.PLACES == logs.NO_RESULT | {"seed"}
+
+
+@pytest.mark.parametrize("item", ["a=1-k", "a=1-k.jsonl", "{0}/a=1-k.jsonl", "{0}/a=1-k.txt", "{0}/a=1-k.bin", "a=*"])
+def test_one_run_by_id_path_and_glob(item, tmp_path):
+    (tmp_path / "a=1-k.jsonl").touch()
+    assert logs.find_log(item.format(tmp_path), tmp_path) == tmp_path / "a=1-k.jsonl"
+
+
+@pytest.mark.parametrize("item, expected", [("b", "b: no such log"), ("a*", "2 logs; expected one"), (".", "2 logs")])
+def test_none_and_several_are_refused(item, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1", "a2"):
+        Path(f"{name}.jsonl").touch()
+    with pytest.raises(ToolError, match=expected.replace("*", ".")):
+        logs.find_log(item, Path("logs"))
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    """A folder among its logs is no log."""
+    (tmp_path / "a.jsonl").mkdir()
+    (tmp_path / "b.jsonl").touch()
+    assert logs.logs_in(tmp_path) == [tmp_path / "b.jsonl"] and logs.logs_in(tmp_path / "none") == []
+    for look in (runs.main, show.main):
+        monkeypatch.setenv("LOG_DIR", str(tmp_path / "b.jsonl"))
+        with pytest.raises(NotADirectoryError):
+            look([])
+
+
+@pytest.mark.parametrize("arguments, expected", [(["SEED"], "expected KNOB=value"), (["seed=1"], "expected KNOB=value"),
+                                                 (["SEED=1", "SEED=2"], "given twice")])
+def test_what_is_no_pair_is_refused(arguments, expected):
+    with pytest.raises(ToolError, match=expected):
+        logs.pairs(arguments)
+
+
+def test_show_looks_where_runs_are_logged(tmp_path, monkeypatch, capsys):
+    """In LOG_DIR; by default it takes the newest there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOG_DIR", "mine")
+    with pytest.raises(ToolError, match="mine/: no run yet"):
+        show.main([])
+    Path("mine").mkdir()
+    finished(Path("mine"))
+    for arguments in ([], ["r"], ["mine/r.txt"]):
+        assert show.main(arguments) == 0
+        assert "12,345 parameters" in capsys.readouterr().out
+    for arguments, expected in ((["s"], "s: no such log"), (["r", "r"], "expected one run")):
+        with pytest.raises(ToolError, match=expected):
+            show.main(arguments)
+
+
+def test_examples_in_docstrings():
+    for module in (tg, compare, show):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed

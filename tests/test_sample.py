@@ -1,6 +1,5 @@
 """Samples come through the trainer's one forward: the cache changes nothing, the seed decides, and all is text."""
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import torch
 
 import train_gpt as tg
 from data.caseops import TRANSFORMS
-from tools import common, sample
+from tools import sample
 
 
 @pytest.fixture(scope="module")
@@ -97,24 +96,18 @@ def test_short_samples(single: Path):
     assert [text[:3] for text in found] == ["def", "The"] and all(3 < len(text) <= 20 for text in found)
 
 
-def call(monkeypatch, *arguments: object) -> int:
-    """Exit status of `./run.sh sample` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
-    return common.program(sample.main, "sample")
-
-
-def test_a_run_id_and_an_artifact_alone(single: Path, dataset: dict[str, str], tmp_path: Path, monkeypatch, capsys):
+def test_a_run_id_and_an_artifact_alone(single: Path, dataset: dict[str, str], tmp_path: Path, monkeypatch, called):
     """A prompt that is no UTF-8 is read; where there is no log, the tokenizer must be given."""
     shutil.copy(single / "r.bin", tmp_path / "alone.bin")
     monkeypatch.setenv("LOG_DIR", str(single))
     arguments = [b"if \xff".decode(errors="surrogateescape"), "LENGTH=9", "SEED=3", "TEMPERATURE=0.5"]
-    assert call(monkeypatch, "r", *arguments) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith("if ?") and len(told.out) > 5 and told.err == ""
-    assert call(monkeypatch, tmp_path / "alone.bin", *arguments) == 2
-    assert "no dataset in data/datasets has" in (lost := capsys.readouterr().err) and lost.count("\n") == 1
-    assert call(monkeypatch, tmp_path / "alone.bin", *arguments, f"TOKENIZER_PATH={dataset['tokenizer_path']}") == 0
-    assert capsys.readouterr().out.startswith("if ?")
+    status, out, err = called(sample.main, "sample", "r", *arguments)
+    assert (status, err) == (0, "") and out.startswith("if ?") and len(out) > 5
+    alone = tmp_path / "alone.bin"
+    status, _, err = called(sample.main, "sample", alone, *arguments)
+    assert status == 2 and "no dataset in data/datasets has" in err and err.count("\n") == 1
+    status, out, _ = called(sample.main, "sample", alone, *arguments, f"TOKENIZER_PATH={dataset['tokenizer_path']}")
+    assert status == 0 and out.startswith("if ?")
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -124,9 +117,8 @@ def test_a_run_id_and_an_artifact_alone(single: Path, dataset: dict[str, str], t
     (["{run}", "TEMPRATURE=1"], "TEMPRATURE: no such knob; did you mean TEMPERATURE?"),
     (["{run}", "CASEOPS_ENABLED=1"], "which case operators the run had"), (["{run}", "VOCAB_SIZE=7"], "VOCAB_SIZE=7:"),
     (["{log}"], "other.bin: no such artifact")])
-def test_bad_input_is_one_line(arguments: list[str], expected: str, single: Path, tmp_path: Path, monkeypatch, capsys):
+def test_bad_input_is_one_line(arguments: list[str], expected: str, single: Path, tmp_path: Path, called):
     (tmp_path / "other.jsonl").write_text((single / "r.jsonl").read_text())
     places = {"{run}": str(single / "r.bin"), "{log}": str(tmp_path / "other.jsonl")}
-    assert call(monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and expected in told.err and told.err.count("\n") == 1
+    status, out, err = called(sample.main, "sample", *(places.get(argument, argument) for argument in arguments))
+    assert (status, out) == (2, "") and expected in err and err.count("\n") == 1

@@ -78,14 +78,6 @@ def test_any_sequence_of_ids_has_the_bytes_of_the_slow_count(sp):
     assert table.of_targets(by_hand).tolist() == [0, 4, 1, 1, 0, 5, 0, 0, 3]
 
 
-def test_validation_has_a_target_for_every_id_but_the_first_and_their_bytes(dataset, run):
-    val = tg.ValData.load(tiny(**dataset), run)
-    sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
-    text = [sp.decode(part.tolist()) for part in np.split(val.ids, val.starts[1:])]
-    assert val.num_targets == len(val.ids) - 1 == len(val.target_bytes) and len(text) == 8
-    assert int(val.target_bytes.sum()) == sum(len(t.encode("utf-8")) for t in text)
-
-
 @pytest.mark.parametrize("cuts, sizes, problem", [
     ([], 8, ""), ([4], 8, ""), ([2, 5], 8, ""), ([4], 7, "7 entries for 8 tokens"), ([], 9, "9 entries for 8 tokens"),
     ([], 0, "no fineweb_val_bytes")])

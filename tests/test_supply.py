@@ -1,6 +1,6 @@
 """What the program is made of and talks to: pinned files, known licences, no network but for downloads and mirrors.
 
-    PYTHONPATH=tests python tests/test_supply.py        writes LICENSES.md anew, from what is installed
+Each verb starts with the packages of its groups alone, and most without torch.
 """
 import ast
 import hashlib
@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import QUICK, ROOT, environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+SHELL = (ROOT / "run.sh").read_text()
 FILES = ["requirements.txt", *(f"requirements-{group}.txt" for group in ("data", "tools", "dev"))]
 
 
@@ -33,7 +33,6 @@ NETWORK = {"socket", "ssl", "socketserver", "http", "urllib", "ftplib", "smtplib
 PROGRAMS = {"curl", "wget", "ssh", "scp", "rsync", "git", "nc"}
 
 # -- pinned files ---------------------------------------------------------------------------------------
-
 
 def lock_of(file: str) -> Path:
     return ROOT / file.replace(".txt", ".lock")
@@ -74,45 +73,63 @@ def test_every_machine_gets_the_pinned_versions_with_hashes():
             assert {name for name, _ in wanted - solved} == {name for name, _ in wanted} & BUILDS
 
 
+# -- verbs ----------------------------------------------------------------------------------------------
+
+# Module, arguments that need neither data nor torch, the exit status; by verb.
+LIGHT = {
+    "train": ("tools.launch train SEEDS=1", 2), "data": ("data.prepare text --help", 0),
+    "check": ("tools.submission check records/pr1485_illegal", 1),
+    "audit": ("tools.audit --static bench/codec.py", 0), "compare": ("tools.compare 1.1,1.2 1.0,1.0", 0),
+    "doctor": ("tools.doctor nonsense", 2), "mirror": ("tools.mirror nowhere wandb", 2),
+    "replay": ("tools.replay nowhere", 2), "report": ("tools.report nowhere", 2), "runs": ("tools.runs --help", 0),
+    "show": ("tools.show nowhere", 2), "sample": ("tools.sample nowhere", 2), "knobs": ("tools.knobs LORA", 0),
+    "submit": ("tools.submission submit X nowhere", 2), "sweep": ("tools.sweep nonsense", 2),
+    "tune": ("tools.tune nonsense", 2)}
+NEEDS_TORCH = {"demo", "bench", "test"}
+"""They run train_gpt.py, or read its formats."""
+
+
+def groups(verb: str) -> list[str]:
+    """The groups that run.sh installs for a verb, besides requirements.txt."""
+    own = re.search(rf"^  {verb}\)(?:.*\n)*?.*start (?:\"\"|(\w+)) tools\.", SHELL, re.M)
+    return [own[1]] if own and own[1] else []
+
+
+def test_every_verb_says_whether_it_needs_torch():
+    verbs = set(re.findall(r"^  (\w+)\)", SHELL, re.M)) - {"setup", "lock", "help"}
+    assert verbs == LIGHT.keys() | NEEDS_TORCH and not LIGHT.keys() & NEEDS_TORCH
+
+
+def test_no_package_is_in_two_groups():
+    named = [sorted({pin.name for pin in pins(file)}) for file in FILES]
+    assert len(set(sum(named, []))) == len(sum(named, []))
+    assert set(named[0]) == set("torch numpy sentencepiece brotli constriction tqdm safetensors".split())
+
+
+@pytest.mark.parametrize("verb", LIGHT)
+def test_a_verb_starts_without_torch_and_without_the_other_groups(verb: str, tmp_path: Path):
+    own = {pin.name for group in groups(verb) for pin in pins(f"requirements-{group}.txt")}
+    for module in {"torch", *(pin.name for file in FILES[1:] for pin in pins(file))} - own:
+        (tmp_path / f"{module}.py").write_text(f"raise SystemExit('{module} was imported')")
+    command, status = LIGHT[verb]
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == status and done.stdout + done.stderr, done.stdout + done.stderr
+    assert "was imported" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_fits_a_screen():
+    short, full = (subprocess.run(["./run.sh", "help", *more], cwd=ROOT, capture_output=True, text=True, check=True
+                                  ).stdout.splitlines() for more in ([], ["all"]))
+    assert len(short) <= 24 and max(map(len, short)) <= 100 and full[:len(short)] == short
+    for verb in set(re.findall(r"^  (\w+)\)", SHELL, re.M)) - {"demo", "help"}:
+        assert any(line.startswith(f"./run.sh {verb}") for line in full), verb
+
+
 # -- licences -------------------------------------------------------------------------------------------
 
-
-def licence(found: metadata.Distribution) -> str:
-    """In the words of the package's own metadata: the expression, else the classifiers, else a text's first lines."""
-    said = found.metadata
-    classified = [c.rpartition(" :: ")[2] for c in said.get_all("Classifier") or () if c.startswith("License")]
-    files = [file.read_text() for file in found.files or () if ".dist-info/licenses/" in str(file)]
-    text = [line.strip() for line in (said.get("License") or "".join(files[:1])).splitlines() if line.strip()]
-    return said.get("License-Expression") or ", ".join(classified) or ", ".join(text[:2])
-
-
-def licences() -> str:
-    """LICENSES.md: what the requirements files ask for, and what that needs on the machine where this runs."""
-    wanted, rows = [canonicalize_name(pin.name) for pin in PINS], {}
-    direct = set(wanted)
-    while wanted:
-        name = wanted.pop()
-        try:
-            found = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # for another platform
-        if name not in rows:
-            rows[name] = (found.version.split("+")[0], licence(found))
-            needs = [Requirement(line) for line in found.requires or ()]
-            wanted += [canonicalize_name(r.name) for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
-    lines = [f"| {'**' * (n in direct)}{n}{'**' * (n in direct)} | {version} | {text.replace('|', '/')} |"
-             for n, (version, text) in sorted(rows.items())]
-    return "\n".join([
-        "# Licences of what this program needs", "",
-        "The program itself is under the licence in `LICENSE`. Packages that the requirements files name are bold, the",
-        "others are needed by them; the words are their own metadata's, under Linux with Python "
-        f"{sys.version_info.major}.{sys.version_info.minor}. torch's", "builds for CUDA also bring NVIDIA's libraries, "
-        "under NVIDIA's licences. Nothing of this is part of the counted bytes.", "",
-        "| package | version | licence |", "|---|---|---|", *lines, "",
-        "Made by `PYTHONPATH=tests .venv/bin/python tests/test_supply.py`.", ""])
-
-
 def test_every_requirement_has_a_licence_on_the_list():
+    """`python -m tools.licences` writes it anew."""
     rows = {row[0].strip(" *"): row[1:] for line in (ROOT / "LICENSES.md").read_text().splitlines()
             if len(row := [cell.strip() for cell in line.strip("|").split("|")]) == 3}
     for name in {canonicalize_name(pin.name) for pin in PINS}:
@@ -121,7 +138,6 @@ def test_every_requirement_has_a_licence_on_the_list():
 
 
 # -- network --------------------------------------------------------------------------------------------
-
 
 def reaching(source: str) -> set[str]:
     """What a source imports, or names in a call (`import_module("requests")`, `run(["curl", ...])`), of NETWORK."""
@@ -132,15 +148,6 @@ def reaching(source: str) -> set[str]:
     given += [part for a in given if isinstance(a, (ast.List, ast.Tuple)) for part in a.elts]
     named |= {a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)}
     return {name for name in named if re.split(r"[. ]", name)[0] in NETWORK | PROGRAMS}
-
-
-@pytest.mark.parametrize("source, found", [
-    ("import http.client", {"http.client"}), ("def f():\n from urllib import request", {"urllib"}),
-    ("g = importlib.import_module('requests')", {"requests"}), ("__import__('socket')", {"socket"}),
-    ("subprocess.run(['curl', url])", {"curl"}), ("os.system('wget -q x')", {"wget -q x"}),
-    ("import httpish; print('the socket', ['curl'])", {"curl"}), ("x = {'requests': 1}", set())])
-def test_what_reaches_out_is_seen(source, found):
-    assert reaching(source) == found
 
 
 def test_only_the_download_and_the_mirror_can_reach_a_network():
@@ -182,9 +189,7 @@ def test_text_becomes_a_scored_artifact_without_a_network(tmp_path: Path):
     (tmp_path / "text").mkdir()
     for number, part in enumerate((ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")):
         (tmp_path / "text" / f"{number}.txt").write_text(part, encoding="utf-8")
-    knobs = {name.upper(): value for name, value in TINY.items()} | {
-        "DATA_PATH": str(tmp_path / "datasets" / "t_sp512"), "LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "r",
-        "TTT": "none", "DIAGNOSTIC_EVALS": "", "NGRAM_BASE_BETA": "0", "ITERATIONS": "2"}
+    knobs = environment({"data_path": str(tmp_path / "datasets" / "t_sp512")}, tmp_path / "logs", **QUICK)
     for command in (["-m", "data.prepare", "text", str(tmp_path / "text"), "--name", "t", "--vocab-size", "512",
                      "--val-share", "0.2", "--workers", "1", "--out", str(tmp_path)],
                     ["train_gpt.py"], ["-m", "tools.show", str(tmp_path / "logs" / "r.jsonl")]):
@@ -196,7 +201,3 @@ def test_text_becomes_a_scored_artifact_without_a_network(tmp_path: Path):
 def test_the_guard_sees_who_calls_out(tmp_path: Path):
     done = off(tmp_path, "-c", "import urllib.request; urllib.request.urlopen('http://192.0.2.1', timeout=2)")
     assert done.returncode and "192.0.2.1" in (tmp_path / "reached").read_text()
-
-
-if __name__ == "__main__":
-    (ROOT / "LICENSES.md").write_text(licences(), encoding="utf-8")

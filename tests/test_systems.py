@@ -7,19 +7,15 @@ from conftest import ROOT, TINY
 
 import train_gpt as tg
 from records.pr1485_illegal import train_on_validation as specimen
-from tools import audit, evidence, submission
+from tools import audit, evidence, launch, submission
 from tools.predict import predicted_bytes
 
 SYSTEMS = sorted(path.parent.name for path in ROOT.glob("records/*/config.env"))
 
 
 def knobs(name: str) -> dict[str, str]:
-    lines = (ROOT / "records" / name / "config.env").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-
-
-def config(name: str, **changes: str) -> tg.Config:
-    return tg.Config.from_env({**knobs(name), **changes})
+    """As `./run.sh train records/NAME` takes them: they need no translation."""
+    return launch.config_env(ROOT / "records" / name, {name.upper() for name in tg.kinds(tg.Config)})
 
 
 @functools.cache
@@ -27,48 +23,23 @@ def code_bytes() -> int:
     return len(tg.shipped_source(ROOT / "train_gpt.py"))
 
 
-def weight_bytes(cfg: tg.Config) -> int:
-    return sum(predicted_bytes(tg, cfg, 0).values())
-
-
-def test_all_systems_are_here():
-    assert {"pr4", "pr640", "pr1260", "pr1485", "pr1485_illegal", "pr1514", "pr1855", "pr2135"} <= set(SYSTEMS)
-
-
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_is_a_config_under_the_cap(name: str):
     """SDClip's size is predicted from Gaussian rows, to half a percent; the packer takes up what is over."""
-    assert set(knobs(name)) <= {name.upper() for name in tg.kinds(tg.Config)}
-    cfg = config(name)
-    assert weight_bytes(cfg) + code_bytes() < 1.005 * cfg.artifact_bytes_cap
+    cfg = tg.Config.from_env(knobs(name))
+    assert sum(predicted_bytes(tg, cfg, 0).values()) + code_bytes() < 1.005 * cfg.artifact_bytes_cap
     text = (ROOT / "records" / name / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 25 and ("**Legal:**" in text) != name.endswith("_illegal")
     assert ("ILLEGAL" in text) == name.endswith("_illegal")
 
 
-def test_the_twins_differ_in_how_they_adapt_alone():
+def test_all_systems_are_here_and_the_twins_differ_in_how_they_adapt_alone():
+    assert {"pr4", "pr640", "pr1260", "pr1485", "pr1485_illegal", "pr1514", "pr1855", "pr2135"} <= set(SYSTEMS)
     illegal, legal = knobs("pr1485_illegal"), knobs("pr1485")
     assert {k for k in illegal | legal if illegal.get(k) != legal.get(k)} <= {k for k in illegal | legal if "TTT" in k}
 
 
-def test_what_grew_on_the_fourth_is_switched_on_there():
-    """Late rounding in the last twentieth; ternary codes from the first step on; low rank in few bytes."""
-    late, ternary = config("pr4"), config("pr640")
-    assert late.bigram_buckets and late.smear_gate_enabled and 0 < late.rope_dims < late.head_dim
-    assert [at.rounded for at in tg.stages(late)] == [False, True] and late.qat_start > 0.95
-    assert [at.rounded for at in tg.stages(ternary)] == [True]
-    assert ternary.grid("mlp")[0] == ternary.grid("attn")[0] == 2
-    assert weight_bytes(config("pr4", MLP_RANK="192")) < 0.8 * weight_bytes(late)
-
-
-def test_the_record_has_its_parameters():
-    with tg.torch.device("meta"):
-        model = tg.GPT(config("pr1855"))
-    assert sum(p.numel() for p in model.parameters()) == 35_945_671
-
-
 # -- the specimen ----------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def illegal_log(dataset: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
