@@ -289,7 +289,7 @@ class Subject:
 
     @functools.cached_property
     def cuts(self) -> list[dict[int, int]]:
-        """Rounds of one target in each document (document -> target): first, last, behind a window or chunk, half, any."""
+        """Rounds of one target in each document (document -> target): first, last, behind an edge, half, any."""
         places = []
         for edge in ("first", "last", "edge", "half", "any"):
             cut = {}
