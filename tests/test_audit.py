@@ -3,6 +3,7 @@ import base64
 import bz2
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import lzma
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -156,7 +158,6 @@ def test_probes_look_where_something_was_learned():
 
 class Plant(NamedTuple):
     """A change of the program's text that breaks one ruling, and the condition that must be named."""
-    ruling: str
     mode: str
     edits: list[tuple[str, str]]
     expected: str
@@ -164,105 +165,93 @@ class Plant(NamedTuple):
 
 
 PLANTS = {
-    "adapters learn before the score": Plant("A", "lora", [
+    "adapters learn before the score": Plant("lora", [
         (SCORED, AGAIN + SCORED)], "C3", ALONE),
-    "shared weights learn before the score": Plant("A", "sgd", [
+    "shared weights learn before the score": Plant("sgd", [
         ("            score_windows(model, windows[cuts[c]:",
          "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
          "            score_windows(model, windows[cuts[c]:")], "C3"),
-    "minimum over two passes": Plant("B", "lora", [
+    "minimum over two passes": Plant("lora", [
         (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], "C4", ALONE),
-    "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
+    "a delta fitted to the window that is scored (SLOT)": Plant("none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], "C1"),
-    "mass added to the hint alone": Plant("E", "tilt", [
+    "mass added to the hint alone": Plant("tilt", [
         ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], "C2"),
-    "the lookup context holds the target": Plant("E", "tilt", [
+    "the lookup context holds the target": Plant("tilt", [
         ("return hints[:-1], betas[:-1]", "return hints[1:], betas[1:]")], "C2"),
-    "hints counted from the whole stream": Plant("E", "tilt", [
+    "hints counted from the whole stream": Plant("tilt", [
         ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
         "C1"),
-    "smearing across documents": Plant("L", "none", [
+    "smearing across documents": Plant("none", [
         ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], "P"),
-    "attention to later ids": Plant("C1", "none", [
+    "attention to later ids": Plant("none", [
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], "C1"),
-    "keys and values of the documents before": Plant("L", "cache", [
+    "keys and values of the documents before": Plant("cache", [
         ("cache = KeyValueCache(cfg.eval_seq_len) if",
          'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
         "P", ALONE),
-    "the last chunk is not scored": Plant("C4", "lora", [
+    "the last chunk is not scored": Plant("lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
          "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], "C4", ALONE),
-    "the ledger tells less than was learned": Plant("A", "sgd", [
+    "the ledger tells less than was learned": Plant("sgd", [
         ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
          "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], "C3"),
-    "updates are not in the ledger": Plant("A", "sgd", [
+    "updates are not in the ledger": Plant("sgd", [
         ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)", "pass")], "C3"),
-    "the ledger counts a target twice": Plant("C4", "none", [
+    "the ledger counts a target twice": Plant("none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], "C4"),
-    "losses are clamped": Plant("G", "none", [(RETURNED, "return nats.detach().clamp_max(3.0), nats")], "C2"),
-    "the ledger clamps losses": Plant("B", "none", [(WRITTEN, f"{WRITTEN}.clamp_max(3.0)")], "C4"),
-    "special targets are left out": Plant("O", "none", [
+    "losses are clamped": Plant("none", [(RETURNED, "return nats.detach().clamp_max(3.0), nats")], "C2"),
+    "the ledger clamps losses": Plant("none", [(WRITTEN, f"{WRITTEN}.clamp_max(3.0)")], "C4"),
+    "special targets are left out": Plant("none", [
         (TOTAL, "float(nats.double()[target_bytes > 1].sum())")], "accounting"),
-    "rare ids are cheaper": Plant("F", "none", [
-        (RETURNED, "return torch.where(targets > 35, 0.9 * nats, nats).detach(), nats")], "C2"),
-    "a temperature for each chunk": Plant("D", "none", [
+    "a temperature for each chunk": Plant("none", [
         (RETURNED, "return min((softcapped_cross_entropy(logits, targets, softcap * s) for s in (0.9, 1.0, 1.1)), "
                    "key=lambda x: float(x.sum())).detach(), nats")], "C1"),
-    "a look ahead beyond position 9": Plant("C1", "none", [
-        (MASK, MASK.replace("(back >= 0)", "(back >= -1 * (batch.positions[:, :, None] > 9).int())"))], "C1"),
-    "hidden states see targets": Plant("D", "none", [("        return norm(x)\n\n    def total_loss",
+    "hidden states see targets": Plant("none", [("        return norm(x)\n\n    def total_loss",
         "        return norm(x + 0.3 * self.tok_emb[batch.targets.clamp_min(0)])\n\n    def total_loss")], "C1"),
-    "a rate by the score so far": Plant("P", "cache", [
+    "a rate by the score so far": Plant("cache", [
         (RATE, "lr=cfg.ttt_lora_lr * (1 + float(scorer.ledger.nats.mean())), ")], "P", ALONE),
-    "the truth as a hint here and there": Plant("F", "tilt", [
+    "the truth as a hint here and there": Plant("tilt", [
         ("return hints[:-1], betas[:-1]", "betas[3:-1:7], hints[3:-1:7] = cfg.ngram_base_beta, ids[4::7].int()\n"
                                           "    return hints[:-1], betas[:-1]")], "C1"),
-    "a sum that is clamped": Plant("E", "tilt", [(".clamp_max(1.0), betas", ".clamp_max(0.1), betas")], "C2"),
-    "an update that is entered in advance": Plant("A", "sgd", [
+    "a sum that is clamped": Plant("tilt", [(".clamp_max(1.0), betas", ".clamp_max(0.1), betas")], "C2"),
+    "an update that is entered in advance": Plant("sgd", [
         ("        score(i)\n        if begin < end",
          "        scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)\n"
          "        score(i)\n        if begin < end")], "C4"),
-    "weights are nudged while scoring": Plant("A", "none", [
+    "weights are nudged while scoring": Plant("none", [
         (RETURNED, "model.q_gain.data.mul_(1.0001)\n            return nats.detach(), nats")], "C3"),
-    "a hint only where it helps": Plant("E", "tilt", [
-        ("    return (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)).float()",
-         "    return torch.minimum(nats, (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)))"
-         ".float()")], "C2"),
-    "a hint that counts its own target": Plant("E", "tilt", [("highest[:-1])[(index - 1).clamp_min_(0)]",
-                                                              "highest[:-1])[index]")], "C1"),
-    "windows belong to the chunk of their end": Plant("A", "sgd", [
+    "windows belong to the chunk of their end": Plant("sgd", [
         ("[window.first for window in windows]", "[window.end - 1 for window in windows]")], "C3"),
-    "rows that run on": Plant("A", "sgd", [
-        ("(at, min(at + seq_len, stop))", "(at, min(at + seq_len, len(self.ids) - 1))")], "C3"),
-    "a mask that is off by one": Plant("C1", "cache", [
+    "a mask that is off by one": Plant("cache", [
         ("return ((back >= 0) & (back < self.cache_len))", "return ((back >= -1) & (back < self.cache_len))")],
         "C1", ALONE),
     # missed at first sight, or by another condition's name
-    "the last window reaches back": Plant("C1", "none", [(
+    "the last window reaches back": Plant("none", [(
         "Window(first - (seq_len - stride), stop, first)",
         "Window(max(begin, min(first, stop - seq_len)) if stop == end else first - (seq_len - stride), stop, first)")],
         "C1"),
-    "short documents take two steps": Plant("C1", "cache", [(UPDATED, "                for _ in range(2 if rows.total "
+    "short documents take two steps": Plant("cache", [(UPDATED, "                for _ in range(2 if rows.total "
         "<= 16 else 1):\n    " + UPDATED)], "C1", ALONE),
-    "hints are weaker near the end of a document": Plant("C1", "tilt", [
+    "hints are weaker near the end of a document": Plant("tilt", [
         ("        hints, betas = (t[at].to(nats.device) for t in self.hints)\n", """
         hints, betas = (t[at] for t in self.hints)
         stops = np.repeat(self.val.stops, self.val.stops - self.val.starts)
         betas = betas * (torch.from_numpy(stops - np.arange(len(stops)))[at] / 8).clamp_max(1.0)
 """)], "C1"),
-    "adapters learn the next target, too": Plant("A", "lora", [("                weight = (rows.sizes > end)", """
+    "adapters learn the next target, too": Plant("lora", [("                weight = (rows.sizes > end)", """
                 ahead = F.pad(rows.targets, (0, 1), value=IGNORE)[:, begin + 1:end + 1].flatten()
                 logits = w.linear("head", None, hidden).flatten(0, -2)
                 losses = softcapped_cross_entropy(logits, ahead, model.cfg.logit_softcap)
                 weight = (rows.sizes > end)""")], "C3", ALONE),
-    "gradients are clipped over the batch": Plant("P", "cache", [
+    "gradients are clipped over the batch": Plant("cache", [
         (UPDATED, "                torch.nn.utils.clip_grad_norm_(w.parameters, 1.0)\n" + UPDATED)], "P", ALONE),
-    "every score is a thousandth better": Plant("E", "none", [(RETURNED, "return nats.detach() - 0.001, nats")], "C2"),
-    "no tilt where a document ends": Plant("F", "tilt", [
+    "every score is a thousandth better": Plant("none", [(RETURNED, "return nats.detach() - 0.001, nats")], "C2"),
+    "no tilt where a document ends": Plant("tilt", [
         (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (targets != BOS_ID)")], "C2"),
-    "mean of document means": Plant("O", "none", [("    total, text_bytes = float(nats.double().sum()), ",
+    "mean of document means": Plant("none", [("    total, text_bytes = float(nats.double().sum()), ",
         "    own = [float(x.double().mean()) for x in nats.tensor_split(self.starts[1:].tolist()) if len(x)]\n"
         "        total, text_bytes = sum(own) / len(own) * len(nats), ")], "accounting"),
 }
@@ -291,15 +280,19 @@ def plant(tmp_path_factory: pytest.TempPathFactory):
     return planted
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_violation_is_named(name: str, plant):
-    _, mode, edits, expected, *knobs = PLANTS[name]
+def first_named(name: str, edit: Plant, plant: Callable) -> None:
+    """Look until the right condition (one of `a|b`) is named."""
     found = []
-    for finding in audit.looks(subject(plant(name, edits), **{**MODES[mode], **(knobs[0] if knobs else {})})):
+    for finding in audit.looks(subject(plant(name, edit.edits), **{**MODES[edit.mode], **edit.knobs})):
         found.append(finding)
-        if finding.failed and finding.condition == expected:
+        if finding.failed and finding.condition in edit.expected.split("|"):
             return
     pytest.fail(evidence.table(found))
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_violation_is_named(name: str, plant):
+    first_named(name, PLANTS[name], plant)
 
 
 # -- rehearsal: data in the right order ----------------------------------------------------------------
@@ -569,8 +562,10 @@ def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words
 # -- the command ---------------------------------------------------------------------------------------
 
 
-def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys, monkeypatch):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
+    monkeypatch.setattr(tg, "shipped_source", lambda _: b"x")
+    monkeypatch.setattr(audit, "piece_of_stream", functools.partial(audit.piece_of_stream, documents=8))
     shape = dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, iterations=1, ttt="none",
                  ngram_base_beta=0, diagnostic_evals="")
     assert tg.main([], environment(dataset, tmp_path, **shape)) == 0
