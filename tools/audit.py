@@ -293,11 +293,6 @@ class Subject:
             places.append(cut)
         return places
 
-    @property
-    def shared_cuts(self) -> list[dict[int, int]]:
-        """The same of one document each, where documents learn from one another."""
-        return [{int(self.document(t)): t} for t in self.positions if self.shares]
-
     @functools.cached_property
     def single(self) -> Outcome:
         """The stream with nothing that learns across documents, and each of them in a batch of its own."""
@@ -450,7 +445,9 @@ def flip(subject: Subject, base: Outcome, cut: Mapping[int, int], number: int, s
 def probe_targets(subject: Subject, shared: bool) -> list[Finding]:
     """D1..D5: replace targets, or them and what follows; look at what came before, at the states, at the distributions.
     In every document at a time where nothing is shared; with `shared`, where documents learn of one another, one."""
-    base, cuts = (subject.base, subject.shared_cuts) if shared else (subject.alone, subject.cuts)
+    base, cuts = subject.alone, subject.cuts
+    if shared:
+        base, cuts = subject.base, [{int(subject.document(t)): t} for t in subject.positions if subject.shares]
     earlier = moved = spot = 0.0
     states, hidden, carried = 0, set[int](), set[int]()
     number_of = subject.document(np.arange(len(base.nats)))
@@ -639,13 +636,6 @@ def probe_reference(subject: Subject) -> list[Finding]:
                     "nats are those of each document by itself, from the logits up, or lawfully others", suspect=True)]
 
 
-def text_bytes(tokenizer: Path, ids: np.ndarray, bos: int) -> int:
-    """Return the bytes of the text of a stream's documents, as SentencePiece spells them."""
-    from sentencepiece import SentencePieceProcessor
-    sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), [*np.flatnonzero(ids == bos).tolist(), len(ids)]
-    return sum(len(spelled(sp, ids[a + 1:b].tolist())) for a, b in zip(edges, edges[1:]))
-
-
 def probe_side_file(tokenizer: Path | None, ids: np.ndarray, sizes: np.ndarray, bos: int) -> list[Finding]:
     """D8 where a side file counts: bytes of whole documents against the text that case operators stand for. What the
     normaliser drops is in the file and not in the ids: nearly all documents agree to the byte, not each."""
@@ -713,8 +703,7 @@ ON_THE_CLOCK = {"unpack": "eval", "load_tensors": "eval", "ngram_hints": "eval",
                 "calibrate": "train", "fit_to_cap": "none", "ShardedOptimizer.step": "train",
                 "Quantizer.quantize": "train"}
 """What is charged to which budget; inside `fit_to_cap` phases of their own are charged."""
-PAUSES = {"pack", "val_probe", "warmup_sgd"}
-"""What may happen off the clock in the middle of what is charged: writing, diagnostics, compilation."""
+PAUSES = {"pack", "val_probe", "warmup_sgd"}  # writing, diagnostics, compilation: off the clock inside what is charged
 OUTSIDE_WORLD = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect",
                  "socket.getaddrinfo", "urllib.Request"}
 WATCHERS: list[Callable[[str, tuple], None]] = []
@@ -863,8 +852,7 @@ def rehearsal_knobs(cfg: Any, folder: Path, tokenizer: Path | None) -> dict[str,
 
 
 def perform(module: ModuleType, knobs: Mapping[str, str]) -> tuple[Path, list[dict[str, Any]]]:
-    """Run the whole program in this process; return the stem of its files and its log. Raises `ToolError` if it fails.
-    """
+    """Run the whole program in this process; return its files' stem and its log. Raises `ToolError` if it fails."""
     def fail(status: int) -> None:
         last_line = screen.getvalue().strip().rpartition("\n")[2]
         raise ToolError(f"the rehearsal ended with status {status}: {last_line}")
@@ -880,23 +868,22 @@ def perform(module: ModuleType, knobs: Mapping[str, str]) -> tuple[Path, list[di
 
 def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | None) -> list[Finding]:
     """A2, D8: train, pack and score in miniature; see who reads what in which phase, and whose score the verdict is.
-
     ids [N] are written as training and as validation shards. The validation's tokens may be read only after
     `fit_to_cap` has returned the artifact, training's only before that and, once training has started, on its clock.
     The same training beside other validation tokens must give the same weights; the artifact alone, in a folder
-    without training shards, the same verdict; and that must be our own sum.
-    """
+    without training shards, the same verdict; and that must be our own sum."""
+    from sentencepiece import SentencePieceProcessor
+
     from bench.common import write_shard  # the format is the challenge's, whatever the module under audit is
     rng, ids = np.random.default_rng(0), ids.astype(np.int64)
     sizes = 1 + np.arange(len(ids)) % 5
-    code = functools.cache(module.shipped_source)  # the dearest part of so small a run
 
     def better(*arguments: Any) -> Any:
         """A diagnostic's score, half of what it is: the verdict has no use for it."""
         score = fixed(*arguments)
         return score._replace(nats=score.nats / 2, val_loss=score.val_loss / 2, val_bpb=score.val_bpb / 2)
 
-    fixed = module.score_fixed
+    code, fixed = functools.cache(module.shipped_source), module.score_fixed  # the first takes longer than all else
     with tempfile.TemporaryDirectory() as name, mock.patch.multiple(module, shipped_source=code, score_fixed=better):
         folders = [Path(name).resolve() / part for part in ("data", "other", "bare")]
         for folder in folders:
@@ -919,7 +906,10 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
         run_cfg = module.Config.from_env(bare)
         own = Subject(module, run_cfg, ids, lambda: loaded(module, artifact, run_cfg), scaled=False)
         nats = own.plain.nats
-        counted = int(sizes[1:].sum()) if cfg.caseops_enabled else text_bytes(tokenizer, ids, module.BOS_ID)
+        counted = int(sizes[1:].sum())
+        if not cfg.caseops_enabled:
+            sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), np.flatnonzero(ids == module.BOS_ID)[1:]
+            counted = sum(len(spelled(sp, own[1:].tolist())) for own in np.split(ids, edges))
         loss = float(nats.sum()) / len(nats)
         expected = dict(tokens=len(ids) - 1, bytes=counted, val_loss=loss,
                         val_bpb=loss * len(nats) / np.log(2) / max(1, counted),
@@ -1009,10 +999,8 @@ def probe_first_documents(log: Path, subject: Subject, cfg: Any, ids: np.ndarray
 
 
 def artifact_subject(path: Path, env: Mapping[str, str]) -> tuple[Subject, Any, np.ndarray, list[Finding]]:
-    """Return the subject of an artifact on the dataset of its knobs, the knobs, the stream, and what the files say.
-
-    The script's own `UserError` passes through.
-    """
+    """Return the subject of an artifact on the dataset of its knobs, the knobs, the stream, and what the files say. The
+    script's own `UserError` passes through."""
     env, blob = dict(env), path.read_bytes()
     module = load_module(Path(env.pop("SCRIPT", ROOT / "train_gpt.py")))
     artifact = module.unpack(blob, str(path))

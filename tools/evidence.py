@@ -86,10 +86,7 @@ def failed(findings: Sequence[Finding]) -> int:
 
 
 def table(findings: Sequence[Finding], conditions: Sequence[str] = CONDITIONS) -> str:
-    """Return one line for each finding, and last `verdict C1=pass ... accounting=FAIL(S2)`.
-
-    A condition that no probe looked at is `-`.
-    """
+    """Return one line for each finding, and last `verdict C1=pass C2=- ... accounting=FAIL(S2)`; -: never asked."""
     lines = [f"{'probe':5s} {'condition':10s} {'verdict':8s} figures"]
     for f in findings:
         verdict = "pass" if f.ok else "suspect" if f.suspect else "FAIL"
@@ -150,9 +147,7 @@ def charged(phases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def audit_log(path: Path, blob: bytes | None, knobs: Mapping[str, Any] | None = None,
               seconds: float = TRACK_SECONDS) -> list[Finding]:
     """Ask A1..A4 of a run's JSON lines; the audited artifact's bytes and knobs; `seconds`: the track's budgets.
-
-    Raises `ToolError` where the run is not finished.
-    """
+    Raises `ToolError` where the run is not finished."""
     log = events(path) if path.is_file() else []
     verdict, config = last(log, "verdict"), last(log, "config") or {}
     if verdict is None:
@@ -300,9 +295,7 @@ RUNNERS = {"exec", "eval", "compile", "builtins.exec", "builtins.eval", "builtin
 
 def decompressed(data: bytes) -> bytes | None:
     """Return what LZMA, zlib, gzip or bz2 have packed; None for anything else, also for a stream that is cut short.
-
-    Raises `ToolError` for more than LARGEST_SOURCE.
-    """
+    Raises `ToolError` for more than LARGEST_SOURCE."""
     for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj(47), zlib.decompressobj(-15),
                    bz2.BZ2Decompressor()):
         with contextlib.suppress(lzma.LZMAError, zlib.error, OSError):
@@ -316,9 +309,7 @@ def decompressed(data: bytes) -> bytes | None:
 
 def literal(node: ast.AST, known: Mapping[str, bytes | None] = {}) -> bytes | None:
     """Return the bytes of a constant expression, None for anything else; `known`: names that are constants, too.
-
-    Also through decoders, decompressors, `+`, `[::-1]`, `"".join([...])`, bytes([...]).
-    """
+    Also through decoders, decompressors, `+`, `[::-1]`, `"".join([...])`, bytes([...])."""
     def inside(inner: ast.AST) -> bytes | None:
         return literal(inner, known)
 
@@ -389,10 +380,7 @@ def programs(source: bytes) -> list[bytes]:
 
 
 def unwrapped(source: bytes) -> bytes:
-    """Return the program inside self-extracting wrappers, else the source itself.
-
-    Raises `ToolError` for one that unpacks to more than LARGEST_SOURCE.
-    """
+    """Return the program inside self-extracting wrappers, else the source itself. Raises as `decompressed` does."""
     for _ in range(8):
         inner = payloads(source, run=False)
         if not inner:
