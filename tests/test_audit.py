@@ -3,6 +3,7 @@ import base64
 import bz2
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import lzma
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import pytest
 from conftest import ROOT, environment, tiny, write_shard
 
 import train_gpt as tg
+from data.caseops import TRANSFORMS
 from records.pr1485_illegal import train_on_validation
 from tools import audit, common, evidence
 from tools.common import ToolError
@@ -75,33 +78,55 @@ def failures(findings: list[evidence.Finding]) -> set[tuple[str, str]]:
     return {(f.code, f.condition) for f in findings if f.failed}
 
 
+# -- edits of the program's text -----------------------------------------------------------------------
+
+MASK = "return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]"
+SCORED = "            scores[:, begin:end] = nats.view(-1, size)\n"
+UPDATED = "                optimizer.step()\n"
+SLOT = """
+        with torch.enable_grad():
+            delta = torch.zeros(logits.size(-1), requires_grad=True)
+            loss = softcapped_cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
+            logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
+AGAIN = """
+            if learns:
+                (losses.view(-1, size) * torch.from_numpy(goes_on / size).to(losses)[:, None]).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    hidden = model(inputs, layers, w, cache)[:, -size:]
+                    first, (nats, losses) = nats, scorer.nats(model, hidden, rows.targets[:, begin:end],
+                                                              rows.numbers[:, begin:end], w)
+"""
+"""A second look at a chunk, after a step on it, whose scores take the place of the first ones."""
+CALIBRATE = 'with run.phase("calibrate", "train"):'
+
+RETURNED, WRITTEN = "return nats.detach(), nats", "self.nats[targets] = nats.detach().float().cpu()"
+TOTAL, COUNTED = "float(nats.double().sum())", "int(target_bytes.sum(dtype=np.int64))"
+LOGITS, ELEMENTWISE = 'logits = w.linear("head", None, hidden).flatten(0, -2)', "    # Elementwise, so that"
+RATE = "lr=cfg.ttt_lora_lr, "
+
+
 # -- the program as it is, and honest variants of it ---------------------------------------------------
 
 HONEST: dict[str, tuple] = {
     "none": ("none", []), "tilt": ("tilt", []), "sgd": ("sgd", []), "lora and tilt": ("lora and tilt", []),
-    "adapters alone": ("lora", [], ALONE), "a cache": ("cache", [], ALONE),
-    "small batches": ("cache", [], dict(**ALONE, ttt_batch_size=2)),
-    "whole windows": ("none", [], dict(eval_stride=0)), "short windows": ("none", [], dict(eval_seq_len=8)),
-    "constant tilt": ("tilt", [], dict(ngram_beta_by_share=0, ngram_base_beta=1)),
-    "one adapter": ("cache", [], dict(**ALONE, ttt_lora_on="head", ttt_lora_rank=2)),
+    "adapters alone": ("lora", [], ALONE), "whole windows": ("none", [], dict(eval_stride=0)),
     "rows in another order": ("none", [("sorted(windows, key=lambda w: (w.begin - w.end, w.begin))",
                                         "sorted(windows, key=lambda w: w.begin)")]),
-    "scores in float64": ("none", [("nats = softcapped_cross_entropy(logits, targets, softcap)",
-                                    "nats = softcapped_cross_entropy(logits.double(), targets, softcap).float()")]),
-    "a loop instead of a product": ("none", [("scorer.ledger.record(some, scorer.nats(", "for i in range(1):\n"
-                                              "                    scorer.ledger.record(some, scorer.nats(")]),
+    "a temperature": ("none", [(LOGITS, f"{LOGITS}\n        logits = 0.9 * logits.double()")]),
     "batches by length alone": ("cache", [("key=lambda batch: (-batch.cost, batch.documents))",
                                            "key=lambda batch: batch.documents)")], ALONE),
-    "another optimizer": ("cache", [("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8")],
-                          ALONE),
-    "two steps a chunk": ("cache", [("                optimizer.step()\n",
-                                     "                optimizer.step()\n                optimizer.step()\n")],
-                          ALONE),
+    "another optimizer, two steps a chunk": ("cache", [
+        ("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8"), (UPDATED, UPDATED + UPDATED)], ALONE),
+    "a rate that falls along the document": ("cache", [
+        (UPDATED, "                optimizer.param_groups[0]['lr'] = 1 / (9 + begin)\n" + UPDATED)],
+        dict(**ALONE, ttt_batch_size=2)),
     "plain SGD without clipping": ("sgd", [("            clip_([flat], flat.norm(), self.CLIP)\n", "")],
                                    dict(ttt_chunk_tokens=60)),
-    "hints of one length": ("tilt", [], dict(ngram_rules="1:0.4:1")),
-    "one phase": ("cache", [], dict(phased_ttt_num_phases=1)),
-    "tilt clamped in float32": ("tilt", [(".double()\n    of_hint", ".float().double()\n    of_hint")]),
+    "hints of the latest continuation": ("tilt", [("last_place(highest[1:] > h", "last_place(highest[1:] >= h")]),
+    "strength by the model's confidence": ("tilt", [
+        ("    return (nats + torch.log1p(p", "    betas = betas * (1 - p)\n    return (nats + torch.log1p(p")]),
 }
 """Mode, edits and knobs: the same evaluation in other words, and other lawful evaluations."""
 
@@ -133,244 +158,102 @@ def test_probes_look_where_something_was_learned():
 
 class Plant(NamedTuple):
     """A change of the program's text that breaks one ruling, and the condition that must be named."""
-    ruling: str
     mode: str
     edits: list[tuple[str, str]]
     expected: str
     knobs: dict[str, object] = {}
 
 
-MASK = "return ((back >= 0) & (back <= batch.positions[:, :, None]))[:, None]"
-SCORED = "            scores[:, begin:end] = nats.view(-1, size)\n"
-UPDATED = "                optimizer.step()\n"
-SLOT = """
-        with torch.enable_grad():
-            delta = torch.zeros(logits.size(-1), requires_grad=True)
-            loss = softcapped_cross_entropy(logits.detach() + delta, targets.flatten(), 30.0).mean()
-            logits = logits - 0.5 * torch.autograd.grad(loss, delta)[0]"""
-AGAIN = """
-            if learns:
-                (losses.view(-1, size) * torch.from_numpy(goes_on / size).to(losses)[:, None]).sum().backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                with torch.enable_grad():
-                    hidden = model(inputs, layers, w, cache)[:, -size:]
-                    first, (nats, losses) = nats, scorer.nats(model, hidden, rows.targets[:, begin:end],
-                                                              rows.numbers[:, begin:end], w)
-"""
-"""A second look at a chunk, after a step on it, whose scores take the place of the first ones."""
-LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
-            "phases = cfg.phased_ttt_num_phases\n"
-            "    documents = np.argsort(val.starts - val.stops, kind='stable')"),
-           ("starts = range(0, stop, cfg.ttt_chunk_tokens)",
-            "starts = documents[:np.searchsorted(val.starts, stop)].tolist()"),
-           ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
-            "sgd.learn(int(val.starts[at]), int(val.stops[at]),")]
-CALIBRATE = 'with run.phase("calibrate", "train"):'
-
 PLANTS = {
-    "adapters learn before the score": Plant("A", "lora", [
+    "adapters learn before the score": Plant("lora", [
         (SCORED, AGAIN + SCORED)], "C3", ALONE),
-    "shared weights learn before the score": Plant("A", "sgd", [
+    "shared weights learn before the score": Plant("sgd", [
         ("            score_windows(model, windows[cuts[c]:",
          "            sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
          "            score_windows(model, windows[cuts[c]:")], "C3"),
-    "minimum over two passes": Plant("B", "lora", [
+    "minimum over two passes": Plant("lora", [
         (SCORED, AGAIN + "                nats = torch.minimum(first, nats)\n" + SCORED)], "C4", ALONE),
-    "a delta fitted to the window that is scored (SLOT)": Plant("D", "none", [
+    "a delta fitted to the window that is scored (SLOT)": Plant("none", [
         ('logits = w.linear("head", None, hidden).flatten(0, -2)',
          'logits = w.linear("head", None, hidden).flatten(0, -2)' + SLOT)], "C1"),
-    "mass added to the hint alone": Plant("E", "tilt", [
+    "mass added to the hint alone": Plant("tilt", [
         ("(nats + torch.log1p(p * torch.expm1(betas)) - betas", "(nats - betas")], "C2"),
-    "the lookup context holds the target": Plant("E", "tilt", [
+    "the lookup context holds the target": Plant("tilt", [
         ("return hints[:-1], betas[:-1]", "return hints[1:], betas[1:]")], "C2"),
-    "hints counted from the whole stream": Plant("E", "tilt", [
+    "hints counted from the whole stream": Plant("tilt", [
         ("highest[:-1])[(index - 1).clamp_min_(0)]", "highest[:-1])[(index + 1).clamp_max_(len(order) - 1)]")],
         "C1"),
-    "tilt only where the hint comes true": Plant("F", "tilt", [
-        (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (hints == targets)")], "C2"),
-    "smearing across documents": Plant("L", "none", [
+    "smearing across documents": Plant("none", [
         ("(batch.positions > 0).unsqueeze(-1)", "(batch.positions >= 0).unsqueeze(-1)")], "P"),
-    "attention across documents": Plant("L", "none", [
-        (MASK, "return (back >= 0).expand(len(batch.positions), 1, -1, -1)")], "P"),
-    "attention to later ids": Plant("C1", "none", [
+    "attention to later ids": Plant("none", [
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], "C1"),
-    "keys and values of the documents before": Plant("L", "cache", [
+    "keys and values of the documents before": Plant("cache", [
         ("cache = KeyValueCache(cfg.eval_seq_len) if",
          'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
         "P", ALONE),
-    "adapters averaged over the batch": Plant("P", "lora", [
-        (UPDATED, UPDATED + "                for peer in w.parameters:\n"
-         "                    peer.data.copy_(peer.data.mean(0, keepdim=True).expand_as(peer))\n")],
-        "P", ALONE),
-    "the last chunk is not scored": Plant("C4", "lora", [
+    "the last chunk is not scored": Plant("lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
          "    for begin, end in zip(batch.edges, batch.edges[1:-1]):\n")], "C4", ALONE),
-    "shared weights learn from the longest documents": Plant("two orders", "lora", LONGEST, "C3"),
-    "shared weights learn from all parts": Plant("A", "lora", [
-        ("starts = range(0, stop, cfg.ttt_chunk_tokens)", "starts = range(0, val.num_targets, cfg.ttt_chunk_tokens)"),
-        ("sgd.learn(at, min(at + cfg.ttt_chunk_tokens, stop),",
-         "sgd.learn(at, min(at + cfg.ttt_chunk_tokens, val.num_targets),")],
-        "C3"),
-    "the ledger tells less than was learned": Plant("A", "sgd", [
+    "the ledger tells less than was learned": Plant("sgd", [
         ("sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))",
          "sgd.learn(edges[c], min(2 * edges[c + 1], val.num_targets), cfg.ttt_lr * cosine(c, count))")], "C3"),
-    "updates are not in the ledger": Plant("A", "sgd", [
+    "updates are not in the ledger": Plant("sgd", [
         ("scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)", "pass")], "C3"),
-    "the ledger counts a target twice": Plant("C4", "none", [
+    "the ledger counts a target twice": Plant("none", [
         ("scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)",
          "scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts - (firsts > 0), ends)")], "C4"),
-    "the length of a document sets its chunks": Plant("C1", "lora", [
-        ("most, largest = cfg.ttt_batch_size, math.inf", "most, largest = 1, math.inf"),
-        ("    return sorted((DocumentBatch(tuple(rows), tuple(edges[:longest + 1].tolist()),",
-         "    size = dict(zip(documents.tolist(), lengths.tolist()))\n"
-         "    return sorted((DocumentBatch(tuple(rows), tuple(range(0, size[rows[0]] + 4, "
-         "2 if size[rows[0]] <= 8 else 4)),")], "C1", dict(**ALONE, ttt_chunk_size="4")),
-}
-
-
-RETURNED, WRITTEN = "return nats.detach(), nats", "self.nats[targets] = nats.detach().float().cpu()"
-TOTAL, COUNTED = "float(nats.double().sum())", "int(target_bytes.sum(dtype=np.int64))"
-LOGITS, ELEMENTWISE = 'logits = w.linear("head", None, hidden).flatten(0, -2)', "    # Elementwise, so that"
-RATE = "lr=cfg.ttt_lora_lr, "
-KEEP = """    for own, kept in zip(w.parameters, globals().get("kept", ())):
-        own.data.copy_(kept.expand_as(own))
-"""
-PLANTS |= {  # the first two tens, written with the probes
-    "losses are clamped": Plant("G", "none", [(RETURNED, "return nats.detach().clamp_max(3.0), nats")], "C2"),
-    "the ledger clamps losses": Plant("B", "none", [(WRITTEN, f"{WRITTEN}.clamp_max(3.0)")], "C4"),
-    "special targets are left out": Plant("O", "none", [
+    "losses are clamped": Plant("none", [(RETURNED, "return nats.detach().clamp_max(3.0), nats")], "C2"),
+    "the ledger clamps losses": Plant("none", [(WRITTEN, f"{WRITTEN}.clamp_max(3.0)")], "C4"),
+    "special targets are left out": Plant("none", [
         (TOTAL, "float(nats.double()[target_bytes > 1].sum())")], "accounting"),
-    "the tail is left out": Plant("O", "none", [
-        (TOTAL, "float(nats.double()[:len(nats) // 8 * 8].sum())")], "accounting"),
-    "one target too many": Plant("O", "none", [("total / len(nats),", "total / (1 + len(nats)),")], "accounting"),
-    "every BOS has a byte": Plant("O", "none", [(COUNTED, f"{COUNTED} + len(self.starts)")], "accounting"),
-    "rare ids are cheaper": Plant("F", "none", [
-        (RETURNED, "return torch.where(targets > 35, 0.9 * nats, nats).detach(), nats")], "C2"),
-    "a temperature for each chunk": Plant("D", "none", [
+    "a temperature for each chunk": Plant("none", [
         (RETURNED, "return min((softcapped_cross_entropy(logits, targets, softcap * s) for s in (0.9, 1.0, 1.1)), "
                    "key=lambda x: float(x.sum())).detach(), nats")], "C1"),
-    "a look ahead beyond position 9": Plant("C1", "none", [
-        (MASK, MASK.replace("(back >= 0)", "(back >= -1 * (batch.positions[:, :, None] > 9).int())"))], "C1"),
-    "a warm start from long documents": Plant("P", "cache", [
-        (ELEMENTWISE, KEEP + ELEMENTWISE), ("            cache.advance(size)\n", """            cache.advance(size)
-            if rows.total > 20:
-                globals()["kept"] = [p.data.mean(0, keepdim=True) for p in w.parameters]
-""")], "P", ALONE),
-    "the better of two for each chunk": Plant("B", "lora", [
-        (SCORED, AGAIN + "                nats = min((first, nats), key=lambda x: float(x.sum()))\n" + SCORED)],
-        "C4", ALONE),
-    "frequencies of the whole stream": Plant("C1", "none", [(LOGITS, LOGITS + " + torch.from_numpy(np.bincount("
-        "self.val.ids, minlength=model.cfg.vocab_size)).float().log1p()")], "C1"),
-    "hidden states see targets": Plant("D", "none", [("        return norm(x)\n\n    def total_loss",
+    "hidden states see targets": Plant("none", [("        return norm(x)\n\n    def total_loss",
         "        return norm(x + 0.3 * self.tok_emb[batch.targets.clamp_min(0)])\n\n    def total_loss")], "C1"),
-    "ends of documents are free": Plant("B", "none", [
-        (WRITTEN, WRITTEN + "\n        self.nats[self.starts[1:] - 1] = 0")], "C4"),
-    "a rate by the number of documents": Plant("P", "cache", [
-        (RATE, "lr=cfg.ttt_lora_lr * len(scorer.val.starts) / 7, ")], "P", ALONE),
-    "a rate by the score so far": Plant("P", "cache", [
+    "a rate by the score so far": Plant("cache", [
         (RATE, "lr=cfg.ttt_lora_lr * (1 + float(scorer.ledger.nats.mean())), ")], "P", ALONE),
-    "long documents learn first": Plant("A", "lora", [
-        (SCORED, AGAIN.replace("if learns:", "if learns and rows.total > 16:") + SCORED)], "C3", ALONE),
-    "the last chunk is learned first": Plant("A", "sgd", [
-        ("            score_windows(model, windows[cuts[c]:",
-         "            if c == count - 1:\n                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
-         "            score_windows(model, windows[cuts[c]:")], "C3"),
-    "the truth as a hint here and there": Plant("F", "tilt", [
+    "the truth as a hint here and there": Plant("tilt", [
         ("return hints[:-1], betas[:-1]", "betas[3:-1:7], hints[3:-1:7] = cfg.ngram_base_beta, ids[4::7].int()\n"
                                           "    return hints[:-1], betas[:-1]")], "C1"),
-    "a sum that is clamped": Plant("E", "tilt", [(".clamp_max(1.0), betas", ".clamp_max(0.1), betas")], "C2"),
-}
-
-
-PLANTS |= {  # the fourth and fifth ten, written afterwards from the rules and the evaluation alone
-    "a step on the chunk before its score, in late phases": Plant("A", "cache", [
-        (SCORED, AGAIN.replace("if learns:", "if learns and ledger.phase > 0:") + SCORED)], "C3"),
-    "windows overlap by one": Plant("B", "none", [
-        ("windows.append(Window(first - (seq_len - stride), stop, first))",
-         "windows.append(Window(first - (seq_len - stride), stop, first - 1))")], "C4"),
-    "the stream begins later": Plant("B", "none", [("windows += [Window(begin, stop, begin)] * (stop > begin)",
-                                                    "windows += [Window(begin, stop, begin + 1)] * (stop > begin)")],
-                                     "C4"),
-    "a mean over the batch in the head": Plant("P", "none", [
-        (LOGITS, LOGITS + "\n        logits = logits + 0.1 * logits.mean(0)")], "P"),
-    "logits beyond the alphabet are dropped": Plant("E", "none", [
-        (LOGITS, LOGITS + "\n        own = targets[:, None].clamp_min(0)\n        logits = logits.scatter(-1, "
-                          "logits.topk(20, largest=False).indices, -1e4).scatter(-1, own, logits.gather(-1, own))")],
-        "C2"),
-    "momentum of the adapters goes on": Plant("P", "cache", [
-        (ELEMENTWISE, "    w.parameters[0].data.add_(globals().setdefault('drift', torch.zeros(1)))\n" + ELEMENTWISE),
-        (UPDATED, UPDATED + "                globals()['drift'] += 0.1 * w.parameters[0].data.mean()\n")], "P", ALONE),
-    "shared weights learn a document too far": Plant("A", "cache", [
-        ("stop = spans[i][1]\n", "stop = min(spans[i][1] + 6, val.num_targets)\n")], "C3"),
-    "an update that is entered in advance": Plant("A", "sgd", [
+    "a sum that is clamped": Plant("tilt", [(".clamp_max(1.0), betas", ".clamp_max(0.1), betas")], "C2"),
+    "an update that is entered in advance": Plant("sgd", [
         ("        score(i)\n        if begin < end",
          "        scorer.ledger.note(Ledger.UPDATE, Ledger.BASE, begin, end)\n"
          "        score(i)\n        if begin < end")], "C4"),
-    "hints by the next id's count": Plant("E", "tilt", [("best, count, earlier = best_continuations(", "best, count, "
-        "earlier = (x.roll(-1) for x in best_continuations("), ("order, cfg.vocab_size)\n        share",
-                                                                "order, cfg.vocab_size))\n        share")], "C1"),
-    "a strength by the truth": Plant("F", "tilt", [
-        ("        at = numbers.flatten()",
-         "        self.hints = (self.hints[0], self.hints[1] * (1 + (self.hints[0] == "
-         "torch.from_numpy(self.val.ids[1:].astype(np.int64)))))\n        at = numbers.flatten()")], "C2"),
-    "documents of more than 20 targets look ahead": Plant("C1", "none", [
-        (MASK, MASK.replace("(back >= 0)", "(back >= -1 * (batch.positions.max() > 13).int())"))], "C1"),
-    "the second pass counts": Plant("B", "sgd", [
-        ("            score_windows(model, windows[cuts[c]:cuts[c + 1]], scorer, f\"chunk "
-         "{c + 1}/{count}\")\n", """            some = windows[cuts[c]:cuts[c + 1]]
-            score_windows(model, some, scorer, "one")
-            learn(c)
-            kept = scorer.ledger.nats.clone()
-            scorer.ledger.times.zero_()
-            score_windows(model, some, scorer, "two")
-            scorer.ledger.nats = torch.minimum(kept, scorer.ledger.nats)
-            scorer.ledger.times.fill_(1)
-""")], "C4"),
-    "bytes by the model's vocabulary": Plant("O", "none", [
-        (COUNTED, "int((target_bytes + (target_bytes == 1)).sum())")], "accounting"),
-    "a loss in another unit": Plant("O", "none", [("total / math.log(2) / text_bytes", "total / 0.7 / text_bytes")],
-                                    "accounting"),
-    "the cache forgets to end with a document": Plant("L", "cache", [
-        ("        self.past, self.new, self.length = self.new, {}, self.length + size",
-         "        kept = {k: tuple(x + 1e-2 * x.mean(0) for x in v) for k, v in self.new.items()}\n"
-         "        self.past, self.new, self.length = kept, {}, self.length + size")],
-        "P", ALONE),
-    "peers share their gradients": Plant("P", "cache", [
-        (UPDATED, "                for own in w.parameters:\n"
-                  "                    own.grad += 0.1 * own.grad.roll(1, 0)\n" + UPDATED)], "P", ALONE),
-    "scores fall with the chunk's mean": Plant("D", "cache", [(SCORED, SCORED.replace(
-        "nats.view", "(nats * (1 - 0.01 * float(nats.mean() > 3))).view"))], "C4", ALONE),
-    "a gate that opens at rare targets": Plant("F", "none", [
-        (LOGITS, LOGITS + "\n        logits = logits * torch.where(targets > 33, 1.1, 1.0)[:, None]")], "C2"),
-    "weights are nudged while scoring": Plant("A", "none", [
+    "weights are nudged while scoring": Plant("none", [
         (RETURNED, "model.q_gain.data.mul_(1.0001)\n            return nats.detach(), nats")], "C3"),
-    "a document's last chunk borrows from the next": Plant("C1", "cache", [
-        ("self.ids = torch.from_numpy(ids).to(device)", "self.ids = torch.from_numpy(ids).to(device)\n        "
-         "self.ids[:, 1] = int(val.ids[-1])")], "C1", ALONE),
-    # the sixth ten
-    "adapters only where they help": Plant("B", "lora", [(SCORED,
-        "            plain = scorer.nats(model, model(inputs, layers, base, cache)[:, -size:], "
-        "rows.targets[:, begin:end], rows.numbers[:, begin:end], base)[0]\n"
-        "            nats = torch.where(plain.mean() < nats.mean(), plain, nats)\n" + SCORED)], "C4", ALONE),
-    "a hint only where it helps": Plant("E", "tilt", [
-        ("    return (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)).float()",
-         "    return torch.minimum(nats, (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)))"
-         ".float()")], "C2"),
-    "a hint that counts its own target": Plant("E", "tilt", [("highest[:-1])[(index - 1).clamp_min_(0)]",
-                                                              "highest[:-1])[index]")], "C1"),
-    "windows belong to the chunk of their end": Plant("A", "sgd", [
+    "windows belong to the chunk of their end": Plant("sgd", [
         ("[window.first for window in windows]", "[window.end - 1 for window in windows]")], "C3"),
-    "rows that run on": Plant("A", "sgd", [
-        ("(at, min(at + seq_len, stop))", "(at, min(at + seq_len, len(self.ids) - 1))")], "C3"),
-    "learned, then scored": Plant("A", "sgd", [("        score(i)\n        if begin", "        if begin < end:\n"
-                                                "            learn(i)\n        score(i)\n        if begin")], "C3"),
-    "a mask that is off by one": Plant("C1", "cache", [
+    "a mask that is off by one": Plant("cache", [
         ("return ((back >= 0) & (back < self.cache_len))", "return ((back >= -1) & (back < self.cache_len))")],
         "C1", ALONE),
-    "smearing from the right": Plant("C1", "none", [("e.roll(1, dims=1)", "e.roll(-1, dims=1)")], "C1"),
-    "outliers are trimmed": Plant("B", "none", [
-        (TOTAL, "float(nats.double().sort().values[:-2].sum())")], "accounting"),
+    # missed at first sight, or by another condition's name
+    "the last window reaches back": Plant("none", [(
+        "Window(first - (seq_len - stride), stop, first)",
+        "Window(max(begin, min(first, stop - seq_len)) if stop == end else first - (seq_len - stride), stop, first)")],
+        "C1"),
+    "short documents take two steps": Plant("cache", [(UPDATED, "                for _ in range(2 if rows.total "
+        "<= 16 else 1):\n    " + UPDATED)], "C1", ALONE),
+    "hints are weaker near the end of a document": Plant("tilt", [
+        ("        hints, betas = (t[at].to(nats.device) for t in self.hints)\n", """
+        hints, betas = (t[at] for t in self.hints)
+        stops = np.repeat(self.val.stops, self.val.stops - self.val.starts)
+        betas = betas * (torch.from_numpy(stops - np.arange(len(stops)))[at] / 8).clamp_max(1.0)
+""")], "C1"),
+    "adapters learn the next target, too": Plant("lora", [("                weight = (rows.sizes > end)", """
+                ahead = F.pad(rows.targets, (0, 1), value=IGNORE)[:, begin + 1:end + 1].flatten()
+                logits = w.linear("head", None, hidden).flatten(0, -2)
+                losses = softcapped_cross_entropy(logits, ahead, model.cfg.logit_softcap)
+                weight = (rows.sizes > end)""")], "C3", ALONE),
+    "gradients are clipped over the batch": Plant("cache", [
+        (UPDATED, "                torch.nn.utils.clip_grad_norm_(w.parameters, 1.0)\n" + UPDATED)], "P", ALONE),
+    "every score is a thousandth better": Plant("none", [(RETURNED, "return nats.detach() - 0.001, nats")], "C2"),
+    "no tilt where a document ends": Plant("tilt", [
+        (".clamp_max(1.0), betas.double()", ".clamp_max(1.0), betas.double() * (targets != BOS_ID)")], "C2"),
+    "mean of document means": Plant("none", [("    total, text_bytes = float(nats.double().sum()), ",
+        "    own = [float(x.double().mean()) for x in nats.tensor_split(self.starts[1:].tolist()) if len(x)]\n"
+        "        total, text_bytes = sum(own) / len(own) * len(nats), ")], "accounting"),
 }
 
 
@@ -397,15 +280,19 @@ def plant(tmp_path_factory: pytest.TempPathFactory):
     return planted
 
 
-@pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_violation_is_named(name: str, plant):
-    _, mode, edits, expected, *knobs = PLANTS[name]
+def first_named(name: str, edit: Plant, plant: Callable) -> None:
+    """Look until the right condition (one of `a|b`) is named."""
     found = []
-    for finding in audit.looks(subject(plant(name, edits), **{**MODES[mode], **(knobs[0] if knobs else {})})):
+    for finding in audit.looks(subject(plant(name, edit.edits), **{**MODES[edit.mode], **edit.knobs})):
         found.append(finding)
-        if finding.failed and finding.condition == expected:
+        if finding.failed and finding.condition in edit.expected.split("|"):
             return
     pytest.fail(evidence.table(found))
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_violation_is_named(name: str, plant):
+    first_named(name, PLANTS[name], plant)
 
 
 # -- rehearsal: data in the right order ----------------------------------------------------------------
@@ -435,6 +322,21 @@ REHEARSED = {
                              {"accounting"}),
     "controls have bytes": ([("base, space = np.zeros(n, dtype=np.int32)", "base, space = np.ones(n, dtype=np.int32)")],
                             {"accounting"}),
+    "the space counted twice": ([('len(text.encode("utf-8"))', 'len(piece.replace("\\u2581", " ").encode("utf-8"))')],
+                                {"accounting"}),
+    "byte pieces as three bytes": ([("base[i] = 1 if", "base[i] = 3 if")], {"accounting"}),
+    "spaces after BOS": ([(" & ~self.boundary[before])", ")")], {"accounting"}),
+    "bytes of the inputs": ([("target = ids[:-1], ids[1:]", "target = np.roll(ids, 1)[:-1], ids[:-1]")],
+                            {"accounting"}),
+    "the side file is read one place early": ([("side[0].read(1, len(ids))", "side[0].read(0, len(ids) - 1)")],
+                                              {"accounting"}, dict(caseops_enabled=True)),
+    "shared learning off the clock": ([('"shared_sgd", "eval"', '"shared_sgd"')], {"accounting"}, dict(ttt="lora")),
+    "the best of the diagnostics": ([(
+        'for of in ("val_bpb", "val_loss", "tokens", "bytes")},',
+        'for of in ("val_loss", "tokens", "bytes")}, val_bpb=min(score.val_bpb, *diagnostics.values()),')],
+        {"accounting"}),
+    "code is not counted": ([("artifact_bytes=len(blob) + code_bytes,\n", "artifact_bytes=len(blob),\n")],
+                            {"accounting"}),
     "another program": ([(SCORE, SCORE + '        __import__("subprocess").run(["true"])\n')], {"accounting"}),
     "a stream cut short": ([("        ids = stream.read(0, len(stream))\n        target_bytes = side",
                              "        ids = stream.read(0, len(stream) // 32 * 32)\n        target_bytes = side")],
@@ -444,6 +346,7 @@ REHEARSED = {
 
 
 def rehearsed(module: ModuleType, ids: np.ndarray, dataset: dict[str, str], **knobs: object) -> list[evidence.Finding]:
+    module.shipped_source = lambda _: b"x"  # it takes longer than all else
     cfg = tiny(**{**SMALL, "vocab_size": 512, "ttt": "none", **knobs, **dataset})
     return audit.rehearse(module, module.Config(**dataclasses.asdict(cfg)), ids, Path(dataset["tokenizer_path"]))
 
@@ -456,7 +359,9 @@ def test_a_rehearsal_sees_who_reads_what_when(name: str, dataset: dict[str, str]
     if "specimen" in name:
         monkeypatch.setattr(train_on_validation, "EPOCHS", 1)
         train_on_validation.break_the_rule(module)
-    ids = tg.TokenStream(Path(dataset["data_path"]), "fineweb_val").read(0, 300).astype(np.int64)
+    sp = tg.load_sentencepiece(Path(dataset["tokenizer_path"]))
+    ids = np.concatenate([[tg.BOS_ID, *[sp.piece_to_id("\u2581")] * (text[:1] == " "), *sp.encode(text)] for text in (
+        "two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x" * 200)])
     findings = rehearsed(module, ids, dataset, **knobs)
     assert expected <= {f.condition for f in findings if f.failed}, evidence.table(findings)
     assert expected or not failures(findings), evidence.table(findings)
@@ -475,33 +380,28 @@ def test_a_rehearsal_that_fails_is_one_line(edits: list, token: int, words: str,
 
 # -- bytes ---------------------------------------------------------------------------------------------
 
-TEXT_BYTES = 'len(text.encode("utf-8"))'
-BYTE_PIECE = "base[i] = 1 if"
-
-
-@pytest.mark.parametrize("name, edits", [
-    ("as it is", []),
-    ("the space counted twice", [(TEXT_BYTES, 'len(piece.replace("\\u2581", " ").encode("utf-8"))')]),
-    ("byte pieces as three bytes", [(BYTE_PIECE, "base[i] = 3 if")]),
-    ("spaces after BOS", [(" & ~self.boundary[before])", ")")]),
-])
-def test_bytes_are_recounted_from_the_text(name: str, edits: list, dataset: dict[str, str], plant):
-    import sentencepiece
-    sp = sentencepiece.SentencePieceProcessor(model_file=dataset["tokenizer_path"])
-    texts = ["two  spaces and a caf\u00e9", "\u4e2d\u6587 \U0001f40d", " leading", "", "x"]
-    space = [sp.piece_to_id("\u2581")]  # the normaliser would strip it
-    ids = np.array([i for text in texts for i in (tg.BOS_ID, *space * (text[:1] == " "), *sp.encode(text))])
-    (finding,) = audit.probe_bytes(plant(name, edits), Path(dataset["tokenizer_path"]), ids, 512)
-    assert finding.ok == (name == "as it is"), finding
-
 
 def test_a_tokenizers_table_is_recounted(dataset: dict[str, str], monkeypatch: pytest.MonkeyPatch, plant):
     path = Path(dataset["tokenizer_path"])
     assert evidence.static_tokenizer(path).ok
-    wrong = plant("byte pieces", [(BYTE_PIECE, "base[i] = 3 if")])
+    wrong = plant("byte pieces", REHEARSED["byte pieces as three bytes"][0])
     monkeypatch.setattr(evidence, "load_module", lambda _: wrong)
     finding = evidence.static_tokenizer(path)
     assert not finding.ok and "wrong=256" in finding.figures
+
+
+@pytest.mark.parametrize("said, ok", [(lambda n, d: n, True), (lambda n, d: n + n // 50, False),
+                                      (lambda n, d: n + d % 2 - (d % 4 == 3) * 2, False)])
+def test_a_side_file_is_recounted_from_the_text(said, ok: bool, dataset: dict[str, str]):
+    """As it should be; 2 % more everywhere; a byte more or less in half of the documents."""
+    sp, ids, sizes = tg.load_sentencepiece(Path(dataset["tokenizer_path"])), [], []
+    for number in range(41):
+        text = f"The NASA of {number} McDonalds, and a long sentence in which nothing happens at all. " * 3
+        own = [tg.BOS_ID, *sp.encode(TRANSFORMS["caseops_v1"].encode(text.strip()))]
+        ids, sizes = ids + own, [*sizes, said(len(text.strip()), number), *[0] * (len(own) - 1)]
+    (finding,) = audit.probe_side_file(Path(dataset["tokenizer_path"]), np.array(ids), np.array(sizes), tg.BOS_ID)
+    assert finding.ok == ok, finding
+    assert audit.probe_side_file(None, np.array(ids), np.array(sizes), tg.BOS_ID)[0].suspect
 
 
 # -- logs ----------------------------------------------------------------------------------------------
@@ -662,8 +562,10 @@ def test_shared_documents_are_read_from_the_stamp(changes: dict, ok: bool, words
 # -- the command ---------------------------------------------------------------------------------------
 
 
-def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path, capsys, monkeypatch):
     """With a table, a last line for every condition, and status 0; knobs are those of a run."""
+    monkeypatch.setattr(tg, "shipped_source", lambda _: b"x")
+    monkeypatch.setattr(audit, "piece_of_stream", functools.partial(audit.piece_of_stream, documents=8))
     shape = dict(num_layers=2, num_loops=0, parallel_start_layer=1, model_dim=16, rope_dims=4, iterations=1, ttt="none",
                  ngram_base_beta=0, diagnostic_evals="")
     assert tg.main([], environment(dataset, tmp_path, **shape)) == 0
@@ -682,6 +584,15 @@ def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path,
     for said, expected in ((text, set()), (re.sub(r'("nats": \[)\d', r"\g<1>9", text), {("A3", "accounting")})):
         (tmp_path / "r.jsonl").write_text(said, encoding="utf-8")
         assert failures(audit.probe_first_documents(tmp_path / "r.jsonl", subject, cfg, ids)) == expected
+    blob = (tmp_path / "r.bin").read_bytes()
+    size = tg.ARTIFACT_HEAD.size
+    header = json.loads(tg.brotli_unpack(blob[size + 4:size + tg.ARTIFACT_HEAD.unpack_from(blob)[2]],
+                                         int.from_bytes(blob[size:size + 4], "little")))
+    for marks, expected in (({}, set()), (dict(pre_quant_ttt=1), {("A4", "C3")})):
+        text = json.dumps({**header, **marks}).encode()
+        packed = len(text).to_bytes(4, "little") + tg.brotli_pack(text)
+        marked = tg.ARTIFACT_HEAD.pack(*tg.ARTIFACT_HEAD.unpack_from(blob)[:2], len(packed)) + packed
+        assert failures(audit.probe_header(tg, marked, cfg, tg.unpack(blob))) == expected
     assert {line.split()[0] for line in lines[1:-1]} == {"A2", "A4", *(f"D{i}" for i in range(1, 10))}
 
 

@@ -131,8 +131,12 @@ def test_a_folder_without_a_manifest_is_held_against_the_official_split(copy, mo
     monkeypatch.setattr(verify, "VAL_DOCUMENTS", count)
     [row] = failures(copy, model)
     assert row.what == "bytes" and "official validation text has 151,080,891" in row.problem
-    monkeypatch.setattr(verify, "VAL_BYTES", num_bytes)
-    assert not failures(copy, model)
+    monkeypatch.setattr(verify, "TEXT_BYTES", num_bytes)
+    assert not failures(copy, model)  # another tokenizer than those that are known
+    for most in (num_bytes, num_bytes + 1):
+        known = ((0, 1 << 62), (most, most))
+        monkeypatch.setattr(verify, "OFFICIAL", {verify.dataset_name(False, VOCAB): known})
+        assert [row.what for row in failures(copy, model)] == ["bytes"] * (most > num_bytes)
 
 
 def without_manifest(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -35,17 +35,12 @@ CAP = 16_000_000
 
 class Finding(NamedTuple):
     """What one probe says about one condition."""
-    code: str
-    """Probe of the rules: D1..D9, A1..A4, S1..S5, P1..P9."""
-    condition: str
-    """C1..C4, P or accounting."""
+    code: str  # probe of the rules: D1..D9, A1..A4, S1..S5, P1..P9
+    condition: str  # C1..C4, P or accounting
     ok: bool
-    figures: str
-    """What was measured."""
-    text: str
-    """What was asked or, where it failed, which ruling this is."""
-    suspect: bool = False
-    """A heuristic's hit: to be looked at by a reader, no failure."""
+    figures: str  # what was measured
+    text: str  # what was asked or, where it failed, which ruling this is
+    suspect: bool = False  # a heuristic's hit: to be looked at by a reader, no failure
 
     @property
     def failed(self) -> bool:
@@ -91,10 +86,7 @@ def failed(findings: Sequence[Finding]) -> int:
 
 
 def table(findings: Sequence[Finding], conditions: Sequence[str] = CONDITIONS) -> str:
-    """Return one line for each finding, and last `verdict C1=pass ... accounting=FAIL(S2)`.
-
-    A condition that no probe looked at is `-`.
-    """
+    """Return one line for each finding, and last `verdict C1=pass C2=- ... accounting=FAIL(S2)`; -: never asked."""
     lines = [f"{'probe':5s} {'condition':10s} {'verdict':8s} figures"]
     for f in findings:
         verdict = "pass" if f.ok else "suspect" if f.suspect else "FAIL"
@@ -155,9 +147,7 @@ def charged(phases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def audit_log(path: Path, blob: bytes | None, knobs: Mapping[str, Any] | None = None,
               seconds: float = TRACK_SECONDS) -> list[Finding]:
     """Ask A1..A4 of a run's JSON lines; the audited artifact's bytes and knobs; `seconds`: the track's budgets.
-
-    Raises `ToolError` where the run is not finished.
-    """
+    Raises `ToolError` where the run is not finished."""
     log = events(path) if path.is_file() else []
     verdict, config = last(log, "verdict"), last(log, "config") or {}
     if verdict is None:
@@ -180,21 +170,18 @@ def audit_log(path: Path, blob: bytes | None, knobs: Mapping[str, Any] | None = 
     findings.test("A1", "accounting", gap <= max(2.0, 0.02 * total), f"largest_gap={gap:.2f}s of {total:.1f}s",
                   "the clock has an untimed gap", "no untimed gap between the phases")
     marks = [str(e.get("text")) for e in log if e["event"] == "warning" and "illegal" in str(e.get("text"))]
-    early = "validation data was opened before the artifact was written: rulings A, C"
-    findings.test("A2", "C3", not marks and not validated_early(log), f"phases={len(phases)} marks={len(marks)}",
-                  early if validated_early(log) else f"the run says so itself: {''.join(marks[:1])}",
+    marks += ["validation data was opened before the artifact was written: rulings A, C"] * validated_early(log)
+    findings.test("A2", "C3", not marks, f"phases={len(phases)}", f"the log says: {marks[-1:]}",
                   "validation data was opened after the artifact was written")
     limits = {"train": min(seconds, float(config.get("max_wallclock_seconds") or math.inf)),
               "eval": min(seconds, float(config.get("eval_seconds_budget") or math.inf))}
     told = {budget: float(verdict[f"{budget}_seconds"]) for budget in limits}
     spent = {budget: max(told[budget], by_phase) for budget, by_phase in charged(phases).items() if budget in told}
-    over = [budget for budget in limits if spent[budget] > limits[budget]]
-    hidden = [b for b in told if told[b] < spent[b] - max(0.5, 0.01 * spent[b])]
-    findings.test("A1", "accounting", not over and not hidden,
-                  " ".join(f"{b}={spent[b]:.1f}/{limits[b]:g}s" for b in limits),
-                  f"over budget: {', '.join(over)}: rulings I, J" if over else
-                  f"the verdict has {', '.join(f'{b}={told[b]:.1f}s' for b in hidden)}, its phases have more",
-                  "both budgets are kept")
+    wrong = [f"{b} is over its budget" for b in limits if spent[b] > limits[b]]
+    wrong += [f"the verdict has {b}={told[b]:.1f}s, its phases have more" for b in told
+              if told[b] < spent[b] - max(0.5, 0.01 * spent[b])]
+    findings.test("A1", "accounting", not wrong, " ".join(f"{b}={spent[b]:.1f}/{limits[b]:g}s" for b in limits),
+                  f"{'; '.join(wrong)}: rulings I, J", "both budgets are kept")
 
     ratio = verdict["tokens"] / max(1, verdict["bytes"])
     fits = math.isclose(verdict["val_loss"] / math.log(2) * ratio, verdict["val_bpb"], rel_tol=1e-5)
@@ -216,31 +203,27 @@ def audit_log(path: Path, blob: bytes | None, knobs: Mapping[str, Any] | None = 
     findings.test("A4", "accounting", size < cap and not mismatch, f"bytes={size:,} cap={cap:,}",
                   "code and weights exceed the cap, or are not those of the log: ruling Q",
                   "code and weights are under the cap")
+    odd = [name for name, value in (knobs or {}).items() if name in config and config[name] != value]
     if blob is not None:
         scored, own = (last(log, "artifact") or {}).get("sha256"), hashlib.sha256(blob).hexdigest()
-        findings.test("A4", "accounting", scored == own, f"sha256={own[:16]} log={str(scored)[:16]}",
-                      "the log is of another artifact: ruling Q", "the log is of this artifact")
-    odd = [name for name, value in (knobs or {}).items() if name in config and config[name] != value]
-    if knobs is not None:
-        findings.test("A4", "accounting", not odd, f"knobs={len(knobs)} {' '.join(odd[:3])}".rstrip(),
-                      "the log's knobs are not the artifact's: ruling Q", "the log's knobs are the artifact's")
+        findings.test("A4", "accounting", scored == own and not odd, " ".join([
+            f"sha256={own[:16]} log={str(scored)[:16]} knobs={len(knobs or ())}", *odd[:3]]),
+                      "the log is of another artifact, or of other knobs: ruling Q", "the log is of this artifact")
     return findings
 
 
 def other_events(log: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> list[Finding]:
     """A3: the verdict against what the same log says elsewhere: the score, the stream, nats and bytes by place."""
-    wrong = []
     score, stream, places = (last(log, event) or {} for event in ("score", "val_data", "places"))
-    pairs_of = [(score, "val_loss", verdict["val_loss"]), (score, "val_bpb", verdict["val_bpb"]),
-                (stream, "targets", verdict["tokens"]), (stream, "bytes", verdict["bytes"]),
-                (stream, "validation", verdict.get("validation"))]
-    wrong += [name for told, name, value in pairs_of if name in told and told[name] != value]
+    told = {**stream, **{name: score[name] for name in ("val_loss", "val_bpb") if name in score}}
+    wrong = [name for name, value in {**verdict, "targets": verdict["tokens"]}.items() if name in (
+        "val_loss", "val_bpb", "targets", "bytes", "validation") and told.get(name, value) != value]
     for by in ("position", "length"):
         held = places.get(by) or {}
         wrong += [f"{of} by {by}" for of, value in (("targets", verdict["tokens"]), ("bytes", verdict["bytes"]), (
             "nats", verdict["val_loss"] * verdict["tokens"])) if held and not math.isclose(
                 math.fsum(held[of]), value, rel_tol=1e-5)]
-    lost = [name for name, told in (("score", score), ("val_data", stream), ("places", places)) if not told]
+    lost = [name for name, held in (("score", score), ("val_data", stream), ("places", places)) if not held]
     return [finding("A3", "accounting", not wrong and not lost, f"wrong={len(wrong)} missing={len(lost)}",
                     f"the verdict is not what the log says elsewhere: {', '.join(wrong)}: ruling Q" if wrong else
                     f"the log lacks {', '.join(lost)}: not enough to refute its verdict",
@@ -312,9 +295,7 @@ RUNNERS = {"exec", "eval", "compile", "builtins.exec", "builtins.eval", "builtin
 
 def decompressed(data: bytes) -> bytes | None:
     """Return what LZMA, zlib, gzip or bz2 have packed; None for anything else, also for a stream that is cut short.
-
-    Raises `ToolError` for more than LARGEST_SOURCE.
-    """
+    Raises `ToolError` for more than LARGEST_SOURCE."""
     for reader in (lzma.LZMADecompressor(memlimit=1 << 28), zlib.decompressobj(47), zlib.decompressobj(-15),
                    bz2.BZ2Decompressor()):
         with contextlib.suppress(lzma.LZMAError, zlib.error, OSError):
@@ -328,9 +309,7 @@ def decompressed(data: bytes) -> bytes | None:
 
 def literal(node: ast.AST, known: Mapping[str, bytes | None] = {}) -> bytes | None:
     """Return the bytes of a constant expression, None for anything else; `known`: names that are constants, too.
-
-    Also through decoders, decompressors, `+`, `[::-1]`, `"".join([...])`, bytes([...]).
-    """
+    Also through decoders, decompressors, `+`, `[::-1]`, `"".join([...])`, bytes([...])."""
     def inside(inner: ast.AST) -> bytes | None:
         return literal(inner, known)
 
@@ -401,10 +380,7 @@ def programs(source: bytes) -> list[bytes]:
 
 
 def unwrapped(source: bytes) -> bytes:
-    """Return the program inside self-extracting wrappers, else the source itself.
-
-    Raises `ToolError` for one that unpacks to more than LARGEST_SOURCE.
-    """
+    """Return the program inside self-extracting wrappers, else the source itself. Raises as `decompressed` does."""
     for _ in range(8):
         inner = payloads(source, run=False)
         if not inner:
@@ -443,7 +419,7 @@ def scan(tree: ast.AST) -> list[Hit]:
     adds_one = adds_space = 0
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            hits += scan_import(node, imported(node))
+            hits += scan_import(node, {name.split("/")[0] for name in dotted(node) if not getattr(node, "level", 0)})
         elif isinstance(node, ast.Call):
             hits += scan_call(node, known)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -465,14 +441,6 @@ def scan(tree: ast.AST) -> list[Hit]:
     if adds_one and adds_space:
         hits.append(Hit(adds_one, "accounting", "O", f"the leading space is counted here and in line {adds_space}"))
     return sorted(set(hits))
-
-
-def imported(node: ast.Import | ast.ImportFrom) -> set[str]:
-    """Return the packages that an import names."""
-    modules = [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        modules = [node.module] if node.module and not node.level else []
-    return {module.split(".")[0] for module in modules}
 
 
 def scan_import(node: ast.AST, roots: set[str]) -> list[Hit]:

@@ -41,8 +41,8 @@ from tools.evidence import (
     Finding,
     Findings,
     audit_log,
+    dotted,
     failed,
-    imported,
     load_module,
     static_audit,
     table,
@@ -593,7 +593,7 @@ def against(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
 def requirements(source: bytes, pinned: str) -> str:
     """Return those of the pinned requirements that the script imports."""
     nodes = [n for n in ast.walk(ast.parse(unwrapped(source))) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    packages = {name for node in nodes for name in imported(node)}
+    packages = {name for node in nodes for name in dotted(node)}
     return "\n".join(line for line in pinned.splitlines() if re.split(r"[=<>; ]", line)[0] in packages) + "\n"
 
 
