@@ -9,6 +9,7 @@ import base64
 import binascii
 import bz2
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -344,23 +345,30 @@ def literal(node: ast.AST, known: Mapping[str, bytes | None] = {}) -> bytes | No
     return decompressed(data) if "decompress" in name else None
 
 
+parsed = functools.lru_cache(maxsize=8)(ast.parse)
+"""The tree of a source; nobody may change it."""
+nodes_of = functools.lru_cache(maxsize=8)(lambda tree: list(ast.walk(tree)))
+"""All nodes of a tree."""
+
+
 def constants(tree: ast.AST) -> dict[str, bytes | None]:
     """Return the names that are given one constant value, and no other, anywhere in a source."""
     known: dict[str, bytes | None] = {}
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
             known[name] = None if name in known else literal(node.value, known)
     return known
 
 
+@functools.lru_cache(maxsize=64)
 def payloads(source: bytes, run: bool = True) -> list[bytes]:
     """Return the programs inside a source: what it decompresses from constants and, with `run`, runs of them."""
     found: list[bytes] = []
     with contextlib.suppress(*UNREADABLE):
-        tree = ast.parse(source)
+        tree = parsed(source)
         known = constants(tree)
-        for node in ast.walk(tree):
+        for node in nodes_of(tree):
             if isinstance(node, ast.Call) and node.args:
                 name = called(node)
                 data = literal(node, known) if "decompress" in name else None
@@ -392,6 +400,8 @@ def unwrapped(source: bytes) -> bytes:
 def newer_fstrings(source: str) -> list[int]:
     """Return lines of f-strings that need Python 3.12: the outer quote inside again (only 3.12's tokenizer sees it)."""
     start, end, lines, quotes = getattr(token, "FSTRING_START", -1), getattr(token, "FSTRING_END", -1), [], []
+    if start < 0:
+        return lines
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
         if t.type in (start, token.STRING) and quotes and t.string.lstrip("rRbBfFuU")[0] == quotes[-1]:
             lines.append(t.start[0])
@@ -417,7 +427,7 @@ def scan(tree: ast.AST) -> list[Hit]:
     """Return what a source shows of the rulings (S2)."""
     hits, known = list[Hit](), constants(tree)
     adds_one = adds_space = 0
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             hits += scan_import(node, {name.split("/")[0] for name in dotted(node) if not getattr(node, "level", 0)})
         elif isinstance(node, ast.Call):
@@ -496,7 +506,7 @@ def local_sources(script: Path) -> list[Path]:
         sources.append(path)
         for source in programs(path.read_bytes()):
             with contextlib.suppress(*UNREADABLE):
-                for node in ast.walk(ast.parse(source)):
+                for node in nodes_of(parsed(source)):
                     if isinstance(node, (ast.Import, ast.ImportFrom)):
                         base = path.parent if getattr(node, "level", 0) else script.parent
                         queue += [p for name in dotted(node) for p in (base / f"{name}.py", base / name / "__init__.py")
@@ -528,7 +538,7 @@ def static_sources(script: Path, others: Sequence[Path] = ()) -> list[Finding]:
                       suspect=path not in own)
         for number, program in enumerate(programs(path.read_bytes())):
             with contextlib.suppress(*UNREADABLE):
-                hits += [hit for hit in scan(ast.parse(program)) if hit not in hits]
+                hits += [hit for hit in scan(parsed(program)) if hit not in hits]
             if number == 63:
                 hits.append(Hit(0, "accounting", "1.1", "more programs inside one another than are read here", False))
         for hit in hits:
