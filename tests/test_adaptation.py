@@ -118,9 +118,9 @@ def test_adaptation_equals_a_loop_over_documents_with_merged_matrices(run: tg.Ru
 
 def test_where_the_run_compiles_all_chunks_are_two_graphs_made_before_the_score(run: tg.Run, monkeypatch):
     """One for a single row, one for any more, of any length; with the scores of the plain program."""
-    graphs, cfg = [], tiny(**ALONE, ttt_context="recompute", ttt_lora_on="v,head", num_layers=2, loop_start=0, loop_end=0,
-                           parallel_start_layer=1, eval_seq_len=24, ttt_batch_size=3)
-    val = val_data([30, 9, 26, 20, 40])
+    graphs, val = [], val_data([30, 9, 26, 20, 40])
+    cfg = tiny(**ALONE, ttt_context="recompute", ttt_lora_on="v,head", num_layers=2, loop_start=0, loop_end=0,
+               parallel_start_layer=1, eval_seq_len=24, ttt_batch_size=3)
     expected = adapted(val, cfg, run)[0]
 
     def graph_of(module, inputs):

@@ -188,8 +188,9 @@ PLANTS = {
     "attention to later ids": Plant("none", [
         (MASK, "return (back <= batch.positions[:, :, None])[:, None]")], "C1"),
     "keys and values of the documents before": Plant("cache", [
-        ("cache = KeyValueCache(cfg.eval_seq_len) if",
-         'cache = globals().setdefault(f"past{len(batch.documents)}", KeyValueCache(cfg.eval_seq_len)) if')],
+        ("cache, forward, compiles = KeyValueCache(cfg.eval_seq_len),",
+         'cache, forward, compiles = globals().setdefault(f"past{len(batch.documents)}", '
+         'KeyValueCache(cfg.eval_seq_len)),')],
         "P", ALONE),
     "the last chunk is not scored": Plant("lora", [
         ("    for begin, end in zip(batch.edges, batch.edges[1:]):\n",
