@@ -170,7 +170,7 @@ class DataKnobs(Knobs):
     train_seq_len: Size = 2048  # tokens of a training row; longer documents are cut
     train_batch_tokens: Size = 786_432  # tokens of one optimizer step over all ranks
     micro_batch_tokens: Size = 98_304  # most tokens of one forward and backward on one device; more are accumulated
-    shuffle: Literal["window", "document", "coprime", "none"] = "window"  # rows, whole documents, or rows by a stride
+    shuffle: Literal["window", "document", "none"] = "window"  # what is permuted in each epoch: rows, or documents
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKnobs(Knobs):
@@ -200,6 +200,7 @@ class ModelKnobs(Knobs):
     logit_softcap: Positive = 30.0  # logits are c * tanh(z / c)
     tied_embed_init_std: NonNegative = 0.005  # of the initial embedding, which is also the output matrix
     bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
+    conv_taps: Count = 0  # tokens that a causal convolution of each key and value channel reads (#400: 4); 0: none
     bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
 
     def __post_init__(self):
@@ -889,8 +890,7 @@ class TrainData:
         self.corpus = f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {beginning}"
         self.starts = self.stream.document_starts() if cfg.shuffle == "document" else np.zeros(1, dtype=np.int64)
         # A shuffled phase may leave one row less, so one is never used.
-        spare = cfg.shuffle in ("window", "coprime")
-        self.rows_per_epoch = max(1, (len(self.stream) - 1) // cfg.train_seq_len - spare)
+        self.rows_per_epoch = max(1, (len(self.stream) - 1) // cfg.train_seq_len - (cfg.shuffle == "window"))
         rows = -(-cfg.train_rows // run.world)
         self.plan = functools.lru_cache(maxsize=2)(self.plan_epoch)  # a step may lie in two epochs
         self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)  # of one forward on this device
@@ -898,9 +898,7 @@ class TrainData:
 
     def plan_epoch(self, epoch: int) -> tuple:
         """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
-        Documents and windows are permuted; `coprime` steps through the windows by a random stride that shares no
-        divisor with their number (#1060's order, for the corpus as one ring instead of one a shard). All but `none` cut
-        the stream into windows at a random phase, so that epochs cut it differently.
+        Windows begin at a random phase, so that epochs cut the stream differently.
         """
         order, seq_len, tokens = self.cfg.shuffle, self.cfg.train_seq_len, len(self.stream)
         rng = np.random.default_rng([self.cfg.seed, epoch])
@@ -911,11 +909,6 @@ class TrainData:
         rows = np.arange((tokens - 1 - phase) // seq_len)
         if order == "window":
             rows = rng.permutation(len(rows))
-        if order == "coprime":
-            first, stride = (int(n) for n in rng.integers(1, len(rows) + 1, 2))
-            while math.gcd(stride, len(rows)) > 1:
-                stride = int(rng.integers(1, len(rows) + 1))
-            rows = (first + stride * rows) % len(rows)
         return phase + rows.astype(np.int64) * seq_len, np.empty(0)
 
     def row(self, index: int) -> np.ndarray:
@@ -1283,8 +1276,7 @@ def varlen_attention(name: str) -> Attention:
 SDPA = Attention("sdpa", segment_mask, masked_attention)
 
 def prove(name: str, kernel: Callable, shapes: Sequence, run: Run):
-    """Runs a kernel once, forward and backward, on tensors of these shapes; where anything in it fails on this machine,
-    a warning names it, and `RuntimeError` lets the caller take the next one."""
+    """Runs a kernel once, both ways, on tensors of these shapes. What fails is a warning and a `RuntimeError`."""
     inputs = [torch.zeros(shape, device=run.device, dtype=run.dtype, requires_grad=True) for shape in shapes]
     try:
         run.compiled(kernel)(*inputs).sum().backward()
@@ -1659,6 +1651,10 @@ class NoCache:
     def prepare(self, kernels: Kernels, batch: Batch) -> Any:
         return kernels.attention.prepare(batch)
 
+    def with_past(self, x_RTNH: Tensor, columns: int, layer: Layer) -> Tensor:
+        """x with so many columns of the tokens before in front of it."""
+        return F.pad(x_RTNH, (0, 0, 0, 0, columns, 0))
+
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
         return kernels.attention.run(q, k, v, segments)
 
@@ -1676,12 +1672,20 @@ class KeyValueCache(NoCache):
 
     def __init__(self, cache_len: int):
         self.cache_len, self.length, self.past, self.new = cache_len, 0, {}, {}  # layer number -> (keys, values)
+        self.columns, self.new_columns = {}, {}  # layer number -> what a convolution reads of the chunk before
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
         size, old = batch.ids.size(1) - self.prefix, min(self.length, self.cache_len)
         column = torch.arange(old + size, device=batch.ids.device)
         back = column[old:, None] - column[None, :]
         return ((back >= 0) & (back < self.cache_len))[None, None]
+
+    def with_past(self, x_RTNH: Tensor, columns: int, layer: Layer) -> Tensor:
+        whole = super().with_past(x_RTNH, columns, layer)
+        if layer.number in self.columns:
+            whole = torch.cat([self.columns[layer.number], x_RTNH], dim=1)
+        self.new_columns[layer.number] = whole[:, x_RTNH.size(1):].detach()
+        return whole
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
         if layer.number in self.past:
@@ -1691,6 +1695,7 @@ class KeyValueCache(NoCache):
 
     def advance(self, size: int):
         self.past, self.new, self.length = self.new, {}, self.length + size
+        self.columns, self.new_columns = self.new_columns, {}
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first 2*P dimensions, halves convention; cos and sin are [R, T, 1, P]."""
@@ -1721,8 +1726,7 @@ class HeadGate(nn.Module):
         self.bias = nn.Parameter(torch.full(weight.shape[:2], bias)) if bias else None
 
     def rows(self, dim: int) -> Tensor:
-        """[L, N', D]: the weights as rows of the qkv product, which spares one of 12 inputs. N' is a multiple of 8:
-        attention kernels want rows of whole 16 bytes."""
+        """[L, N', D]: the weights as rows of the qkv product; N' is a multiple of 8, for kernels that read 16 bytes."""
         return F.pad(self.weight, (0, dim - self.weight.size(2), 0, -self.weight.size(1) % 8))
 
     def forward(self, y_RTNH: Tensor, logits_RTG: Tensor, block: int) -> Tensor:
@@ -1765,6 +1769,7 @@ class ForwardContext(NamedTuple):
     """What all layers of one forward share."""
     w: Weights
     cache: NoCache
+    positions: Tensor
     segments: Any
     cos: Tensor
     sin: Tensor
@@ -1794,6 +1799,8 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(ones(num_skips, dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim)) if cfg.skip_gates_enabled else None
         self.gate = head_gate(cfg)
+        taps = torch.zeros(layers, cfg.conv_taps, 2 * cfg.num_kv_heads * cfg.head_dim)
+        self.kv_conv = nn.Parameter(taps) if cfg.conv_taps else None
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Parameter(torch.zeros(1, min(GATE_CHANNELS, dim)))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
@@ -1842,7 +1849,10 @@ class GPT(nn.Module):
         """Attention of one layer on its normed input n [R, T, D]."""
         cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, layer.block
         qkv, logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
-        q, k, v = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, kv, kv], dim=2)
+        q, kv_pair = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, 2 * kv], dim=2)
+        if self.kv_conv is not None:
+            kv_pair = self.convolved(kv_pair, layer, context)
+        k, v = kv_pair.chunk(2, dim=2)
         q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
         k = rotate(self.kernels.rms_norm(k), context.cos, context.sin)
         y = context.cache.attend(self.kernels, layer, q, k, v, context.segments)
@@ -1851,6 +1861,15 @@ class GPT(nn.Module):
         if self.gate is not None:
             y = self.gate(y, logits, block)
         return context.w.linear("o", layer, y.flatten(2), side=n)
+
+    def convolved(self, x_RTNH: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
+        """Keys and values plus a mixture of their own and the tokens' before in their segment, channel by channel."""
+        taps = self.kv_conv[layer.block].to(x_RTNH.dtype).unflatten(-1, x_RTNH.shape[2:])
+        whole, size, y = context.cache.with_past(x_RTNH, len(taps) - 1, layer), x_RTNH.size(1), x_RTNH
+        for back, tap in enumerate(taps):
+            first, inside = len(taps) - 1 - back, (context.positions >= back)[..., None, None]
+            y = y + tap * whole[:, first:first + size] * inside
+        return y
 
     def skip(self, x: Tensor, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
         """x with the output of the layer's encoder partner, if it has one, mixed in or added."""
@@ -1864,7 +1883,8 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, layers: Sequence, w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
         """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
         norm = self.kernels.rms_norm
-        context = ForwardContext(w, cache, *(batch.places or self.places(batch, w.dtype, cache)))
+        context = ForwardContext(w, cache, batch.positions[:, cache.prefix:],
+                                 *(batch.places or self.places(batch, w.dtype, cache)))
         x = x0 = self.embed(batch, w)[:, cache.prefix:]
         lane = None  # the second lane, once there are two
         outputs = []
@@ -1947,7 +1967,7 @@ ROUTES = (
     Route("mlp_*bank", "muon", "matrix_lr", "muon_wd", "gptq:mlp"),
     Route("tok_emb", "adam", "tied_embed_lr", "embed_wd", "gptq:embed"),
     Route("bigram.table", "adam", "tied_embed_lr", "embed_wd", "int8"),
-    Route("bigram.proj gate.weight", "adam", "scalar_lr", "adam_wd", "int8"),
+    Route("bigram.proj gate.weight kv_conv", "adam", "scalar_lr", "adam_wd", "int8"),
     Route("q_gain attn_scale mlp_scale resid_mix skip_weights skip_gates gate.bias smear_gate smear_lambda "
           "bigram.scale parallel_resid_lambdas parallel_post_lambdas", "adam", "scalar_lr", "adam_wd", "fp16"),
 )

@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, str]] = {
     "no trellis": dict(TRELLIS_STATES="1"),
     "one lane": dict(PARALLEL_RESIDUAL="single", LN_SCALE="0"),
     "no lanes, no loop": dict(PARALLEL_RESIDUAL="none", NUM_LOOPS="0", SKIP_GATES_ENABLED="0"),
-    "bigram": dict(BIGRAM_BUCKETS="256", BIGRAM_DIM="16", SHUFFLE="coprime", TTT="lora"),
+    "bigram": dict(BIGRAM_BUCKETS="256", BIGRAM_DIM="16", SHUFFLE="window", TTT="lora"),
     "low rank": dict(MLP_RANK="12", TTT="lora"),
     "output gate, normuon": dict(ATTN_GATE="output", NORMUON_BETA2="0.95", MUON_ROW_NORMALIZE="0"),
     "dense gate, classic": dict(ATTN_GATE="dense", MUON_COEFFICIENTS="classic", GRAD_CLIP_NORM="0"),

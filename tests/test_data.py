@@ -15,7 +15,7 @@ BOS = tg.BOS_ID
 LENGTHS = [5, 1, 40, 2, 1, 1, 90, 33, 7, 64, 3, 150, 31, 32, 20, 11]  # empty documents, some longer than a row
 ENDS = np.cumsum(LENGTHS) + 2
 DOCUMENTS = [[BOS, *range(end - n + 1, end)] for n, end in zip(LENGTHS, ENDS.tolist())]  # no other id occurs twice
-ORDERS = ["window", "document", "coprime", "none"]
+ORDERS = ["window", "document", "none"]
 
 
 def write_shards(folder: Path, ids: np.ndarray, edges: list[int], split: str = "train") -> Path:
@@ -109,23 +109,12 @@ def test_an_epoch_reaches_every_shard_and_no_token_twice(order, tmp_path):
         assert (reached[np.diff(edges, prepend=0) > 4 * data.cfg.train_seq_len] > 0).all() and (reached > 0).sum() > 15
 
 
-@pytest.mark.parametrize("order", ["window", "document", "coprime"])
+@pytest.mark.parametrize("order", ["window", "document"])
 def test_the_order_depends_on_seed_and_epoch_alone(order, corpus):
     plans = [train_data(corpus, shuffle=order, seed=seed).plan_epoch(epoch)[0].tolist() for seed in (0, 1)
              for epoch in (0, 1)]
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
     assert plans[3] == train_data(corpus, 1, 3, shuffle=order, seed=1).plan_epoch(1)[0].tolist()
-
-
-def test_a_coprime_epoch_is_one_stride_around_the_corpus(tmp_path):
-    """The same step between all rows, and another one in the next epoch."""
-    data, strides = train_data(write_shards(tmp_path, [BOS] + [2] * 9_999, []), shuffle="coprime"), []
-    for epoch in range(8):
-        rows = data.plan_epoch(epoch)[0]
-        steps = set((np.diff((rows - rows.min()) // 32) % len(rows)).tolist())
-        assert len(steps) == 1 and np.gcd(min(steps), len(rows)) == 1
-        strides += steps
-    assert len(set(strides)) > 4
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])

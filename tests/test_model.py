@@ -13,7 +13,7 @@ import train_gpt as tg
 
 BOS = tg.BOS_ID
 # Knobs that give the tiny model a parameter of every kind.
-EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, mlp_rank=12)
+EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, mlp_rank=12, conv_taps=3)
 BY_HAND = tg.Kernels(rms_norm=tg.EagerRmsNorm.apply)  # what an eager run has; a new model has the references
 
 
