@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
-from bench.common import Machine, Row, machine, row, show, summary, timed, web_lengths
+from bench.common import Machine, Row, machine, made_up_val, row, show, summary, timed, web_lengths
 from tools import predict
 from tools.common import program
 
@@ -95,6 +95,34 @@ def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: t
                         forwards_a_target=tokens / score.tokens, targets_s=score.tokens / summary(times[way]).median,
                         val_bpb=score.val_bpb))
     return rows
+
+
+def chunk_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Rows of one chunk step, scored and learned from, by documents side by side x window; the first call of a shape
+    (`first_s`) compiles or loads kernels. Then the line through them: a step costs as much as `fixed_tokens` tokens."""
+    size, rows = cfg.ttt_chunk_size, []
+    model = tg.build_model(cfg, run)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        base = tg.Weights(model, run.dtype)
+    most, longest = cfg.ttt_batch_size, cfg.eval_seq_len
+    for documents, window in ((most, longest), (most, longest * 15 // 32), (-(-most // 8), longest * 15 // 64), (1, 0)):
+        window = max(size, window)
+        shape = dataclasses.replace(cfg, eval_seq_len=window, ttt="lora", ttt_context="recompute", eval_stride=0)
+        edges = tuple(range(window - size, window + (repeats + 1) * size, size))
+        val = made_up_val(np.full(documents, edges[-1]), cfg.vocab_size)
+        batch = tg.DocumentBatch(tuple(range(documents)), edges, 1)
+        steps = tg.adapt_and_score(model, base, batch, tg.Scorer(val, shape, run), tg.EvalBudget(1, shape, run))
+        times: dict[str, list[float]] = {}
+        for name in ("first", *["step"] * repeats):  # each has a successor, so that the documents go on and learn
+            timed(times, name, run, next, steps)
+        steps.close()
+        flops = 2 * documents * window * predict.forward_flops(cfg, tg.unroll_layers(cfg, True), window / 2)
+        rows.append(row(f"{documents} x {window}", summary(times["step"]), roof, flops, first_s=times["first"][0],
+                        tokens=documents * window))
+    parts = np.array([(1 / r["ms"], r["tokens"] / r["ms"]) for r in rows])  # relative errors count alike
+    a, b = np.linalg.lstsq(parts, np.ones(len(rows)), rcond=None)[0]
+    return [*rows, {"name": "a x steps + b x tokens", "a_ms": a, "b_us": 1e3 * b, "fixed_tokens": a / b}]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,72 @@
+"""The record's graphs and kernels compiled for an H100 where there is none (see dry_gpu.py): what they may not become."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA: see docs/operations.md"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: ./run.sh bench --gpu"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which builds what stands in for the driver")]
+STAND_IN = """
+static signed char count = 0;
+extern "C" {
+void pretend_devices(int n) { count = n; }
+int cuInit(unsigned) { return 100; }
+int cuGetErrorString(int, const char **said) { *said = "there is no GPU"; return 0; }
+int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { *flags = 0; *active = 0; return 0; }
+}
+namespace c10 { namespace cuda {
+bool hasPrimaryContext(signed char) { return false; }
+signed char device_count() noexcept { return count; }
+signed char device_count_ensure_non_zero() { return count; }
+}}
+"""
+"""Preloaded: the few functions of driver and torch that are asked before anything runs on a device."""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.cpp").write_text(STAND_IN)
+    subprocess.run(["g++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "driver.so",
+                    folder / "driver.cpp"], check=True)
+    return folder / "driver.so"
+
+
+def compiled(part: str, stand_in: Path) -> dict:
+    """The figures of one part, also printed (`pytest -s`)."""
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(stand_in.parent / "inductor"), "LD_PRELOAD": str(stand_in),
+              "TRITON_CACHE_DIR": str(stand_in.parent / "triton"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "tests.stress.dry_gpu", part], cwd=ROOT, env=env | caches,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]  # a graph break or a refused operator, too: fullgraph is on
+    print(f"\n{part}: {done.stdout}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("part, saved_gib", [("step", 7.6), ("adapt", 30.0)])
+def test_forward_and_backward_are_one_graph_each_of_sane_kernels(part: str, saved_gib: float, stand_in: Path):
+    """Two blocks, looped: positions enter as tables, registers suffice, and no more is kept than on 2026-11-28."""
+    found = compiled(part, stand_in)
+    assert found["graphs"] == 2 and found["picked"] == ["varlen", "triton"]
+    assert not {"cos", "sin", "pow"} & set(found["functions"]) and found["saved_gib"] < saved_gib
+    spilled = {name: kernel for name, kernel in found["kernels"].items() if kernel["stack"] > 64}
+    assert len(found["kernels"]) > 20 and not spilled, spilled
+    turned = {name: kernel for name, kernel in found["kernels"].items() if {"norm", "cat", "sub"} <= set(name.split("_"))}
+    assert turned and all(kernel["instructions"] < 500 for kernel in turned.values()), turned
+
+
+def test_most_tiles_of_the_mlp_need_no_stack(stand_in: Path):
+    """All but the largest, of which nothing but the backward may spill: which is fastest a GPU says."""
+    (first, *rest) = compiled("mlp", stand_in)["kernels"].items()
+    assert first[1]["stack"] == 0
+    spilled = {name: kernel for name, kernel in rest if kernel["stack"] or kernel["registers"] > 240}
+    assert list(spilled) == ["128 256 64 8 3 backward"] and spilled["128 256 64 8 3 backward"]["stack"] < 800, spilled
