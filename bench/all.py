@@ -49,7 +49,7 @@ LIMITS = {"versions": 20.0, "blocks": 90.0, "attention": 40.0, "rotary": 30.0, "
 PREDICTED: dict[tuple[str, str, str], float | str | None] = {
     ("blocks", "fa3: forward", "ms"): None, ("step", "first call", "s"): None, ("step", "step", "ms"): 129.0,
     ("step", "", "peak_mib"): "train", ("unlooped", "step", "ms"): 88.0, ("chunks", "64 x 2048", "ms"): None,
-    ("chunks", "a x steps + b x tokens", "fixed_tokens"): 14_500.0, ("chunks", "", "peak_mib"): "adapt",
+    ("chunks", "a x steps + b x tokens", "fixed_tokens"): 14_500.0, ("chunks", "", "peak_mib"): 45_670.0,
     ("quantize", "calibrate", "ms"): None, ("quantize", "gptq, cold", "ms"): None, ("quantize", "gptq", "ms"): None,
     ("quantize", "", "peak_mib"): "quantize", ("sgd", "32 rows", "ms"): None, ("sgd", "", "peak_mib"): "shared_sgd"}
 """(part, row or the part, figure): what a model says for the record on one H100 (30 % of its FLOP/s; 11,000 to 18,000
@@ -130,11 +130,10 @@ def bodies_of(cfg: tg.Config, run: tg.Run, roof: Machine, env: Mapping[str, str]
             "text": lambda: text_rows(env, left())}
 
 
-def write(run: tg.Run | None, report: Mapping[str, Any], out: Path) -> None:
-    """The JSON as a whole, or as it was; by one rank."""
-    if run is None or run.is_main:
-        out.with_suffix(".part").write_text(json.dumps(report, indent=1, default=str))
-        out.with_suffix(".part").replace(out)
+def write(report: Mapping[str, Any], out: Path) -> None:
+    """The JSON as a whole, or as it was."""
+    out.with_suffix(".part").write_text(json.dumps(report, indent=1, default=str))
+    out.with_suffix(".part").replace(out)
 
 
 def measure(cfg: tg.Config, run: tg.Run, env: Mapping[str, str], names: Sequence[str], out: Path,
@@ -152,7 +151,8 @@ def measure(cfg: tg.Config, run: tg.Run, env: Mapping[str, str], names: Sequence
         if left() < LIMITS[name] or name == "unlooped" and not cfg.num_loops:
             report["left_out"][name] = f"{left():.0f} s are left" if cfg.num_loops else "the same as step: no loop"
             continue
-        write(run, {**report, "running": name}, out)
+        if run.is_main:
+            write({**report, "running": name}, out)
         if run.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -163,9 +163,9 @@ def measure(cfg: tg.Config, run: tg.Run, env: Mapping[str, str], names: Sequence
         except (Exception, OutOfTime) as error:
             tables[name] = [failure(name, error)]
         report["spent"][name] = {"seconds": time.time() - start, "peak_mib": peak_mib(run)}
-        write(run, report, out)
-        if run.is_main and name in tables:
-            show(f"{name} ({time.time() - start:.0f} s)", tables[name])
+        if run.is_main:
+            write(report, out)
+            show(f"{name} ({time.time() - start:.0f} s)", tables.get(name, ()))
         torch._dynamo.reset()  # its graphs hold models
         if run.is_cuda:
             run.synchronize()  # raises what no call on this device gets over: another process may
@@ -195,7 +195,7 @@ def supervised(names: Sequence[str], out: Path, until: float, start: Callable[[S
         if "running" in report:
             name = report.pop("running")
             report["tables"][name] = [failure(name, f"the process ended with status {status}")]
-            write(None, report, out)
+            write(report, out)
         rest = [name for name in names if name not in {**report["tables"], **report["left_out"]}]
         tg.require(len(rest) < len(names), f"a process ended with status {status} before its first part, see above")
         names = rest
@@ -223,10 +223,11 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
             [sys.executable, "-m", "bench.all", *names, "--out", str(asked.out), "--until", until]).returncode)
     else:
         with setting(env) as (cfg, run):
-            measure(cfg, run, env, names, asked.out, asked.until)
-    report = json.loads(asked.out.read_text())
+            report = measure(cfg, run, env, names, asked.out, asked.until)
+    if asked.gpu:
+        report = json.loads(asked.out.read_text())
+        show("measured, and predicted for the record on an H100", compared(report))
     if asked.until == math.inf and env.get("RANK", "0") == "0":
-        show("measured, and predicted for the record on an H100", compared(report) if asked.gpu else [])
         print("".join(f"\nleft out: {name}: {why}" for name, why in report["left_out"].items()))
         print(f"{asked.out}  ({time.time() - begun:.0f} s)")
     return next((row["status"] for row in report["tables"].get("tests", ()) if "status" in row), 0)

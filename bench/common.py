@@ -158,7 +158,8 @@ def small_data(folder: Path, env: Mapping[str, str], train: int, val: int) -> di
         stream = tg.TokenStream(source, f"fineweb_{split}")
         ends = np.append(stream.document_starts()[1:], len(stream))
         write_shard(folder / f"fineweb_{split}_000000.bin", stream.read(0, int(max(ends[0], *ends[ends <= count]))))
-    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(data_path=str(source))))}
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(
+        data_path=str(source), tokenizer_path=env.get("TOKENIZER_PATH", ""))))}
 
 
 def text_dataset(folder: Path) -> dict[str, str]:

@@ -110,7 +110,7 @@ def chunk_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> 
         window = max(size, window)
         shape = dataclasses.replace(cfg, eval_seq_len=window, ttt="lora", ttt_context="recompute", eval_stride=0)
         edges = tuple(range(window - size, window + (repeats + 1) * size, size))
-        val = made_up_val(np.full(documents, edges[-1]), cfg.vocab_size)
+        val = made_up_val(np.full(documents, edges[-1] - 1), cfg.vocab_size)
         batch = tg.DocumentBatch(tuple(range(documents)), edges, 1)
         steps = tg.adapt_and_score(model, base, batch, tg.Scorer(val, shape, run), tg.EvalBudget(1, shape, run))
         times: dict[str, list[float]] = {}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,49 +68,45 @@ class Driver:
     get_device_capability, get_device_interface = constant((9, 0)), constant(torch.cuda)
 
 
-class Compiled:
-    """What was compiled: graphs (forward, backward), their code, and Inductor's kernels."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-        self.codes: list[str] = []
-        self.tuners: list[Any] = []
-
-    def backend(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        """Inductor's compilation; a graph that is called gives shapes."""
-        def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Callable[[list[Any]], Any]:
-            self.graphs.append(graph)
-            compile_fx_inner(graph, inputs, **more)
-
-            def call(given: list[Any]) -> Any:
-                with MODE:
-                    result = torch.fx.Interpreter(graph).run(*given)
-                given.clear()
-                return result
-
-            call._boxed_call = True
-            return call
-
-        return compile_fx(graph, inputs, inner_compile=inner)
-
-    def precompile(self, tuner: Any) -> None:
-        self.tuners.append(tuner)
-        tuner._precompile_worker()
-
-    def kernels(self) -> Iterator[tuple[str, Any]]:
-        """(name, kernel) of every configuration."""
-        for tuner in self.tuners:
-            yield from ((tuner.fn.__name__, result.kernel) for result in tuner.compile_results)
-
-    def saved_gib(self) -> float:
-        """What the forward keeps for the backward; inputs are there anyway."""
-        nodes = self.graphs[0].graph.nodes
-        outputs = next(node for node in nodes if node.op == "output").args[0]
-        kept = {n for n in outputs[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
-        return sum(v.nbytes for v in (n.meta["val"] for n in kept) if isinstance(v, torch.Tensor)) / 2 ** 30
+GRAPHS: list[torch.fx.GraphModule] = []
+"""What was compiled: forward and backward; then their code, and Inductor's kernels."""
+CODES: list[str] = []
+TUNERS: list[heuristics.CachingAutotuner] = []
 
 
-def pretend(compiled: Compiled) -> None:
+def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Inductor's compilation; a graph that is called gives shapes."""
+    def inner(graph: torch.fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Callable[[list[Any]], Any]:
+        GRAPHS.append(graph)
+        compile_fx_inner(graph, inputs, **more)
+
+        def call(given: list[Any]) -> Any:
+            with MODE:
+                result = torch.fx.Interpreter(graph).run(*given)
+            given.clear()
+            return result
+
+        call._boxed_call = True
+        return call
+
+    return compile_fx(graph, inputs, inner_compile=inner)
+
+
+def precompile(tuner: heuristics.CachingAutotuner, *_: Any, **__: Any) -> None:
+    """Compiles every configuration of a kernel and launches none."""
+    TUNERS.append(tuner)
+    tuner._precompile_worker()
+
+
+def saved_gib() -> float:
+    """What the forward keeps for the backward; inputs are there anyway."""
+    outputs = next(node for node in GRAPHS[0].graph.nodes if node.op == "output").args[0]
+    kept = {n.meta["val"] for n in outputs[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
+    sizes = [(v.numel() * v.element_size()) for v in kept if isinstance(v, torch.Tensor)]
+    return sum(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes) / 2 ** 30
+
+
+def pretend() -> None:
     """From here on this process believes that it has an H100."""
     torch._C._ensureCUDADeviceGuardSet()
     ctypes.CDLL(os.environ["LD_PRELOAD"]).pretend_devices(16)  # autograd asks for each of them
@@ -126,22 +122,24 @@ def pretend(compiled: Compiled) -> None:
                     use_static_cuda_launcher=False, use_static_triton_launcher=False)
     for name, value in settings.items():
         setattr(torch._inductor.config, name, value)
-    heuristics.CachingAutotuner.precompile = lambda tuner, *_, **__: compiled.precompile(tuner)
-    GraphLowering.save_output_code = staticmethod(compiled.codes.append)
+    heuristics.CachingAutotuner.precompile = precompile
+    GraphLowering.save_output_code = staticmethod(CODES.append)
     tg.prove = constant(None)  # it would launch
 
 
 def measured(kernel: Any) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, bytes of shared memory, machine instructions of a Triton kernel."""
+    """Registers and bytes of stack of a thread, machine instructions of a Triton kernel."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def said(tool: str, option: str) -> str:
+        return subprocess.run([tools / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        used, sass = (subprocess.run([tools / name, option, file.name], check=True, capture_output=True, text=True
-                                     ).stdout for name, option in (("cuobjdump", "--dump-resource-usage"),
-                                                                   ("nvdisasm", "-c")))
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
-    return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared,
+        used, sass = said("cuobjdump", "--dump-resource-usage"), said("nvdisasm", "-c")
+    stack, registers = map(int, (re.search(f"{of}:(\\d+)", used)[1] for of in ("STACK", "REG")))
+    return {"stack": stack, "registers": registers,
             "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))}
 
 
@@ -162,7 +160,7 @@ def tiles() -> dict[str, Any]:
     return {"kernels": kernels}
 
 
-def graph_of(part: str, compiled: Compiled) -> dict[str, Any]:
+def graph_of(part: str) -> dict[str, Any]:
     """The record's looped training step, or a chunk step of its adapters, with two blocks; forward and backward."""
     small = dict(NUM_LAYERS="2", LOOP_START="0", LOOP_END="0", PARALLEL_START_LAYER="1")
     cfg = tg.Config.from_env(small)
@@ -171,7 +169,7 @@ def graph_of(part: str, compiled: Compiled) -> dict[str, Any]:
         with DEVICE:
             model = tg.GPT(cfg)
         model.kernels = tg.pick_kernels(cfg, RUN)
-        compile_ = lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=compiled.backend)  # noqa: E731
+        compile_ = lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=backend)  # noqa: E731
         if part == "step":
             batch = model.placed(tg.random_batch(cfg.micro_batch_tokens // cfg.train_seq_len, cfg), RUN)
             loss = compile_(lambda batch: model.total_loss(batch, layers, dtype))(batch)
@@ -187,23 +185,20 @@ def graph_of(part: str, compiled: Compiled) -> dict[str, Any]:
             tg.of_any_size(w.parameters, 0)
             loss = compile_(model.forward)(batch, layers, w).sum()
         loss.backward()
-    words = {word for code in compiled.codes for word in re.findall(r"libdevice\.(\w+)|tl_math\.(\w+)", code)}
-    kernels: dict[str, dict[str, int]] = {}
-    for name, kernel in compiled.kernels():  # of several configurations the worst of each figure
-        figures = measured(kernel)
-        kernels[name] = {key: max(value, kernels.get(name, {}).get(key, 0)) for key, value in figures.items()}
-    return {"graphs": len(compiled.graphs), "functions": sorted(a or b for a, b in words), "kernels": kernels,
-            "calls": [len(re.findall(r"^ +triton_\w+\.run\(", code, re.M)) for code in compiled.codes],
-            "saved_gib": compiled.saved_gib(), "picked": [model.kernels.attention.name, model.kernels.fused]}
+    words = {word for code in CODES for word in re.findall(r"(?:libdevice|tl_math)\.(\w+)", code)}
+    kernels = {tuner.fn.__name__: min((measured(result.kernel) for result in tuner.compile_results),
+                                      key=lambda figures: tuple(figures.values())) for tuner in TUNERS}
+    return {"graphs": len(GRAPHS), "functions": sorted(words), "kernels": kernels, "saved_gib": saved_gib(),
+            "calls": [len(re.findall(r"^ +triton_\w+\.run\(", code, re.M)) for code in CODES],
+            "picked": [model.kernels.attention.name, model.kernels.fused]}
 
 
 def main(arguments: Sequence[str]) -> int:
     """One line of JSON."""
     tg.require(arguments[:1] in (["step"], ["adapt"], ["mlp"]) and "LD_PRELOAD" in os.environ,
                "expected step, adapt or mlp, from tests/stress/test_dry_gpu.py")
-    compiled = Compiled()
-    pretend(compiled)
-    print(json.dumps(tiles() if arguments[0] == "mlp" else graph_of(arguments[0], compiled)))
+    pretend()
+    print(json.dumps(tiles() if arguments[0] == "mlp" else graph_of(arguments[0])))
     return 0
 
 
