@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import importlib.metadata
 import json
 import math
@@ -167,6 +168,7 @@ def measure(cfg: tg.Config, run: tg.Run, env: Mapping[str, str], names: Sequence
             write(report, out)
             show(f"{name} ({time.time() - start:.0f} s)", tables.get(name, ()))
         torch._dynamo.reset()  # its graphs hold models
+        gc.collect()
         if run.is_cuda:
             run.synchronize()  # raises what no call on this device gets over: another process may
             torch.cuda.empty_cache()
@@ -177,28 +179,29 @@ def compared(report: Mapping[str, Any]) -> list[Row]:
     """Rows of what was predicted, and of the parts' chief figures."""
     rows = []
     for (part, name, key), said in PREDICTED.items():
-        of = [row for row in report["tables"].get(part, ()) if row["name"] == name] if name else \
-            [report["spent"].get(part, {})]
-        measured, model = of[0].get(key) if of else None, said
-        if isinstance(said, str):
-            model = report["memory"][said] / 2 ** 20 if said in report["memory"] else None
+        named = {"": report["spent"].get(part, {}), **{row["name"]: row for row in report["tables"].get(part, ())}}
+        measured = named.get(name, {}).get(key)
+        model = report["memory"].get(said, 0) / 2 ** 20 if isinstance(said, str) else said
         rows.append({"name": " ".join(filter(None, (part, name, key))), "measured": measured, "predicted": model,
                      "ratio": measured / model if measured and model else None})
     return rows
 
 
-def supervised(names: Sequence[str], out: Path, until: float, start: Callable[[Sequence[str]], int]) -> None:
-    """Measures in a process that `start` runs, and goes on in another where a part ends it, without that part."""
-    while names and time.time() < until:
-        status = start(names)
-        report = json.loads(out.read_text()) if out.exists() else {"tables": {}, "left_out": {}}
+def supervised(names: Sequence[str], out: Path, until: float, start: Callable[[Sequence[str]], int]) -> dict[str, Any]:
+    """What `out` holds after processes that `start` runs: where a part ends one, another goes on without that part."""
+    while names:
+        status, report = start(names), json.loads(out.read_text()) if out.exists() else {"tables": {}, "left_out": {}}
         if "running" in report:
             name = report.pop("running")
             report["tables"][name] = [failure(name, f"the process ended with status {status}")]
-            write(report, out)
         rest = [name for name in names if name not in {**report["tables"], **report["left_out"]}]
         tg.require(len(rest) < len(names), f"a process ended with status {status} before its first part, see above")
+        if time.time() > until:
+            report["left_out"] |= dict.fromkeys(rest, "no time is left")
+            rest = []
+        write(report, out)
         names = rest
+    return report
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
@@ -214,19 +217,18 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     tg.require(not unknown, f"{' '.join(unknown)}: no such part; expected some of {' '.join(LIMITS)}")
     names = [name for name in LIMITS if name in asked.parts or
              set(asked.parts) <= {"all"} and (asked.gpu or name not in ("tests", "text"))]
+    tg.require(not asked.gpu or torch.cuda.is_available() and env.get("DEVICE") != "cpu", "--gpu: torch sees no CUDA "
+               "device here; ./run.sh bench without it measures this CPU")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     if asked.gpu:
-        tg.require(torch.cuda.is_available() and env.get("DEVICE") != "cpu", "--gpu: torch sees no CUDA device here; "
-                   "./run.sh bench without it measures this CPU")
         until = str(begun + SECONDS)
-        supervised(names, asked.out, float(until), lambda names: subprocess.run(
+        asked.out.unlink(missing_ok=True)
+        report = supervised(names, asked.out, float(until), lambda names: subprocess.run(
             [sys.executable, "-m", "bench.all", *names, "--out", str(asked.out), "--until", until]).returncode)
+        show("measured, and predicted for the record on an H100", compared(report))
     else:
         with setting(env) as (cfg, run):
             report = measure(cfg, run, env, names, asked.out, asked.until)
-    if asked.gpu:
-        report = json.loads(asked.out.read_text())
-        show("measured, and predicted for the record on an H100", compared(report))
     if asked.until == math.inf and env.get("RANK", "0") == "0":
         print("".join(f"\nleft out: {name}: {why}" for name, why in report["left_out"].items()))
         print(f"{asked.out}  ({time.time() - begun:.0f} s)")
