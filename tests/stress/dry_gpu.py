@@ -127,18 +127,20 @@ def pretend() -> None:
     tg.prove = constant(None)  # it would launch
 
 
-def measured(kernel: Any) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, machine instructions of a Triton kernel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def leanest(kernels: Sequence[Any]) -> dict[str, int]:
+    """Of configurations of a Triton kernel that of least stack, then registers: bytes and number of these a thread has,
+    and its machine instructions."""
+    def said(kernel: Any, tool: str, option: str) -> str:
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
 
-    def said(tool: str, option: str) -> str:
-        return subprocess.run([tools / tool, option, file.name], check=True, capture_output=True, text=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        used, sass = said("cuobjdump", "--dump-resource-usage"), said("nvdisasm", "-c")
-    stack, registers = map(int, (re.search(f"{of}:(\\d+)", used)[1] for of in ("STACK", "REG")))
+    used = [said(kernel, "cuobjdump", "--dump-resource-usage") for kernel in kernels]
+    stack, registers, best = min((*(int(re.search(f"{of}:(\\d+)", text)[1]) for of in ("STACK", "REG")), i)
+                                 for i, text in enumerate(used))
+    sass = said(kernels[best], "nvdisasm", "-c")
     return {"stack": stack, "registers": registers,
             "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))}
 
@@ -156,7 +158,7 @@ def tiles() -> dict[str, Any]:
             kernel = triton.compile(source, target=TARGET, options=dict(num_warps=config.num_warps,
                                                                         num_stages=config.num_stages))
             name = (*config.kwargs.values(), config.num_warps, config.num_stages, "backward" if back else "forward")
-            kernels[" ".join(map(str, name))] = measured(kernel)
+            kernels[" ".join(map(str, name))] = leanest([kernel])
     return {"kernels": kernels}
 
 
@@ -186,8 +188,7 @@ def graph_of(part: str) -> dict[str, Any]:
             loss = compile_(model.forward)(batch, layers, w).sum()
         loss.backward()
     words = {word for code in CODES for word in re.findall(r"(?:libdevice|tl_math)\.(\w+)", code)}
-    kernels = {tuner.fn.__name__: min((measured(result.kernel) for result in tuner.compile_results),
-                                      key=lambda figures: tuple(figures.values())) for tuner in TUNERS}
+    kernels = {tuner.fn.__name__: leanest([result.kernel for result in tuner.compile_results]) for tuner in TUNERS}
     return {"graphs": len(GRAPHS), "functions": sorted(words), "kernels": kernels, "saved_gib": saved_gib(),
             "calls": [len(re.findall(r"^ +triton_\w+\.run\(", code, re.M)) for code in CODES],
             "picked": [model.kernels.attention.name, model.kernels.fused]}

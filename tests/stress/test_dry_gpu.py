@@ -53,22 +53,22 @@ def compiled(part: str, stand_in: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("part, saved_gib", [("step", 7.6), ("adapt", 60.0)])
-def test_forward_and_backward_are_one_graph_each_of_sane_kernels(part: str, saved_gib: float, stand_in: Path):
-    """Two blocks, looped: positions enter as tables, registers suffice, and no more is kept than on 2026-11-28."""
+@pytest.mark.parametrize("part, saved_gib, stack", [("step", 7.6, [616]), ("adapt", 60.0, [])])
+def test_forward_and_backward_are_one_graph_each_of_sane_kernels(part: str, saved_gib: float, stack: list[int],
+                                                                 stand_in: Path):
+    """Two blocks, looped: positions enter as tables, and no more is kept or spilled than on 2026-11-28."""
     found = compiled(part, stand_in)
     assert found["graphs"] == 2 and found["picked"] == ["varlen", "triton"]
     assert not {"cos", "sin", "pow"} & set(found["functions"]) and found["saved_gib"] < saved_gib
-    spilled = {name: kernel for name, kernel in found["kernels"].items() if kernel["stack"] > 64}
-    assert len(found["kernels"]) > 20 and not spilled, spilled
+    spilled = sorted(kernel["stack"] for kernel in found["kernels"].values() if kernel["stack"] > 64)
+    assert len(found["kernels"]) > 20 and len(spilled) <= len(stack) and sum(spilled) <= sum(stack), spilled
     turned = [kernel["instructions"] for name, kernel in found["kernels"].items()
               if re.search("norm.*_cat_.*sub", name)]
-    assert turned and max(turned) < 1800, turned  # of what norms and turns q and k
+    assert turned and max(turned) < 200, turned  # of what norms and turns q and k
 
 
 def test_most_tiles_of_the_mlp_need_no_stack(stand_in: Path):
     """All but the largest, of which nothing but the backward may spill: which is fastest a GPU says."""
-    (first, *rest) = compiled("mlp", stand_in)["kernels"].items()
-    assert first[1]["stack"] == 0
-    spilled = {name: kernel for name, kernel in rest if kernel["stack"] or kernel["registers"] > 240}
-    assert list(spilled) == ["128 256 64 8 3 backward"] and spilled["128 256 64 8 3 backward"]["stack"] < 800, spilled
+    kernels = compiled("mlp", stand_in)["kernels"].items()
+    spilled = {name: kernel["stack"] for name, kernel in kernels if kernel["stack"] or kernel["registers"] > 240}
+    assert list(spilled) == ["128 256 64 8 3 backward"] and spilled["128 256 64 8 3 backward"] < 800, spilled
