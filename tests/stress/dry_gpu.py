@@ -101,8 +101,8 @@ def precompile(tuner: heuristics.CachingAutotuner, *_: Any, **__: Any) -> None:
 def saved_gib() -> float:
     """What the forward keeps for the backward; inputs are there anyway."""
     outputs = next(node for node in GRAPHS[0].graph.nodes if node.op == "output").args[0]
-    kept = {n.meta["val"] for n in outputs[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
-    sizes = [(v.numel() * v.element_size()) for v in kept if isinstance(v, torch.Tensor)]
+    kept = {n for n in outputs[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
+    sizes = [v.numel() * v.element_size() for v in (n.meta["val"] for n in kept) if isinstance(v, torch.Tensor)]
     return sum(size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes) / 2 ** 30
 
 
