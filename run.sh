@@ -36,8 +36,9 @@ usage_all() {
 ./run.sh doctor --quick              without the speed probe
 ./run.sh audit --static PATH         read a submission's sources for what was ruled illegal
 ./run.sh mirror RUN wandb|tensorboard    copy a run's log there (WANDB=1, TENSORBOARD=1: while it trains)
-./run.sh bench [SECTION ...]         measure the parts against their floors: step profile kernels loader artifact
-./run.sh bench --gpu                 on one GPU: the CUDA tests, then all of these at the record's shape, in one JSON
+./run.sh bench [PART ...]            measure against floors: versions blocks attention rotary kernels step chunks
+                                     quantize sgd tests unlooped loader text
+./run.sh bench --gpu                 all of these on one GPU at the record's shape, in ten minutes and one JSON
 ./run.sh bench contest [--data TRAIN --val VAL --tokenizer MODEL] ["NAME: KNOB=value ..." ...]
                                      does a change make a better model: small runs of one thread, paired by seed
 ./run.sh bench NAME ...              a file of bench/, bench/studies/ or tests/stress/, such as evaluation ARTIFACT,
@@ -217,7 +218,8 @@ case $verb in
         start "$groups" "${place//\//.}.${1:-all}" "${@:2}"
       fi
     done
-    start "" bench.all "$@"
+    case " $* " in *" --gpu "*) groups=dev ;; *) groups= ;; esac # its CUDA tests
+    start "$groups" bench.all "$@"
     ;;
   test)
     setup data tools dev

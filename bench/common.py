@@ -96,6 +96,20 @@ def row(name: str, sample: Sample, roof: Machine, flops: float = 0.0, moved: flo
             "tflop_s": flops / sample.median / 1e12 or None, "gb_s": moved / sample.median / 1e9 or None, **more}
 
 
+def failure(name: str, why: object) -> Row:
+    """A row that says in one line why there are no figures."""
+    kind = f"{type(why).__name__}: " if isinstance(why, BaseException) else ""
+    return {"name": name, "failed": tg.one_line(f"{kind}{why}")}
+
+
+def tried(name: str, rows: Callable[..., list[Row]], *given: Any) -> list[Row]:
+    """rows(*given), or where making them fails one with the error in a line."""
+    try:
+        return rows(*given)
+    except Exception as error:  # what compilers and drivers raise is of many kinds
+        return [failure(name, error)]
+
+
 def show(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table; numbers with four digits, absent ones as -."""
     def text(value: Any) -> str:
@@ -144,7 +158,8 @@ def small_data(folder: Path, env: Mapping[str, str], train: int, val: int) -> di
         stream = tg.TokenStream(source, f"fineweb_{split}")
         ends = np.append(stream.document_starts()[1:], len(stream))
         write_shard(folder / f"fineweb_{split}_000000.bin", stream.read(0, int(max(ends[0], *ends[ends <= count]))))
-    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(data_path=str(source))))}
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(tg.tokenizer_path(tg.Config(
+        data_path=str(source), tokenizer_path=env.get("TOKENIZER_PATH", ""))))}
 
 
 def text_dataset(folder: Path) -> dict[str, str]:

@@ -2,15 +2,15 @@
 
     ./run.sh bench evaluation ARTIFACT [TARGETS]      knobs as for train_gpt.py, as environment variables
 
-Scores the first TARGETS (default 20,000) targets of the validation set in four ways: without adaptation; the
-straightforward way (the whole window of each chunk is run again, with logits and losses for all of it);
-TTT_CONTEXT=recompute; TTT_CONTEXT=cache. Then documents of web-like lengths are dealt to 8 ranks.
+Scores the first TARGETS (default 20,000) targets of the validation set without adaptation, with TTT_CONTEXT=recompute
+and with TTT_CONTEXT=cache. Then documents of web-like lengths are dealt to 8 ranks. The part `chunks` of bench/all.py
+needs no artifact.
 """
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +18,9 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
-from bench.common import Machine, Row, machine, row, show, summary, timed, web_lengths
+from bench.common import Machine, Row, machine, made_up_val, row, show, summary, timed, web_lengths
 from tools import predict
 from tools.common import program
-
-
-class WholeWindow(tg.Scorer):
-    """Logits and losses of every position of a window, of which the last ones are kept."""
-
-    def nats(self, model: tg.GPT, hidden: Tensor, targets: Tensor, numbers: Tensor, w: tg.Weights
-             ) -> tuple[Tensor, Tensor]:
-        """As `Scorer.nats`, without its savings."""
-        whole = torch.nn.functional.pad(targets, (model.seen - targets.size(1), 0), value=tg.BOS_ID)
-        logits = w.linear("head", None, model.window).flatten(0, -2)
-        nats = tg.softcapped_cross_entropy(logits, whole.flatten(), model.cfg.logit_softcap)
-        nats = nats.view(len(targets), -1)[:, -targets.size(1):].flatten()
-        return nats.detach(), nats
-
-
-class Straightforward(tg.GPT):
-    """A model that remembers the hidden states of its last forward, for `WholeWindow`."""
-
-    def forward(self, *arguments: object, **named: object) -> Tensor:
-        """As `GPT.forward`."""
-        self.window = super().forward(*arguments, **named)
-        self.seen = self.window.size(1)
-        return self.window
 
 
 def first_targets(val: tg.ValData, count: int) -> tg.ValData:
@@ -52,19 +29,15 @@ def first_targets(val: tg.ValData, count: int) -> tg.ValData:
     return tg.ValData(val.ids[:n], val.starts[val.starts < n - 1], val.target_bytes[:n - 1])
 
 
-WAYS = {"no adaptation": (tg.GPT, tg.Scorer, dict(ttt="none")),
-        "straightforward": (Straightforward, WholeWindow, dict(ttt="lora", ttt_context="recompute")),
-        "recompute": (tg.GPT, tg.Scorer, dict(ttt="lora", ttt_context="recompute")),
-        "cache": (tg.GPT, tg.Scorer, dict(ttt="lora", ttt_context="cache"))}
-"""How to score: kind of model, of scorer, knobs."""
+WAYS = {"no adaptation": dict(ttt="none"), "recompute": dict(ttt="lora", ttt_context="recompute"),
+        "cache": dict(ttt="lora", ttt_context="cache")}
 
 
 def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config, run: tg.Run
                ) -> tuple[int, int, tg.Score]:
     """Forwards (of chunks or of windows), tokens in them, and the score of one evaluation."""
-    kind, scorer, knobs = WAYS[way]
-    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=0, ngram_base_beta=0.0, **knobs)
-    model = kind(artifact.model).to(run.device)
+    cfg = dataclasses.replace(cfg, phased_ttt_num_phases=0, ngram_base_beta=0.0, **WAYS[way])
+    model = tg.GPT(artifact.model).to(run.device)
     model.kernels = tg.pick_kernels(cfg, run)
     tg.load_tensors(model, artifact.tensors)
     tokens, plain = [], model.forward
@@ -76,19 +49,17 @@ def score_once(way: str, artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config,
         return out
 
     model.forward = counted
-    score = tg.adapted_score(model, scorer(val, cfg, run))[0]
+    score = tg.adapted_score(model, tg.Scorer(val, cfg, run))[0]
     return len(tokens), sum(tokens), score
 
 
-def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config, run: tg.Run, roof: Machine,
-             repeats: int = 1) -> list[Row]:
-    """Rows of one step (chunk or window) of each way, measured in turns."""
+def way_rows(artifact: tg.Artifact, val: tg.ValData, cfg: tg.Config, run: tg.Run, roof: Machine) -> list[Row]:
+    """Rows of one step (chunk or window) of each way."""
     times: dict[str, list[float]] = {}
-    found = {way: timed(times, way, run, score_once, way, artifact, val, cfg, run) for _ in range(repeats)
-             for way in ways}
     each = predict.forward_flops(artifact.model, tg.unroll_layers(artifact.model, True), cfg.eval_seq_len / 2)
     rows = []
-    for way, (steps, tokens, score) in found.items():
+    for way in WAYS:
+        steps, tokens, score = timed(times, way, run, score_once, way, artifact, val, cfg, run)
         # With fixed weights a backward has the gradients of activations alone: as much again as the forward.
         flops = each * tokens / steps * (1 if way == "no adaptation" else 2)
         rows.append(row(f"step, {way}", summary([t / steps for t in times[way]]), roof, flops, steps=steps,
@@ -97,8 +68,36 @@ def way_rows(ways: Iterable[str], artifact: tg.Artifact, val: tg.ValData, cfg: t
     return rows
 
 
+def chunk_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Rows of one chunk step, scored and learned from, by documents side by side x window; the first call of a shape
+    (`first_s`) compiles or loads kernels. Then the line through them: a step costs as much as `fixed_tokens` tokens."""
+    size, rows = cfg.ttt_chunk_size, []
+    model = tg.build_model(cfg, run)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        base = tg.Weights(model, run.dtype)
+    most, longest = cfg.ttt_batch_size, cfg.eval_seq_len
+    for documents, window in ((most, longest), (most, longest * 15 // 32), (-(-most // 8), longest * 15 // 64), (1, 0)):
+        window = max(size, window)
+        shape = dataclasses.replace(cfg, eval_seq_len=window, ttt="lora", ttt_context="recompute", eval_stride=0)
+        edges = tuple(range(window - size, window + (repeats + 1) * size, size))
+        val = made_up_val(np.full(documents, edges[-1] - 1), cfg.vocab_size)
+        batch = tg.DocumentBatch(tuple(range(documents)), edges, 1)
+        steps = tg.adapt_and_score(model, base, batch, tg.Scorer(val, shape, run), tg.EvalBudget(1, shape, run))
+        times: dict[str, list[float]] = {}
+        for name in ("first", *["step"] * repeats):  # each has a successor, so that the documents go on and learn
+            timed(times, name, run, next, steps)
+        steps.close()
+        flops = 2 * documents * window * predict.forward_flops(cfg, tg.unroll_layers(cfg, True), window / 2)
+        rows.append(row(f"{documents} x {window}", summary(times["step"]), roof, flops, first_s=times["first"][0],
+                        tokens=documents * window))
+    parts = np.array([(1 / r["ms"], r["tokens"] / r["ms"]) for r in rows])  # relative errors count alike
+    a, b = np.linalg.lstsq(parts, np.ones(len(rows)), rcond=None)[0]
+    return [*rows, {"name": "a x steps + b x tokens", "a_ms": a, "b_us": 1e3 * b, "fixed_tokens": a / b}]
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Four ways in turns, then the schedule."""
+    """The ways, then the schedule."""
     tg.require(bool(arguments) and Path(arguments[0]).is_file(), f"evaluation {' '.join(arguments[:1])}: expected the "
                f"path of an artifact, such as logs/demo.bin")
     count = arguments[1] if len(arguments) > 1 else "20000"
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     cfg = tg.on_its_data(tg.Config.from_env(os.environ, artifact.knobs), artifact.validation, os.environ)
     with tg.Run(cfg, {}, log=False) as run:
         val = first_targets(tg.ValData.load(cfg, run), int(count))
-        rows = way_rows(WAYS, artifact, val, cfg, run, machine(run))
+        rows = way_rows(artifact, val, cfg, run, machine(run))
         show(f"{val.num_targets} targets, {len(val.starts)} documents, chunks {cfg.ttt_chunk_size}, rank "
              f"{cfg.ttt_lora_rank}, window {cfg.eval_seq_len}, {run.device}, {torch.get_num_threads()} threads", rows)
     plans = []

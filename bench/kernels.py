@@ -2,25 +2,33 @@
 
 The kernels are found by the fields of `Kernels` (whose defaults are the references), by what `pick_kernels` takes on
 this machine, and by the names of ATTENTION; a field without inputs here is an error, so that a new one is added. The
-MLP, which a kernel may take as a whole, is measured with or without one; and so is the loss with its product.
+MLP, which a kernel may take as a whole, is measured with or without one; and so are the loss with its product, and what
+follows attention. Then tiles, lengths of attention's pieces, and the rotary embedding by themselves.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
-from bench.common import Machine, Row, in_turns, made_up_ids, row, web_lengths
+from bench.common import Machine, Row, in_turns, made_up_ids, row, tried, web_lengths
 
 STRETCHES: dict[str, Callable[..., Tensor]] = {
     "mlp": lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down),
-    "head_nats": lambda x, head, targets, cap: tg.softcapped_cross_entropy(F.linear(x, head), targets, cap)}
-"""References of kernels that fuse products with what follows them."""
+    "head_nats": lambda x, head, targets, cap: tg.softcapped_cross_entropy(F.linear(x, head), targets, cap),
+    "gates": lambda y, v, logits: tg.exclusive(y, v) * torch.sigmoid(logits).unsqueeze(-1)}
+"""References of kernels that would fuse products with what follows them; and what follows attention."""
+ATTENTIONS = ("fa3", "fa4", "varlen", "sdpa")
 
 
 class Inputs(NamedTuple):
@@ -49,6 +57,11 @@ def inputs_of(field: str, cfg: tg.Config, batch: tg.Batch, draw: Callable[..., T
     if field == "rms_norm":
         x = draw(tokens, cfg.model_dim)
         return Inputs([x], (), 0.0, torch.randn_like(x), 5.0 * x.itemsize * x.numel())  # x y | x y' x'
+    if field == "gates":
+        shape = rows, cfg.train_seq_len
+        y, v = (draw(*shape, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads))
+        return Inputs([y, v, draw(*shape, cfg.num_heads)], (), 0.0, torch.randn_like(y),
+                      y.itemsize * (5.0 * y.numel() + 3.0 * v.numel()))  # y v z | y v z' y' v'
     if field in STRETCHES:
         x, width = draw(tokens, cfg.model_dim), cfg.mlp_dim if field == "mlp" else cfg.vocab_size
         weights = [draw(width, cfg.model_dim), *([draw(cfg.model_dim, width)] if field == "mlp" else [])]
@@ -88,41 +101,119 @@ def largest_error(kernel: Callable[..., Tensor], reference: Callable[..., Tensor
     return max(float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
+def attention_named(name: str, run: tg.Run) -> tg.Attention:
+    """The attention called `name`, which from here on is the one that runs: FlashAttention 3 and 4 replace 2 in torch,
+    for whoever calls it. Raises `UserError` where it cannot be had."""
+    getattr(torch.nn.attention, "restore_flash_attention_impl", lambda _: None)(False)
+    return tg.pick_attention(name, run.device, run.dtype)
+
+
 def variants_of(field: str, reference: Callable[..., Tensor], cfg: tg.Config, run: tg.Run
-                ) -> dict[str, Callable[..., Tensor]]:
-    """What there is of a field: reference, reference as compiled, the twin that this run takes; every attention."""
+                ) -> Iterator[dict[str, Callable[..., Tensor]]]:
+    """What there is of a field: reference, reference as compiled, the twin that this run takes; every attention by
+    itself, since one replaces the other."""
     picked = tg.pick_kernels(cfg, run)
     if field != "attention":
         twin = getattr(picked, field, None) or reference
-        return {"reference": reference, **({"reference, compiled": run.compiled(reference)} if run.compiles else {}),
-                **({"picked": run.compiled(twin)} if twin is not reference else {})}
-    found = {}
-    for name in ("fa4", "fa3", "varlen", "sdpa"):
+        yield {"reference": reference, **({"reference, compiled": run.compiled(reference)} if run.compiles else {}),
+               **({"picked": run.compiled(twin)} if twin is not reference else {})}
+        return
+    for name in ATTENTIONS:
         try:
-            kernel = tg.pick_attention(name, run.device, run.dtype)
-            found[name + " (picked)" * (name == picked.attention.name)] = functools.partial(attend, kernel)
+            kernel = attention_named(name, run)
         except tg.UserError as error:
             run.log("left_out", kernel=name, reason=str(error))
-    return found
+            continue
+        yield {name + " (picked)" * (name == picked.attention.name): functools.partial(attend, kernel)}
+
+
+def drawn(run: tg.Run) -> Callable[..., Tensor]:
+    """Normal values of any shape that want a gradient; the same in every process."""
+    torch.manual_seed(0)
+    return lambda *shape: torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
+
+
+def timed_rows(title: str, variants: dict[str, Callable[..., Tensor]], inputs: Inputs, run: tg.Run, roof: Machine,
+               repeats: int, **more: Any) -> list[Row]:
+    """A row for forward and backward of each variant, measured in turns."""
+    times = in_turns({name: functools.partial(both_ways, kernel, inputs) for name, kernel in variants.items()}, run,
+                     repeats, least=0.02)
+    return [row(f"{title}: {name}", times[name], roof, inputs.flops, inputs.moved,
+                **{key: of[name] for key, of in more.items()}) for name in variants]
 
 
 def kernel_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
     """Rows by kernel; errors are taken on the first two rows of the batch."""
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
-
-    torch.manual_seed(0)
+    draw, sdpa = drawn(run), functools.partial(attend, tg.SDPA)
     few, many = (batch_of(cfg, count, run.device) for count in (2, cfg.micro_batch_tokens // cfg.train_seq_len))
-    sdpa = functools.partial(attend, tg.SDPA)
     rows = []
     for field, reference in {**tg.Kernels._field_defaults, **STRETCHES, "attention": sdpa}.items():
-        if callable(reference):
-            variants = variants_of(field, reference, cfg, run)
-            small = inputs_of(field, cfg, few, draw)
+        if not callable(reference):
+            continue
+        small, inputs = (inputs_of(field, cfg, batch, draw) for batch in (few, many))
+        for variants in variants_of(field, reference, cfg, run):
             errors = {name: largest_error(kernel, reference, small) for name, kernel in variants.items()}
-            inputs = inputs_of(field, cfg, many, draw)
-            times = in_turns({name: functools.partial(both_ways, kernel, inputs) for name, kernel in variants.items()},
-                             run, repeats, least=0.02)
-            rows += [row(f"{field}: {name}", times[name], roof, inputs.flops, inputs.moved, error=errors[name])
-                     for name in variants]
+            rows += timed_rows(field, variants, inputs, run, roof, repeats, error=errors)
     return rows
+
+
+def tile_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """The kernel of the MLP, forward and backward, with each tile that its autotuner would try."""
+    import triton
+    draw, tokens, dim, width = drawn(run), cfg.micro_batch_tokens, cfg.model_dim, cfg.mlp_dim
+    narrow, up, down, pre, out, post = (draw(*shape).detach() for shape in (
+        (tokens, dim), (width, dim), (dim, width), *[(tokens, width)] * 3))
+    tiles, product = mlp_tiles(), triton.jit(tg.mlp_kernel)
+
+    def measured(name: str, tile: Any, backward: bool) -> list[Row]:
+        grid = (triton.cdiv(tokens, tile.kwargs["ROWS"]) * triton.cdiv(width, tile.kwargs["COLS"]),)
+        call = functools.partial(product[grid], narrow, *((down, pre) if backward else (up, out)), out, post, tokens,
+                                 width, dim, cfg.mlp_slope, backward, **tile.kwargs, num_warps=tile.num_warps,
+                                 num_stages=tile.num_stages)
+        return [row(name, in_turns({"": call}, run, repeats, least=0.02)[""], roof, 2.0 * tokens * width * dim,
+                    narrow.nbytes + (3.0 if backward else 2.0) * pre.nbytes)]
+
+    rows = []
+    for tile, way in itertools.product(tiles, ("forward", "backward")):
+        name = " ".join(map(str, ("tile", *tile.kwargs.values(), tile.num_warps, tile.num_stages, way)))
+        rows += tried(name, measured, name, tile, way == "backward")
+    return rows
+
+
+def mlp_tiles() -> list[Any]:
+    """The configurations among which the autotuner of the MLP's kernel chooses; nothing is registered in torch."""
+    import triton
+    with mock.patch.object(triton, "autotune") as autotune, mock.patch.object(torch.library, "custom_op"):
+        tg.triton_mlp.__wrapped__()
+    return autotune.call_args.args[0]
+
+
+def attention_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Every attention by itself, forward and backward: rows cut into so many pieces, heads 64 and 128 wide."""
+    rows, count, seq_len = [], cfg.micro_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
+    tokens = count * seq_len
+
+    def measured(name: str, pieces: int, width: int) -> list[Row]:
+        attention = functools.partial(attend, attention_named(name, run))
+        heads, ids = max(1, cfg.model_dim // width), np.full(tokens + 1, 2)
+        wide = dataclasses.replace(cfg, model_dim=heads * width, num_heads=heads, num_kv_heads=heads // 2 or 1)
+        ids[np.linspace(1, tokens, pieces - count, endpoint=False).astype(int)] = tg.BOS_ID
+        batch = tg.make_batch([ids[i:i + seq_len + 1] for i in range(0, tokens, seq_len)], count, seq_len)
+        inputs = inputs_of("attention", wide, batch.to(run.device), drawn(run))
+        return timed_rows(f"{pieces} x {width}", {name: attention}, inputs, run, roof, repeats)
+
+    several = [n for n in (193, 257, 513, 769) if n <= tokens // 8] or [count + 1]
+    for name, width, pieces in itertools.product(ATTENTIONS, (64, 128), several):
+        rows += tried(f"{pieces} x {width}: {name}", measured, name, pieces, width)
+    return rows
+
+
+def rotary_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """Queries normed and turned, forward and backward: cosines computed where they are used, or read from a table."""
+    batch, model = batch_of(cfg, cfg.micro_batch_tokens // cfg.train_seq_len, run.device), tg.shapes_of(cfg)
+    model.kernels = tg.Kernels(tg.Attention("none", lambda batch: None, lambda *_: None))
+    q = drawn(run)(len(batch.ids), cfg.train_seq_len, cfg.num_heads, cfg.head_dim)
+    inputs = Inputs([q], (batch, model.places(batch, run.dtype)), 0.0, torch.randn_like(q), 5.0 * q.nbytes)
+    return timed_rows("rotary", {
+        "inline": run.compiled(lambda q, batch, _: tg.rotate(tg.rms_norm(q), *model.places(batch, run.dtype)[1:])),
+        "table": run.compiled(lambda q, _, places: tg.rotate(tg.rms_norm(q), *places[1:]))}, inputs, run, roof, repeats)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import train_gpt as tg
-from bench.common import Machine, Row, in_turns, peak_mib, row, summary
+from bench.common import Machine, Row, in_turns, made_up_ids, peak_mib, row, summary, timed, tried, web_lengths
+from bench.kernels import ATTENTIONS, attention_named
 from tools import predict
 
 UPDATE = "update"
@@ -111,6 +112,44 @@ class TrainStep:
         with record_function(UPDATE):
             self.update()
             self.ema.update()
+
+
+def first_call(step: TrainStep) -> Row:
+    """Seconds of the first forward and backward, which compile."""
+    times: dict[str, list[float]] = {}
+    timed(times, "forward", step.run, step.forward)
+    timed(times, "backward", step.run, step.backward)
+    return {"name": "first call", "s": sum(t for of in times.values() for t in of)}
+
+
+def block_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """A looped step of two blocks under each attention: what fails, what compiling takes, and the loss (the same)."""
+    rows, small = [], dict(num_layers=2, loop_start=0, loop_end=0, num_loops=2, parallel_start_layer=1)
+
+    def measured(name: str) -> list[Row]:
+        attention_named(name, run)
+        step = TrainStep(dataclasses.replace(cfg, **small, attention=name), run, True)
+        first = first_call(step)
+        times = in_turns({"forward": step.forward, "backward": step.backward}, run, repeats)
+        return [row(f"{name}: {part}", sample, roof, first_s=first["s"], loss=float(step.value.detach()))
+                for part, sample in times.items()]
+
+    for name in ATTENTIONS:
+        rows += tried(name, measured, name)
+    return rows
+
+
+def sgd_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> list[Row]:
+    """A step of the shared weights' SGD on its batch of rows; the first row is what making its graph takes."""
+    count = tg.SharedSgd.BATCH_ROWS * cfg.train_seq_len
+    model, ids = tg.build_model(cfg, run), made_up_ids(web_lengths(max(64, count // 400)), cfg.vocab_size)
+    ids = np.resize(ids, count + 1)
+    times: dict[str, list[float]] = {}
+    sgd = timed(times, "first", run, tg.SharedSgd, model, ids, cfg, run)
+    step = in_turns({"step": lambda: sgd.learn(0, count, 1e-6)}, run, repeats)["step"]
+    flops = 3 * count * predict.forward_flops(cfg, tg.unroll_layers(cfg, True), cfg.train_seq_len / 2)
+    return [{"name": "graph", "s": times["first"][0]},
+            row(f"{tg.SharedSgd.BATCH_ROWS} rows", step, roof, flops, tok_s=count / step.median)]
 
 
 def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:

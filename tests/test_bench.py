@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,44 +20,69 @@ from bench.studies.profiling import UPDATE, analyze, gpu_work
 from tests.stress import faults
 from tools.common import ToolError
 
-# -- every section ---------------------------------------------------------------------------------------
+# -- every part ------------------------------------------------------------------------------------------
 
-def test_every_section_measures_something_and_scaling_takes_it(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_every_part_measures_something_and_scaling_takes_it(dataset, tmp_path: Path, capsys, monkeypatch):
     """What `--gpu` runs, at tiny size: in one graph, too, but without the compiler's code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(bench, "machine", lambda run: Machine("any", 1e12, 1e12, None))  # slow in bfloat16 on a CPU
-    out = tmp_path / "bench.json"
-    small = environment({}, tmp_path, ttt_lora_rank=2, num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1,
-                        quant="sdclip", bigram_buckets=64, dtype="bfloat16", compile="on")
-    with setting(small, documents=256) as (cfg, run):
-        bench.measure(cfg, run, bench.SECTIONS, out, math.inf, repeats=1)
+    monkeypatch.setattr(bench, "cuda_tests", functools.partial(bench.cuda_tests, ["tests/test_cuda.py"]))
+    out, compiled = tmp_path / "bench.json", ["rotary", "kernels", "step"]
+    for compile_, names in (("on", compiled), ("off", [name for name in bench.LIMITS if name not in compiled])):
+        small = environment(dataset, tmp_path, ttt_lora_rank=2, num_layers=2, loop_start=0, loop_end=0, quant="sdclip",
+                            parallel_start_layer=1, bigram_buckets=64, dtype="bfloat16", compile=compile_)
+        with setting(small) as (cfg, run):
+            bench.measure(cfg, run, small | {"ITERATIONS": "1", "TTT": "none", "NGRAM_BASE_BETA": "0"}, names, out,
+                          time.time() + 10_000, repeats=1)
     report, shown = json.loads(out.read_text()), capsys.readouterr().out
-    assert report["left_out"] == [] and list(tmp_path.iterdir()) == [out]
-    assert list(report["tables"]) == ["step, loop on", "profile, loop on", "kernels", "loader", "step, loop off",
-                                      "profile, loop off", "artifact"]
+    assert report["left_out"] == {} and list(tmp_path.iterdir()) == [out]
+    assert set(report["tables"]) == set(bench.LIMITS)
     for title, rows in report["tables"].items():
-        assert all(row.get("ms", 1) > 0 for row in rows if row["name"] != "gaps"), title
+        assert all(row.get("ms", 1) > 0 for row in rows if "gaps" not in row["name"]), title
         assert f"\n{title} (" in shown
-    for loop in ("on", "off"):
-        step = {row["name"]: row for row in report["tables"][f"step, loop {loop}"]}
+        assert all(any(name in row["name"] for name in ("fa3", "fa4", "varlen", "flash"))
+                   for row in rows if "failed" in row), title
+    for part in ("step", "unlooped"):
+        step = {row["name"]: row for row in report["tables"][part]}
         assert {"data", "forward", "backward", "newton_schulz", "optimizer", "ema", "step"} <= set(step)
         assert step["step"]["floor_ms"] > step["forward"]["floor_ms"] and step["step"]["tok_s"] > 0
-        profiled = {row["name"]: row for row in report["tables"][f"profile, loop {loop}"]}
-        assert {"gemm", "newton-schulz", "optimizer, ema", "gaps"} <= set(profiled)
-        assert 0 < profiled["explained"]["share"] < 1.5
+        assert {f"profile: {kind}" for kind in ("gemm", "newton-schulz", "optimizer, ema", "gaps")} <= set(step)
+        assert 0 < step["profile: explained"]["share"] < 1.5
+    tests, *said = report["tables"]["tests"]
+    assert tests["status"] == 0 and (torch.cuda.is_available() or any("no CUDA device" in r["name"] for r in said))
+    assert report["tables"]["text"][0]["val_bpb"] > 0
     assert "rms_norm: reference, compiled" in {row["name"] for row in report["tables"]["kernels"]}
     assert scaling.main([str(out)]) == 0 and "64 GPUs" in capsys.readouterr().out
 
 
-def test_a_section_that_would_begin_too_late_is_named(tmp_path: Path, run: tg.Run):
-    report = bench.measure(run.cfg, run, ["loader", "step"], tmp_path / "r.json", 0.0)
-    assert json.loads((tmp_path / "r.json").read_text())["left_out"] == report["left_out"]
-    assert report["tables"] == {} and report["left_out"] == ["step, loop on", "loader", "step, loop off"]
+def test_a_part_that_is_late_fails_or_kills_its_process_costs_only_itself(tmp_path: Path, run: tg.Run, monkeypatch):
+    """Too late, wrong, too slow, in want of something, and dead: a process without a device plays all of it."""
+    def play(*_, **__) -> dict:
+        return {"versions": lambda: 1 / 0, "blocks": lambda: time.sleep(9), "rotary": lambda: [{"name": "fine"}],
+                "attention": lambda: tg.require(False, "no text"), "kernels": lambda: os._exit(7), "sgd": list}
+
+    def start(names: list[str]) -> int:
+        child = os.fork()
+        if child == 0:
+            bench.measure(run.cfg, run, {}, names, out, time.time() + 60)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    out = tmp_path / "r.json"
+    monkeypatch.setattr(bench, "machine", lambda run: Machine("any", 1e12, 1e12, None))
+    monkeypatch.setattr(bench, "bodies_of", play)
+    monkeypatch.setattr(bench, "LIMITS", dict.fromkeys(play(), 0.2) | {"step": 100})
+    bench.supervised(["versions", "blocks", "attention", "kernels", "step", "rotary"], out, math.inf, start)
+    report = json.loads(out.read_text())
+    assert report["left_out"] == {"attention": "no text", "step": "60 s are left"}
+    assert {name: rows[0].get("failed") for name, rows in report["tables"].items()} == {
+        "versions": "ZeroDivisionError: division by zero", "blocks": "OutOfTime: stopped after 0 s",
+        "kernels": "the process ended with status 7", "rotary": None}
 
 
 @pytest.mark.parametrize("command, env, said", [
     ("all --out nowhere/x.json --gpu loader", {"DEVICE": "cpu"}, "--gpu: torch sees no CUDA device"),
-    ("all --out nowhere/x.json stpe", {}, "stpe: no such section; expected some of step"),
+    ("all --out nowhere/x.json stpe", {}, "stpe: no such part; expected some of versions"),
     ("encoding README.md run.sh", {}, "README.md: not a SentencePiece model"),
     ("caseops", {}, "the following arguments are required: train, val"), ("caseops a b", {}, "a: no such file"),
     ("caseops a b", {"VOCAB_SIZE": "x"}, "VOCAB_SIZE='x': expected an integer"),
@@ -96,12 +122,6 @@ def test_a_bench_whose_run_fails_says_so_in_one_line(tmp_path: Path, monkeypatch
                         (lambda: caseops.val_bpb(tmp_path, "v1", 2, 1, {}), "v1-2-1: the run fails with status 3")):
         with pytest.raises((tg.UserError, ToolError), match=words):
             body()
-
-
-def test_the_cuda_tests_are_found_and_say_why_they_are_skipped():
-    found = bench.cuda_tests(["tests/test_cuda.py"], 120)
-    assert found["status"] == 0, found["tail"]
-    assert torch.cuda.is_available() or any("no CUDA device" in line for line in found["tail"])
 
 
 # -- the profile -----------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def parts(path: Path | None) -> tuple[float, float, float]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         tables = {title: {row["name"]: row for row in rows} for title, rows in report["tables"].items()}
-        off, on = tables.get("step, loop off"), tables.get("step, loop on", tables.get("step, loop off"))
-        tg.require(off is not None and report["world"] == 1, f"{path}: expected one process's ./run.sh bench, with "
+        off, on = tables.get("unlooped", tables.get("step")), tables.get("step")
+        tg.require(on is not None and report["world"] == 1, f"{path}: expected one process's ./run.sh bench, with "
                    f"`step`")
         rows = report["tokens_a_rank"] // report["knobs"]["train_seq_len"]
         few = -(-rows // 8)

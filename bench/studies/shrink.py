@@ -10,20 +10,20 @@ from bench.common import Machine, Row, row, summary, timed
 from tools import predict
 
 
-def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) -> tuple[list[Row], bytes]:
-    """Rows of the stages, and the last artifact. The weights are random, so that all codes have work in them."""
+def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) -> list[Row]:
+    """Rows of the stages. The weights are random, so that all codes have work in them."""
     cfg = dataclasses.replace(cfg, gptq_calibration_batches=min(2, cfg.gptq_calibration_batches))
     data, model = tg.TrainData(cfg, run), tg.build_model(cfg, run)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     times: dict[str, list[float]] = {}
-    for _ in range(repeats):
+    for i in range(repeats):
         sums = timed(times, "calibrate", run, tg.calibrate, model, data, 0, cfg, run)
         quantizer = timed(times, "factorize", run, tg.Quantizer, model, sums, cfg, run)
-        unit = 2.0 ** quantizer.octaves_for(cfg.bits_per_weight * quantizer.weights) \
+        unit = 2.0 ** timed(times, "allocate", run, quantizer.octaves_for, cfg.bits_per_weight * quantizer.weights) \
             if cfg.quant == "waterfill" else 1.0
-        tensors = timed(times, "gptq", run, quantizer.quantize, unit, quantizer.solved)
+        tensors = timed(times, "gptq" if i else "gptq, cold", run, quantizer.quantize, unit, quantizer.solved)
         streams = timed(times, "pack", run, tg.pack_streams, tensors, quantizer.states, ("range", "brotli"))
         blob = tg.pack(streams, unit, quantizer.states, cfg, cfg.preset)
         timed(times, "unpack", run, tg.unpack, blob)
@@ -36,7 +36,7 @@ def shrink_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 3) ->
     each = {"calibrate": tokens, "pack": quantizer.weights, "unpack": quantizer.weights}
     rows = []
     for name, seconds in times.items():
-        sample = summary(seconds)
-        rows.append(row(name, sample, roof, counted.get(name, 0.0), items_s=each.get(name, 0) / sample.median or None,
+        sample, flops = summary(seconds), counted.get(name.split(",")[0], 0.0)
+        rows.append(row(name, sample, roof, flops, items_s=each.get(name, 0) / sample.median or None,
                         bytes=len(blob) if name == "pack" else None))
-    return rows, blob
+    return rows
