@@ -1259,6 +1259,7 @@ def varlen_attention(name: str) -> Attention:
     """
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
+    getattr(torch.nn.attention, "restore_flash_attention_impl", bool)(False)  # one that was proven not to work
     if name != "varlen":
         activate_flash_attention_impl(name.upper())
 
@@ -1867,8 +1868,7 @@ class GPT(nn.Module):
         taps = self.kv_conv[layer.block].to(x_RTNH.dtype).unflatten(-1, x_RTNH.shape[2:])
         whole, size, y = context.cache.with_past(x_RTNH, len(taps) - 1, layer), x_RTNH.size(1), x_RTNH
         for back, tap in enumerate(taps):
-            first, inside = len(taps) - 1 - back, (context.positions >= back)[..., None, None]
-            y = y + tap * whole[:, first:first + size] * inside
+            y = y + tap * whole[:, len(taps) - 1 - back:][:, :size] * (context.positions >= back)[..., None, None]
         return y
 
     def skip(self, x: Tensor, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
