@@ -324,10 +324,7 @@ MISTAKES = [
     ("corpus.jsonl --name t --tokenizer bytes.model", "bytes.model: no byte pieces"),
     ("broken.jsonl --name t", "broken.jsonl:2: not JSON"),
     ("cut.jsonl.gz --name t", "cut.jsonl.gz: cannot be read"),
-    ("cut.parquet --name t", "cut.parquet: cannot be read"),
-    ("whole.parquet --name t --text-field body", "no column 'body'"),
     ("long.jsonl --name t", "long.jsonl:2: a document of more than 9,000 bytes"),
-    ("long.txt --name t", "long.txt: a document of more than 9,000 bytes"),
     ("whole.parquet --name t", "no pyarrow.parquet here: pip install -r requirements.txt -r requirements-data.txt"),
 ]
 

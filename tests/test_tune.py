@@ -135,8 +135,7 @@ def test_space():
     (["MIN_LR=0.1,0.10"], {}, "MIN_LR=0.1,0.10: expected different"), (["LOG_DIR=a,b"], {}, "LOG_DIR: says what is"),
     (["MIN_LR=0..1"], {"STUDY": "a/b"}, "STUDY=a/b: exp"), (["MIN_LR=0..1"], {"STUDY": "a*"}, "STUDY=a*: exp"),
     (["MIN_LR=0..1"], {"TUNE_STORAGE": "sqlite:////nowhere/x.db"}, "sqlite:////nowhere/x.db: (sqlite3.Op"),
-    (["MIN_LR=0..1"], {"TUNE_STORAGE": "redis://me:secret@host/0"}, "redis://me:...@host/0: "),
-    (["MIN_LR=0..1"], {"TUNE_STORAGE": "such://x"}, "such://x: Can't load plugin")])
+    (["MIN_LR=0..1"], {"TUNE_STORAGE": "redis://me:secret@host/0"}, "redis://me:...@host/0: ")])
 def test_a_users_mistake_is_one_line(arguments, env, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune.Tuner, "work", lambda *a: pytest.fail("runs would start"))
