@@ -326,7 +326,7 @@ PRESETS: dict[str, dict] = {
         tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
         ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=8.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
-        diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
+        conv_taps=4, diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
         ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.006, phased_ttt_num_phases=0, ngram_base_beta=3.0,
         ngram_rules="2:0.5:2,3:0.5:1,4:0.5:1,6:0.5:1,8:0.5:1,12:0.5:1,16:0.5:1"),
 }
