@@ -1744,8 +1744,7 @@ def head_gate(cfg: ModelKnobs) -> HeadGate | None:
         return HeadGate(gaussian(0.01, *shape, cfg.model_dim), bias=cfg.gated_attn_bias)
     zeros = torch.zeros(*shape, min(GATE_CHANNELS, cfg.model_dim))
     outer, inner = {"output": (2.0, 1.0), "sparse": (1.0, 0.5)}.get(cfg.attn_gate, (0.0, 0.0))
-    # `output` starts as the identity (#1667), `sparse` at one half (#1787).
-    return HeadGate(zeros, outer, inner) if outer else None
+    return HeadGate(zeros, outer, inner) if outer else None  # starts as the identity (#1667), at one half (#1787)
 
 class BigramHash(nn.Module):
     """A hashed embedding of (previous, current) token, projected to D and scaled (#162, form of #1060).
@@ -3369,8 +3368,7 @@ def score_documents(model: GPT, batches: Sequence, scorer: Scorer, budget: EvalB
     model.requires_grad_(True)
 
 def warmup_adapters(model: GPT, cfg: Config, run: Run):
-    """Compiles a chunk step on random documents: the graph for one row, and that for any larger number of them.
-    Outside the budget, as #1855; nothing is kept."""
+    """Compiles a chunk step on random documents, for one row and for more of them: outside the budget, as #1855."""
     size = cfg.ttt_chunk_size
     ids = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, 6 * size + 1).astype(np.uint16)
     scorer = Scorer(ValData(ids, np.arange(3) * 2 * size, np.ones(6 * size, dtype=np.int32)), cfg, run)
@@ -3459,7 +3457,8 @@ class SharedSgd:
     def __init__(self, model, ids: np.ndarray, cfg, run):
         self.model, self.ids, self.cfg, self.run, layers = model, ids, cfg, run, unroll_layers(model.cfg, looped=True)
         self.loss = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype))
-        self.micro = max(1, min(-(-self.BATCH_ROWS // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
+        most = min(self.BATCH_ROWS, -(-cfg.ttt_chunk_tokens // cfg.train_seq_len))  # rows of a step, over all ranks
+        self.micro = max(1, min(-(-most // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         if run.compiles:
             with run.phase("warmup_sgd"):
                 self.loss(model.placed(random_batch(self.micro, cfg), run)).backward()
@@ -3599,6 +3598,7 @@ def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: C
         for _ in range(cfg.warmup_steps):
             backward(loss(random_batch(data.micro_rows, cfg)))
             optimizer.step(0.0, 0.0)
+    inverse_factor(torch.eye(2, device=run.device)[None])  # loads cuSOLVER, seconds that the reserve does not have
     optimizer.reset()
 
 class Checkpoints:
