@@ -534,6 +534,8 @@ def test_lawful_sources_pass(tmp_path: Path):
 def test_our_own_source_has_no_certain_hit(tmp_path: Path):
     (tmp_path / "train_gpt.py").write_bytes(tg.shipped_source(ROOT / "train_gpt.py"))
     assert not failures(evidence.static_audit(tmp_path / "train_gpt.py", {}))
+    phases = set(re.findall(r'run\.phase\("(\w+)"\)', (ROOT / "train_gpt.py").read_text(encoding="utf-8")))
+    assert phases == audit.PAUSES | {"setup", "load_train", "warmup"}  # what stops a budget's clock is known
 
 
 def test_everything_that_is_imported_counts(tmp_path: Path):

@@ -703,7 +703,8 @@ ON_THE_CLOCK = {"unpack": "eval", "load_tensors": "eval", "ngram_hints": "eval",
                 "calibrate": "train", "fit_to_cap": "none", "ShardedOptimizer.step": "train",
                 "Quantizer.quantize": "train"}
 """What is charged to which budget; inside `fit_to_cap` phases of their own are charged."""
-PAUSES = {"pack", "val_probe", "warmup_sgd"}  # writing, diagnostics, compilation: off the clock inside what is charged
+PAUSES = {"pack", "val_probe", "warmup_adapters", "warmup_sgd"}
+"""Writing, diagnostics, compilation: off the clock inside what is charged."""
 OUTSIDE_WORLD = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect",
                  "socket.getaddrinfo", "urllib.Request"}
 WATCHERS: list[Callable[[str, tuple], None]] = []
