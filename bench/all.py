@@ -88,7 +88,8 @@ def version_rows(run: tg.Run) -> list[Row]:
     for name in ("triton", "flash_attn_3", "flash-attn-4"):
         rows += tried(name, lambda name: [{"name": name, "version": importlib.metadata.version(name)}], name)
     for name in kernels.ATTENTIONS:
-        rows += tried(name, lambda name: [{"name": name, "version": kernels.attention_named(name, run).name}], name)
+        rows += tried(name, lambda name: [
+            {"name": name, "version": tg.pick_attention(name, run.device, run.dtype).name}], name)
     return rows
 
 

@@ -101,13 +101,6 @@ def largest_error(kernel: Callable[..., Tensor], reference: Callable[..., Tensor
     return max(float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
-def attention_named(name: str, run: tg.Run) -> tg.Attention:
-    """The attention called `name`, which from here on is the one that runs: FlashAttention 3 and 4 replace 2 in torch,
-    for whoever calls it. Raises `UserError` where it cannot be had."""
-    getattr(torch.nn.attention, "restore_flash_attention_impl", lambda _: None)(False)
-    return tg.pick_attention(name, run.device, run.dtype)
-
-
 def variants_of(field: str, reference: Callable[..., Tensor], cfg: tg.Config, run: tg.Run
                 ) -> Iterator[dict[str, Callable[..., Tensor]]]:
     """What there is of a field: reference, reference as compiled, the twin that this run takes; every attention by
@@ -120,7 +113,7 @@ def variants_of(field: str, reference: Callable[..., Tensor], cfg: tg.Config, ru
         return
     for name in ATTENTIONS:
         try:
-            kernel = attention_named(name, run)
+            kernel = tg.pick_attention(name, run.device, run.dtype)
         except tg.UserError as error:
             run.log("left_out", kernel=name, reason=str(error))
             continue
@@ -194,7 +187,7 @@ def attention_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7)
     tokens = count * seq_len
 
     def measured(name: str, pieces: int, width: int) -> list[Row]:
-        attention = functools.partial(attend, attention_named(name, run))
+        attention = functools.partial(attend, tg.pick_attention(name, run.device, run.dtype))
         heads, ids = max(1, cfg.model_dim // width), np.full(tokens + 1, 2)
         wide = dataclasses.replace(cfg, model_dim=heads * width, num_heads=heads, num_kv_heads=heads // 2 or 1)
         ids[np.linspace(1, tokens, pieces - count, endpoint=False).astype(int)] = tg.BOS_ID

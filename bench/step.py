@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 import train_gpt as tg
 from bench.common import Machine, Row, in_turns, made_up_ids, peak_mib, row, summary, timed, tried, web_lengths
-from bench.kernels import ATTENTIONS, attention_named
+from bench.kernels import ATTENTIONS
 from tools import predict
 
 UPDATE = "update"
@@ -127,7 +127,6 @@ def block_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) -> 
     rows, small = [], dict(num_layers=2, loop_start=0, loop_end=0, num_loops=2, parallel_start_layer=1)
 
     def measured(name: str) -> list[Row]:
-        attention_named(name, run)
         step = TrainStep(dataclasses.replace(cfg, **small, attention=name), run, True)
         first = first_call(step)
         times = in_turns({"forward": step.forward, "backward": step.backward}, run, repeats)
