@@ -200,8 +200,8 @@ class ModelKnobs(Knobs):
     logit_softcap: Positive = 30.0  # logits are c * tanh(z / c)
     tied_embed_init_std: NonNegative = 0.005  # of the initial embedding, which is also the output matrix
     bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
-    conv_taps: Count = 0  # tokens that a causal convolution of each key and value channel reads (#400: 4); 0: none
     bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
+    conv_taps: Count = 0  # tokens that a causal convolution of each key and value channel reads (#400: 4); 0: none
 
     def __post_init__(self):
         super().__post_init__()
@@ -898,7 +898,7 @@ class TrainData:
 
     def plan_epoch(self, epoch: int) -> tuple:
         """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
-        Windows begin at a random phase, so that epochs cut the stream differently.
+        Permuted windows begin at a random phase, so that epochs cut the stream differently.
         """
         order, seq_len, tokens = self.cfg.shuffle, self.cfg.train_seq_len, len(self.stream)
         rng = np.random.default_rng([self.cfg.seed, epoch])
@@ -1537,9 +1537,9 @@ class Weights:
                 if m.scale:  # goes into the matrix: the same product, without a pass over the activations
                     values = values * getattr(model, m.scale)[i].to(dtype).unsqueeze(1)
                 parts[m.product, i].append(values)
-        # (product, block) -> [O, I]
         for i, rows in enumerate(model.gate.rows(model.cfg.model_dim) if model.gate else ()):
             parts["qkv", i].append(rows.to(dtype))
+        # (product, block) -> [O, I]
         self.matrices = {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
         self.matrices["head", 0] = model.tok_emb.to(dtype)
 
@@ -3598,7 +3598,7 @@ def warmup(losses: Mapping, optimizer: ShardedOptimizer, data: TrainData, cfg: C
         for _ in range(cfg.warmup_steps):
             backward(loss(random_batch(data.micro_rows, cfg)))
             optimizer.step(0.0, 0.0)
-    inverse_factor(torch.eye(2, device=run.device)[None])  # loads cuSOLVER, seconds that the reserve does not have
+    inverse_factor(torch.eye(2, device=run.device)[None])  # loads cuSOLVER here, not inside GPTQ's reserve
     optimizer.reset()
 
 class Checkpoints:
@@ -3773,13 +3773,13 @@ def train_and_pack(model: GPT, code_bytes: int, cfg: Config, run: Run) -> tuple:
         run.path(".ckpt").unlink(missing_ok=True)  # nothing goes on from it any more
     return run.broadcast_object(blob), figures
 
-def evaluate(blob: bytes, average: GPT | None, code_bytes: int, cfg: Config, run: Run, figures: dict):
+def evaluate(blob: bytes, average: GPT | None, kernels: Kernels, code_bytes: int, cfg: Config, run: Run, figures: dict):
     """Scores the artifact's bytes and logs the verdict; `average`: the weights before quantization, for comparison."""
     path = cfg.eval_only or str(run.path(".bin"))
     with run.phase("load_artifact", "eval"):
         artifact = unpack(blob, path)
         model = shapes_of(artifact.model).to_empty(device=run.device)  # without initial values: all are loaded
-        model.kernels = average.kernels if average else pick_kernels(cfg, run)
+        model.kernels = kernels
         load_tensors(model, artifact.tensors)
     run.log("artifact", path=path, sha256=hashlib.sha256(blob).hexdigest(), weight_bytes=len(blob),
             code_bytes=code_bytes, left_bytes=cfg.artifact_bytes_cap - len(blob) - code_bytes, streams=artifact.streams)
@@ -3884,7 +3884,7 @@ def main(arguments: Sequence[str], env: Mapping) -> int:
             average, figures = None, {}
             if not blob:
                 (blob, figures), average = train_and_pack(model, code_bytes, cfg, run), model
-            evaluate(blob, average, code_bytes, cfg, run, figures)
+            evaluate(blob, average, model.kernels, code_bytes, cfg, run, figures)
         return 0
     except (UserError, Stopped) as error:
         return complain(error, env)
