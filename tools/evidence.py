@@ -345,12 +345,21 @@ def literal(node: ast.AST, known: Mapping[str, bytes | None] = {}) -> bytes | No
     return decompressed(data) if "decompress" in name else None
 
 
-parsed = functools.lru_cache(maxsize=8)(ast.parse)
-"""The tree of a source; nobody may change it."""
+@functools.lru_cache(maxsize=8)
+def parsed(source: bytes, oldest: bool = False) -> ast.Module:
+    """Return the tree of a source, which nobody may change; with `oldest`, as Python 3.10 reads it, or SyntaxError."""
+    if oldest:
+        return ast.parse(source, feature_version=(3, 10))
+    with contextlib.suppress(SyntaxError):
+        return parsed(source, oldest=True)
+    return ast.parse(source)
+
+
 nodes_of = functools.lru_cache(maxsize=8)(lambda tree: list(ast.walk(tree)))
 """All nodes of a tree."""
 
 
+@functools.lru_cache(maxsize=8)
 def constants(tree: ast.AST) -> dict[str, bytes | None]:
     """Return the names that are given one constant value, and no other, anywhere in a source."""
     known: dict[str, bytes | None] = {}
@@ -426,6 +435,8 @@ class Hit(NamedTuple):
 def scan(tree: ast.AST) -> list[Hit]:
     """Return what a source shows of the rulings (S2)."""
     hits, known = list[Hit](), constants(tree)
+    calls = [(node, called(node).rsplit(".", 1)[-1]) for node in nodes_of(tree) if isinstance(node, ast.Call)]
+    calls = [(call, name) for call, name in calls if FREEZING.search(name) or LEARNING.search(name)]
     adds_one = adds_space = 0
     for node in nodes_of(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -433,7 +444,8 @@ def scan(tree: ast.AST) -> list[Hit]:
         elif isinstance(node, ast.Call):
             hits += scan_call(node, known)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            hits += scan_function(node)
+            hits += scan_calls([
+                (call, name) for call, name in calls if node.lineno <= call.lineno <= (node.end_lineno or 0)])
         elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitXor, ast.BitOr)):
             orders = (node.left, node.right), (node.right, node.left)
             if any(named(CONTEXT, one) and named(TARGET, other) for one, other in orders):
@@ -486,9 +498,8 @@ def scan_call(node: ast.Call, known: Mapping[str, bytes | None]) -> list[Hit]:
     return hits
 
 
-def scan_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[Hit]:
-    """Return the hits that need the order of calls: learning from validation data ahead of freezing the weights."""
-    calls = [(call, called(call).rsplit(".", 1)[-1]) for call in ast.walk(node) if isinstance(call, ast.Call)]
+def scan_calls(calls: Sequence[tuple[ast.Call, str]]) -> list[Hit]:
+    """Return the hits that need the order of a function's calls: learning from validation data before the freeze."""
     frozen = max((c.lineno for c, name in calls if FREEZING.search(name) and not PREQUANT.search(name)), default=0)
     return [Hit(call.lineno, "C3", "C", f"{name} gets validation data before line {frozen} freezes the weights",
                 ADAPTING.search(name) is not None) for call, name in calls
@@ -529,7 +540,7 @@ def static_sources(script: Path, others: Sequence[Path] = ()) -> list[Finding]:
     for path in [*own, *(p for p in others if p not in own)]:
         source, hits = unwrapped(path.read_bytes()), []
         try:
-            ast.parse(source, feature_version=(3, 10))
+            parsed(source, oldest=True)
             lines = newer_fstrings(source.decode("utf-8", "replace"))
             problem = f"line {lines[0]}: an f-string that needs Python 3.12" if lines else ""
         except UNREADABLE as error:

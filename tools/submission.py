@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import gc
 import hashlib
 import io
 import json
@@ -44,6 +45,8 @@ from tools.evidence import (
     dotted,
     failed,
     load_module,
+    nodes_of,
+    parsed,
     static_audit,
     table,
     unwrapped,
@@ -435,16 +438,17 @@ def same_program(packed: bytes, human: bytes) -> bool:
 
     The trainer packs in this way, too; to ask it would import torch.
     """
-    def code(source: bytes) -> str:
-        tree = ast.parse(unwrapped(source))
-        for node in ast.walk(tree):
-            if isinstance(body := getattr(node, "body", None), list):  # constants that stand alone are docstrings
-                kept = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-                node.body = kept or [ast.Pass()] * bool(body)  # type: ignore[attr-defined]
-        return ast.unparse(tree)
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, list) and isinstance(b, list):  # a statement that is a constant alone is a docstring or `pass`
+            a, b = ([x for x in part if not isinstance(x, ast.Pass) and not (
+                isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))] for part in (a, b))
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, ast.AST):
+            return type(a) is type(b) and all(same(getattr(a, name), getattr(b, name)) for name in a._fields)
+        return type(a) is type(b) and a == b
 
     try:
-        return code(packed) == code(human)
+        return same(parsed(unwrapped(packed)), parsed(unwrapped(human)))
     except (SyntaxError, ValueError, RecursionError):
         return False
 
@@ -592,7 +596,7 @@ def against(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
 
 def requirements(source: bytes, pinned: str) -> str:
     """Return those of the pinned requirements that the script imports."""
-    nodes = [n for n in ast.walk(ast.parse(unwrapped(source))) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    nodes = [n for n in nodes_of(parsed(unwrapped(source))) if isinstance(n, (ast.Import, ast.ImportFrom))]
     packages = {name for node in nodes for name in dotted(node)}
     return "\n".join(line for line in pinned.splitlines() if re.split(r"[=<>; ]", line)[0] in packages) + "\n"
 
@@ -705,4 +709,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # syntax trees are many objects that all stay: looking for dead ones takes half of the time
     sys.exit(program(main, "submission.py", __doc__))
