@@ -240,7 +240,6 @@ class OptimizerKnobs(Knobs):
     muon_coefficients: Literal["polar", "classic"] = "polar"  # Polar Express (#1344) or Jordan et al. 2024
     muon_backend_steps: Annotated[int, Bound("1..5", lambda x: 1 <= x <= 5)] = 5  # Newton-Schulz steps
     muon_row_normalize: bool = True  # rows of the update are normalised before Newton-Schulz (MuonEq-R, #1217)
-    normuon_beta2: Decay = 0.0  # decay of the per-row second moment that rescales the update (NorMuon); 0: none
     muon_wd: NonNegative = 0.095  # decoupled weight decay of the matrices
     embed_wd: NonNegative = 0.085  # of the embedding
     adam_wd: NonNegative = 0.02  # of the small parameters
@@ -333,7 +332,7 @@ PRESETS: dict[str, dict] = {
 
 # First words that only this field's knobs have: a stranger with one of them is a misspelt knob, or a published name.
 KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP LOOP_ LQER_ MATRIX_ MLP_ MUON_ "
-                      "NGRAM_ NORMUON_ PARALLEL_FINAL PARALLEL_RES PARALLEL_START PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ "
+                      "NGRAM_ PARALLEL_FINAL PARALLEL_RES PARALLEL_START PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ "
                       "SPARSE_ TIED_EMBED TRAIN_BATCH TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
 
 @dataclass(frozen=True, kw_only=True)
@@ -2000,22 +1999,16 @@ def orthogonalize(g_KOI: Tensor, steps: Sequence, dtype: torch.dtype) -> Tensor:
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
-def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, second_KO1: Tensor | None, mu: float, beta2: float,
-                row_normalize: bool, steps: Sequence, dtype: torch.dtype) -> Tensor:
-    """Muon's direction for a stack of matrices, in units of spectral norm; the two states change in place.
-    Nesterov momentum, rows normalised (MuonEq-R, #1217), orthogonalised, scaled by sqrt(max(1, O/I)). With a second
-    moment the rows are rescaled by their own running size at unchanged Frobenius norm (NorMuon, Li et al. 2025).
+def muon_update(grad_KOI: Tensor, momentum_KOI: Tensor, mu: float, row_normalize: bool, steps: Sequence,
+                dtype: torch.dtype) -> Tensor:
+    """Muon's direction for a stack of matrices, in units of spectral norm; the momentum changes in place.
+    Nesterov momentum, rows normalised (MuonEq-R, #1217), orthogonalised, scaled by sqrt(max(1, O/I)).
     """
     momentum_KOI.mul_(mu).add_(grad_KOI)
     u = grad_KOI + mu * momentum_KOI
     if row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     x = orthogonalize(u, steps, dtype)
-    if second_KO1 is not None:
-        size = x.norm(dim=(-2, -1), keepdim=True)
-        second_KO1.lerp_(x.float().square().mean(dim=-1, keepdim=True), 1 - beta2)
-        x = x * second_KO1.clamp_min(1e-10).rsqrt().to(x.dtype)
-        x = x * (size / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
     return x * math.sqrt(max(1.0, x.size(-2) / x.size(-1)))
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float):
@@ -2047,19 +2040,14 @@ class ShardedOptimizer:
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.skipped = torch.zeros((), dtype=torch.int32, device=self.run.device)  # steps whose gradient was not finite
-        self.momentum, self.second = {}, dict.fromkeys(self.banks)
-        for name, bank in self.banks.items():
-            slices = -(-bank.size(0) // self.run.world)
-            self.momentum[name] = bank.new_zeros(slices, *bank.shape[1:])
-            if self.cfg.normuon_beta2:
-                self.second[name] = bank.new_zeros(slices, bank.size(1), 1)
+        self.momentum = {name: bank.new_zeros(-(-bank.size(0) // self.run.world), *bank.shape[1:])
+                         for name, bank in self.banks.items()}
 
     def state(self) -> tuple:
         """(what is the same on all ranks, this rank's slices of the rest), by name: views of the live tensors."""
         replicas = {f"adam.{kind}.{name}": value for name, p in self.small.items()
                     for kind, value in self.adam.state[p].items()}
-        shards = {f"muon.{kind}.{name}": own for kind, of in (("momentum", self.momentum), ("second", self.second))
-                  for name, own in of.items() if own is not None}
+        shards = {f"muon.momentum.{name}": own for name, own in self.momentum.items()}
         return {"skipped": self.skipped, **replicas}, shards
 
     def tensors(self) -> dict:
@@ -2102,8 +2090,8 @@ class ShardedOptimizer:
             group["lr"] = group["peak"] * lr_scale
         steps = NEWTON_SCHULZ[cfg.muon_coefficients][:cfg.muon_backend_steps]
         # A bank's update travels while the next bank's is orthogonalised, and the last one's during AdamW.
-        updates = {name: run.all_gather(muon_update(grad, self.momentum[name], self.second[name], momentum,
-                                                    cfg.normuon_beta2, cfg.muon_row_normalize, steps, run.dtype))
+        updates = {name: run.all_gather(muon_update(grad, self.momentum[name], momentum, cfg.muon_row_normalize, steps,
+                                                    run.dtype))
                    for name, grad in grads.items()}
         self.adam.step()
         for name, bank in self.banks.items():
@@ -2300,29 +2288,29 @@ class Trellis(NamedTuple):
         """Codes to a scale: with a trellis only every second one is to be told apart."""
         return min(2, len(self.previous))
 
-def round_along(target: Tensor, upper: Tensor, grid: Tensor, trellis: Trellis, top: int) -> Tensor:
-    """Codes [..., B] of pieces of rows, each error fed forward; the path of least cost through the trellis (Viterbi).
-    target: [..., B] values to round; upper: [..., B, B] (broadcasts) factor of the columns; grid: [..., B] value of
-    the code 1. Every survivor carries its own fed-forward errors. With one state this is GPTQ's column loop.
+def round_along(target: Tensor, upper: Tensor, weight: Tensor, trellis: Trellis, top: int) -> Tensor:
+    """Codes [K, R, B] of pieces of rows, each error fed forward; the path of least cost through the trellis (Viterbi).
+    target: [K, R, B] values in units of their codes; upper: [K, B, B] what an error takes from later columns, diagonal
+    1; weight: [K, R, B] what an error of 1 costs. Every survivor carries its own fed-forward errors. With one state
+    this is GPTQ's column loop.
     """
     states, came_from = len(trellis.previous), trellis.previous.flatten()
-    paths = target.unsqueeze(-2).repeat(*[1] * (target.dim() - 1), states, 1)  # codes up to j, targets from j on
+    paths = target.unsqueeze(-2).repeat(1, 1, states, 1)  # codes up to j, targets from j on
     cost = torch.full(paths.shape[:-1], math.inf, device=target.device)
     cost[..., 0] = 0.0
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    weight = (grid / diagonal).square()
     for j in range(target.size(-1)):
-        exact = (paths[..., j] / grid[..., j, None]).clamp(-top, top)
-        code = exact.round()
-        if states > 1:  # each state keeps the cheaper of the two ways into it
-            exact = exact.index_select(-1, came_from).unflatten(-1, (states, 2))
-            codes = trellis.coset + 4 * ((exact - trellis.coset) / 4).round()
+        code = paths[..., j].clamp(-top, top)
+        if states == 1:
+            code = code.round()
+        else:  # each state keeps the cheaper of the two ways into it
+            exact = code.index_select(-1, came_from).unflatten(-1, (states, 2))
+            codes = torch.add(trellis.coset, torch.add(-trellis.coset / 4, exact, alpha=0.25).round(), alpha=4)
             costs = cost.index_select(-1, came_from).unflatten(-1, (states, 2))
             cost, pick = torch.addcmul(costs, (exact - codes).square(), weight[..., j, None, None]).min(-1, True)
             source = trellis.previous.expand(*pick.shape[:-1], 2).gather(-1, pick)
             paths, code, cost = paths.gather(-2, source.expand_as(paths)), codes.gather(-1, pick)[..., 0], cost[..., 0]
-        error = (paths[..., j] - code * grid[..., j, None]) / diagonal[..., j, None]
-        paths[..., j + 1:] -= error.unsqueeze(-1) * upper[..., j, None, j + 1:]
+        error = (paths[..., j] - code).unsqueeze(-1)
+        paths[..., j + 1:].addcmul_(error, upper[:, None, None, j, j + 1:], value=-1)
         paths[..., j] = code
     best = cost.argmin(-1)[..., None, None]
     return paths.gather(-2, best.expand(*paths.shape[:-2], 1, target.size(-1))).squeeze(-2)
@@ -2333,16 +2321,17 @@ def gptq(weight_KRC: Tensor, hessian_factor: Tensor, row_KR: Tensor, column_KC: 
     hessian_factor: [K, C, C] of the columns (`inverse_factor`). Rows are rounded independently, a segment of columns
     at a time; the rest of the matrix is then updated by one product.
     """
-    w = weight_KRC.float().clone()
     grid = row_KR.unsqueeze(-1) * column_KC.unsqueeze(1)
-    codes = torch.empty_like(w)
+    w, diagonal = weight_KRC.float() / grid, hessian_factor.diagonal(dim1=-2, dim2=-1)
+    factor = hessian_factor * (column_KC / diagonal).unsqueeze(-1) / column_KC.unsqueeze(1)  # in units of codes
+    cost, codes = (grid / diagonal.unsqueeze(1)).square(), torch.empty_like(w)
     for begin in range(0, w.size(-1), SEGMENT):
         part, rest = slice(begin, begin + SEGMENT), slice(begin + SEGMENT, None)
-        upper = hessian_factor[:, part, part]
-        codes[..., part] = round_along(w[..., part], upper.unsqueeze(1), grid[..., part], trellis, top)
-        error = w[..., part] - codes[..., part] * grid[..., part]
-        error = torch.linalg.solve_triangular(upper, error, upper=True, left=False)
-        w[..., rest] -= error @ hessian_factor[:, part, rest]
+        upper = factor[:, part, part]
+        codes[..., part] = round_along(w[..., part], upper, cost[..., part], trellis, top)
+        error = w[..., part] - codes[..., part]
+        error = torch.linalg.solve_triangular(upper, error, upper=True, left=False, unitriangular=True)
+        w[..., rest] -= error @ factor[:, part, rest]
     return codes.to(torch.int16)
 
 def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:

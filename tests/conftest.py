@@ -34,7 +34,7 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
 
 # A run in which everything that has a memory changes: loop, rounding, momentum, average.
 QUICK = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, ttt="none", ngram_base_beta=0,
-             diagnostic_evals="", enable_looping_at=0.4, iterations=6, normuon_beta2=0.9, eval_stride=0, quant="sdclip",
+             diagnostic_evals="", enable_looping_at=0.4, iterations=6, eval_stride=0, quant="sdclip",
              qat_start=0.5)
 
 # A parameter for the device of tests that run on a GPU where there is one.
