@@ -201,7 +201,7 @@ class ModelKnobs(Knobs):
     tied_embed_init_std: NonNegative = 0.005  # of the initial embedding, which is also the output matrix
     bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
     bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
-    conv_taps: Count = 0  # tokens that a causal convolution of each key and value channel reads (#400: 4); 0: none
+    conv_taps: Count = 0  # tokens that convolutions of keys, values and MLP inputs read (#400: 4); 0: none
 
     def __post_init__(self):
         super().__post_init__()
@@ -1651,8 +1651,8 @@ class NoCache:
     def prepare(self, kernels: Kernels, batch: Batch) -> Any:
         return kernels.attention.prepare(batch)
 
-    def with_past(self, x_RTNH: Tensor, columns: int, layer: Layer) -> Tensor:
-        """x with so many columns of the tokens before in front of it."""
+    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
+        """x with so many columns of the tokens before in front of it; `place`: (convolution, layer number)."""
         return F.pad(x_RTNH, (0, 0, 0, 0, columns, 0))
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
@@ -1672,7 +1672,7 @@ class KeyValueCache(NoCache):
 
     def __init__(self, cache_len: int):
         self.cache_len, self.length, self.past, self.new = cache_len, 0, {}, {}  # layer number -> (keys, values)
-        self.columns, self.new_columns = {}, {}  # layer number -> what a convolution reads of the chunk before
+        self.columns, self.new_columns = {}, {}  # place -> what a convolution reads of the chunk before
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
         size, old = batch.ids.size(1) - self.prefix, min(self.length, self.cache_len)
@@ -1680,11 +1680,11 @@ class KeyValueCache(NoCache):
         back = column[old:, None] - column[None, :]
         return ((back >= 0) & (back < self.cache_len))[None, None]
 
-    def with_past(self, x_RTNH: Tensor, columns: int, layer: Layer) -> Tensor:
-        whole = super().with_past(x_RTNH, columns, layer)
-        if layer.number in self.columns:
-            whole = torch.cat([self.columns[layer.number], x_RTNH], dim=1)
-        self.new_columns[layer.number] = whole[:, x_RTNH.size(1):].detach()
+    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
+        whole = super().with_past(x_RTNH, columns, place)
+        if place in self.columns:
+            whole = torch.cat([self.columns[place], x_RTNH], dim=1)
+        self.new_columns[place] = whole[:, x_RTNH.size(1):].detach()
         return whole
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
@@ -1798,8 +1798,9 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(ones(num_skips, dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, dim)) if cfg.skip_gates_enabled else None
         self.gate = head_gate(cfg)
-        taps = torch.zeros(layers, cfg.conv_taps, 2 * cfg.num_kv_heads * cfg.head_dim)
-        self.kv_conv = nn.Parameter(taps) if cfg.conv_taps else None
+        for name, width in dict(kv_conv=2 * cfg.num_kv_heads * cfg.head_dim, mlp_conv=dim).items():
+            taps = torch.zeros(layers, cfg.conv_taps, width)
+            self.register_parameter(name, nn.Parameter(taps) if cfg.conv_taps else None)
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Parameter(torch.zeros(1, min(GATE_CHANNELS, dim)))
             self.smear_lambda = nn.Parameter(torch.zeros(1))
@@ -1849,9 +1850,7 @@ class GPT(nn.Module):
         cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, layer.block
         qkv, logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
         q, kv_pair = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, 2 * kv], dim=2)
-        if self.kv_conv is not None:
-            kv_pair = self.convolved(kv_pair, layer, context)
-        k, v = kv_pair.chunk(2, dim=2)
+        k, v = self.convolved("kv_conv", kv_pair, layer, context).chunk(2, dim=2)
         q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
         k = rotate(self.kernels.rms_norm(k), context.cos, context.sin)
         y = context.cache.attend(self.kernels, layer, q, k, v, context.segments)
@@ -1861,10 +1860,16 @@ class GPT(nn.Module):
             y = self.gate(y, logits, block)
         return context.w.linear("o", layer, y.flatten(2), side=n)
 
-    def convolved(self, x_RTNH: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
-        """Keys and values plus a mixture of their own and the tokens' before in their segment, channel by channel."""
-        taps = self.kv_conv[layer.block].to(x_RTNH.dtype).unflatten(-1, x_RTNH.shape[2:])
-        whole, size, y = context.cache.with_past(x_RTNH, len(taps) - 1, layer), x_RTNH.size(1), x_RTNH
+    def mlp(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
+        """MLP of one layer on its normed input n [R, T, D]."""
+        return context.w.mlp(self.convolved("mlp_conv", n.unsqueeze(2), layer, context).squeeze(2), layer, self)
+
+    def convolved(self, name: str, x_RTNH: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
+        """x plus a mixture of its own and the tokens' before in their segment, channel by channel; without taps x."""
+        if getattr(self, name) is None:
+            return x_RTNH
+        taps = getattr(self, name)[layer.block].to(x_RTNH.dtype).unflatten(-1, x_RTNH.shape[2:])
+        whole, size, y = context.cache.with_past(x_RTNH, len(taps) - 1, (name, layer.number)), x_RTNH.size(1), x_RTNH
         for back, tap in enumerate(taps):
             y = y + tap * whole[:, len(taps) - 1 - back:][:, :size] * (context.positions >= back)[..., None, None]
         return y
@@ -1898,11 +1903,11 @@ class GPT(nn.Module):
             a = self.attn(n, layer, context)
             if layer.lanes == "none":
                 x = u + a
-                x = x + w.mlp(norm(x, depth_scale), layer, self)
+                x = x + self.mlp(norm(x, depth_scale), layer, context)
             elif layer.lanes == "single":
-                x = u + a + w.mlp(n, layer, self)
+                x = u + a + self.mlp(n, layer, context)
             else:
-                m = w.mlp(norm(lane, depth_scale), layer, self)
+                m = self.mlp(norm(lane, depth_scale), layer, context)
                 keep, post = self.parallel_resid_lambdas[i].to(w.dtype), self.parallel_post_lambdas[i].to(w.dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
                 lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
@@ -1965,7 +1970,7 @@ ROUTES = (
     Route("mlp_*bank", "muon", "matrix_lr", "muon_wd", "gptq:mlp"),
     Route("tok_emb", "adam", "tied_embed_lr", "embed_wd", "gptq:embed"),
     Route("bigram.table", "adam", "tied_embed_lr", "embed_wd", "int8"),
-    Route("bigram.proj gate.weight kv_conv", "adam", "scalar_lr", "adam_wd", "int8"),
+    Route("bigram.proj gate.weight kv_conv mlp_conv", "adam", "scalar_lr", "adam_wd", "int8"),
     Route("q_gain attn_scale mlp_scale resid_mix skip_weights skip_gates gate.bias smear_gate smear_lambda "
           "bigram.scale parallel_resid_lambdas parallel_post_lambdas", "adam", "scalar_lr", "adam_wd", "fp16"),
 )

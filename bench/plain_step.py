@@ -81,13 +81,13 @@ class Plain(nn.Module):
                     x = g * (x - skip) + (1 - g) * skip
             u = p["resid_mix"][i, 0] * x + p["resid_mix"][i, 1] * x0
             n = scale * self.norm(u)
-            a = self.attention(n, i, mask, turn, p)
+            a = self.attention(n, i, mask, turn, batch.positions, p)
             if layer.lanes == "none":
-                x = u + a + self.mlp(scale * self.norm(u + a), i, p)
+                x = u + a + self.mlp(scale * self.norm(u + a), i, batch.positions, p)
             elif layer.lanes == "single":
-                x = u + a + self.mlp(n, i, p)
+                x = u + a + self.mlp(n, i, batch.positions, p)
             else:
-                m = self.mlp(scale * self.norm(other), i, p)
+                m = self.mlp(scale * self.norm(other), i, batch.positions, p)
                 keep, post = p["parallel_resid_lambdas"][i], p["parallel_post_lambdas"][i]
                 x, other = (keep[0] * x + post[0, 0] * a + post[1, 0] * m,
                             keep[1] * other + post[0, 1] * a + post[1, 1] * m)
@@ -110,10 +110,20 @@ class Plain(nn.Module):
         a, b = x[..., :half], x[..., half:2 * half]
         return torch.cat([a * cos + b * sin, b * cos - a * sin, x[..., 2 * half:]], dim=-1)
 
-    def attention(self, n: Tensor, i: int, mask: Tensor, turn: tuple[Tensor, Tensor], p: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def convolved(x: Tensor, taps: Tensor, positions: Tensor) -> Tensor:
+        """x [R, T, C] plus taps [K, C] times itself and the tokens before in its document."""
+        before = [torch.where((positions >= j).unsqueeze(-1), x.roll(j, dims=1), 0) for j in range(len(taps))]
+        return x + sum(tap * value for tap, value in zip(taps, before))
+
+    def attention(self, n: Tensor, i: int, mask: Tensor, turn: tuple[Tensor, Tensor], positions: Tensor,
+                  p: dict[str, Tensor]) -> Tensor:
         """Attention of block i on its normed input."""
         cfg, dtype = self.cfg, n.dtype
-        q, k, v = ((n @ self.matrix(i, name).to(dtype).T).unflatten(-1, (-1, cfg.head_dim)) for name in "qkv")
+        q, k, v = (n @ self.matrix(i, name).to(dtype).T for name in "qkv")
+        if cfg.conv_taps:
+            k, v = (self.convolved(x, taps, positions) for x, taps in zip((k, v), p["kv_conv"][i].chunk(2, dim=-1)))
+        q, k, v = (x.unflatten(-1, (-1, cfg.head_dim)) for x in (q, k, v))
         q = self.rotated(self.norm(q), *turn) * p["q_gain"][i].unsqueeze(-1)
         k = self.rotated(self.norm(k), *turn)
         k, v = (t.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, dim=2) for t in (k, v))
@@ -126,8 +136,10 @@ class Plain(nn.Module):
             y = y * gate.unsqueeze(-1)
         return p["attn_scale"][i] * (y.flatten(2) @ self.matrix(i, "o").to(dtype).T)
 
-    def mlp(self, n: Tensor, i: int, p: dict[str, Tensor]) -> Tensor:
+    def mlp(self, n: Tensor, i: int, positions: Tensor, p: dict[str, Tensor]) -> Tensor:
         """MLP of block i on its normed input."""
+        if self.cfg.conv_taps:
+            n = self.convolved(n, p["mlp_conv"][i], positions)
         hidden = F.leaky_relu(n @ self.matrix(i, "up").to(n.dtype).T, self.cfg.mlp_slope).square()
         return p["mlp_scale"][i] * (hidden @ self.matrix(i, "down").to(n.dtype).T)
 
