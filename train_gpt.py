@@ -1555,16 +1555,6 @@ class Weights:
         `side`: the sublayer's input, for products whose adapter reads that instead of x."""
         return F.linear(x, self.matrices[name, layer.block if layer else 0])
 
-    def mlp(self, n: Tensor, layer: Layer, model: GPT) -> Tensor:
-        """MLP of one layer on its normed input."""
-        cfg, fused = model.cfg, model.kernels.mlp
-        if fused is not None and self.plain:
-            return fused(n, self.matrices["up", layer.block], self.matrices["down", layer.block], cfg.mlp_slope)
-        narrow = self.linear("up_in", layer, n) if cfg.mlp_rank else n
-        post = F.leaky_relu(self.linear("up", layer, narrow), cfg.mlp_slope).square()  # LeakyReLU(x)^2 (#493, #549)
-        narrow = self.linear("down_in", layer, post) if cfg.mlp_rank else post
-        return self.linear("down", layer, narrow, side=n)
-
 class RecordingWeights(Weights):
     """Plain weights that also sum what quantization needs to know, over all layers of a block, in fp32.
     Of every input x: x x^T. Of every gradient g at a product's output, once a backward runs: g^2; of every gradient at
@@ -1862,7 +1852,14 @@ class GPT(nn.Module):
 
     def mlp(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """MLP of one layer on its normed input n [R, T, D]."""
-        return context.w.mlp(self.convolved("mlp_conv", n.unsqueeze(2), layer, context).squeeze(2), layer, self)
+        cfg, w, fused = self.cfg, context.w, self.kernels.mlp
+        n = self.convolved("mlp_conv", n.unsqueeze(2), layer, context).squeeze(2)
+        if fused is not None and w.plain:
+            return fused(n, w.matrices["up", layer.block], w.matrices["down", layer.block], cfg.mlp_slope)
+        narrow = w.linear("up_in", layer, n) if cfg.mlp_rank else n
+        post = F.leaky_relu(w.linear("up", layer, narrow), cfg.mlp_slope).square()  # LeakyReLU(x)^2 (#493, #549)
+        narrow = w.linear("down_in", layer, post) if cfg.mlp_rank else post
+        return w.linear("down", layer, narrow, side=n)
 
     def convolved(self, name: str, x_RTNH: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """x plus a mixture of its own and the tokens' before in their segment, channel by channel; without taps x."""
