@@ -170,7 +170,7 @@ class DataKnobs(Knobs):
     train_seq_len: Size = 2048  # tokens of a training row; longer documents are cut
     train_batch_tokens: Size = 786_432  # tokens of one optimizer step over all ranks
     micro_batch_tokens: Size = 98_304  # most tokens of one forward and backward on one device; more are accumulated
-    shuffle: Literal["window", "document", "none"] = "window"  # what is permuted in each epoch: rows, or documents
+    shuffle: Literal["window", "none"] = "window"  # whether each epoch permutes the rows
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKnobs(Knobs):
@@ -319,7 +319,7 @@ PRESETS: dict[str, dict] = {
     "record": {},
     "demo": dict(
         data_path="data/datasets/demo_sp1024", train_seq_len=256, train_batch_tokens=1024, micro_batch_tokens=1024,
-        shuffle="document", vocab_size=1024, num_layers=2, model_dim=96, num_heads=4, num_kv_heads=2, xsa_last_n=2,
+        vocab_size=1024, num_layers=2, model_dim=96, num_heads=4, num_kv_heads=2, xsa_last_n=2,
         num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=1, qk_gain_init=3.0,
         tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
         tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
@@ -887,44 +887,29 @@ class TrainData:
                 f"{cfg.train_seq_len} and its target")
         beginning = hashlib.sha256(self.stream.read(0, min(len(self.stream), 4096)).tobytes()).hexdigest()[:12]
         self.corpus = f"{len(self.stream.shards)} shards of {len(self.stream)} tokens that begin {beginning}"
-        self.starts = self.stream.document_starts() if cfg.shuffle == "document" else np.zeros(1, dtype=np.int64)
         # A shuffled phase may leave one row less, so one is never used.
         self.rows_per_epoch = max(1, (len(self.stream) - 1) // cfg.train_seq_len - (cfg.shuffle == "window"))
         rows = -(-cfg.train_rows // run.world)
-        self.plan = functools.lru_cache(maxsize=2)(self.plan_epoch)  # a step may lie in two epochs
+        self.starts = functools.lru_cache(maxsize=2)(self.plan_epoch)  # a step may lie in two epochs
         self.micro_rows = min(rows, cfg.micro_batch_tokens // cfg.train_seq_len)  # of one forward on this device
         self.num_micro = -(-rows // self.micro_rows)  # forwards of one optimizer step, the same on every rank
 
-    def plan_epoch(self, epoch: int) -> tuple:
-        """Order of an epoch by SHUFFLE: (documents, their ends in that order), or (start of each row, nothing).
-        Permuted windows begin at a random phase, so that epochs cut the stream differently.
+    def plan_epoch(self, epoch: int) -> np.ndarray:
+        """Where each row of an epoch starts in the stream, in the order of SHUFFLE.
+        Permuted rows begin at a random phase, so that epochs cut the stream differently.
         """
-        order, seq_len, tokens = self.cfg.shuffle, self.cfg.train_seq_len, len(self.stream)
+        seq_len, tokens = self.cfg.train_seq_len, len(self.stream)
+        if self.cfg.shuffle == "none":
+            return np.arange(0, tokens - seq_len, seq_len)
         rng = np.random.default_rng([self.cfg.seed, epoch])
-        if order == "document":
-            documents = rng.permutation(len(self.starts))
-            return documents, np.cumsum(np.diff(np.append(self.starts, tokens))[documents])
-        phase = 0 if order == "none" else int(rng.integers(0, min(seq_len, tokens - seq_len)))
-        rows = np.arange((tokens - 1 - phase) // seq_len)
-        if order == "window":
-            rows = rng.permutation(len(rows))
-        return phase + rows.astype(np.int64) * seq_len, np.empty(0)
+        phase = int(rng.integers(0, min(seq_len, tokens - seq_len)))
+        return phase + rng.permutation((tokens - 1 - phase) // seq_len) * seq_len
 
     def row(self, index: int) -> np.ndarray:
         """The seq_len + 1 ids of global row `index`."""
         epoch, i = divmod(index, self.rows_per_epoch)
-        seq_len, (order, ends) = self.cfg.train_seq_len, self.plan(epoch)
-        if self.cfg.shuffle != "document":
-            return self.stream.read(int(order[i]), int(order[i]) + seq_len + 1)
-        start, stop, parts = i * seq_len, (i + 1) * seq_len + 1, []
-        k = int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            end = min(stop, int(ends[k]))
-            document = int(self.starts[order[k]])
-            begin = document + start - int(ends[k - 1] if k else 0)
-            parts.append(self.stream.read(begin, begin + end - start))
-            start, k = end, k + 1
-        return np.concatenate(parts)
+        start = int(self.starts(epoch)[i])
+        return self.stream.read(start, start + self.cfg.train_seq_len + 1)
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step: rows rank, rank + world, ... of the global batch."""

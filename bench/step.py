@@ -203,7 +203,7 @@ def loader_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) ->
     """
     rows = []
     for seq_len, tokens in dict.fromkeys([(cfg.train_seq_len, cfg.micro_batch_tokens), (2048, 98_304)]):
-        for shuffle in ("window", "document", "none"):
+        for shuffle in ("window", "none"):
             shape = dataclasses.replace(cfg, train_seq_len=seq_len, micro_batch_tokens=tokens, shuffle=shuffle,
                                         train_batch_tokens=tokens // seq_len * seq_len * run.world)
             data, numbers = tg.TrainData(shape, run), itertools.count()

@@ -26,7 +26,7 @@ TINY = dict(vocab_size="512", num_layers="4", model_dim="32", num_heads="2", num
             loop_end="2", num_loops="1", parallel_start_layer="3", train_seq_len="32", train_batch_tokens="384",
             micro_batch_tokens="128", eval_seq_len="32", eval_stride="8", val_batch_tokens="1024",
             max_wallclock_seconds="0", iterations="4", warmup_steps="1", gptq_calibration_batches="2",
-            shuffle="document", ema_decay="0.5", dtype="float32", enable_looping_at="0.5", rope_dims="8", device="cpu",
+            ema_decay="0.5", dtype="float32", enable_looping_at="0.5", rope_dims="8", device="cpu",
             diagnostic_evals="ema,quantized,sliding", ttt_chunk_size="32", ttt_context="cache", ttt_lora_rank="4",
             ttt_lora_lr="0.002", ttt_lora_alpha="8", phased_ttt_num_phases="2", phased_ttt_prefix_docs="5",
             ttt_chunk_tokens="64", global_ttt_lr="0.01", ngram_base_beta="2", ngram_rules="2:0.5:1,4:0.5:1",

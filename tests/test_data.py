@@ -15,7 +15,7 @@ BOS = tg.BOS_ID
 LENGTHS = [5, 1, 40, 2, 1, 1, 90, 33, 7, 64, 3, 150, 31, 32, 20, 11]  # empty documents, some longer than a row
 ENDS = np.cumsum(LENGTHS) + 2
 DOCUMENTS = [[BOS, *range(end - n + 1, end)] for n, end in zip(LENGTHS, ENDS.tolist())]  # no other id occurs twice
-ORDERS = ["window", "document", "none"]
+ORDERS = ["window", "none"]
 
 
 def write_shards(folder: Path, ids: np.ndarray, edges: list[int], split: str = "train") -> Path:
@@ -109,34 +109,17 @@ def test_an_epoch_reaches_every_shard_and_no_token_twice(order, tmp_path):
         assert (reached[np.diff(edges, prepend=0) > 4 * data.cfg.train_seq_len] > 0).all() and (reached > 0).sum() > 15
 
 
-@pytest.mark.parametrize("order", ["window", "document"])
-def test_the_order_depends_on_seed_and_epoch_alone(order, corpus):
-    plans = [train_data(corpus, shuffle=order, seed=seed).plan_epoch(epoch)[0].tolist() for seed in (0, 1)
-             for epoch in (0, 1)]
+def test_the_order_depends_on_seed_and_epoch_alone(corpus):
+    plans = [train_data(corpus, seed=seed).plan_epoch(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
-    assert plans[3] == train_data(corpus, 1, 3, shuffle=order, seed=1).plan_epoch(1)[0].tolist()
+    assert plans[3] == train_data(corpus, 1, 3, seed=1).plan_epoch(1).tolist()
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_a_document_epoch_holds_every_document_whole_and_once(epoch, corpus):
-    """Rows are the exact concatenation of documents in random order; only the last row's rest is left out."""
-    rows = epoch_of(train_data(corpus, shuffle="document"), epoch)
-    assert all(row[-1] == following[0] for row, following in zip(rows, rows[1:]))
-    stream = np.concatenate([row[:-1] for row in rows] + [rows[-1][-1:]])
-    *parts, cut = (part.tolist() for part in np.split(stream, np.flatnonzero(stream == BOS)[1:]))
-    left_out = list(DOCUMENTS)
-    for document in parts:
-        left_out.remove(document)
-    assert cut in [d[:len(cut)] for d in left_out] and sum(map(len, left_out)) - len(cut) < 32
-    assert parts != DOCUMENTS[:len(parts)]
-
-
-@pytest.mark.parametrize("order", ["window", "document"])
 @pytest.mark.parametrize("world", [1, 5, 13])
-def test_the_ranks_together_have_the_batch_of_one_process(world, order, corpus):
+def test_the_ranks_together_have_the_batch_of_one_process(world, corpus):
     """Row j of rank r is row r + j*world, in as many forwards of one shape; the third step begins an epoch."""
-    single = train_data(corpus, shuffle=order)
-    ranks = [train_data(corpus, rank, world, shuffle=order) for rank in range(world)]
+    single = train_data(corpus)
+    ranks = [train_data(corpus, rank, world) for rank in range(world)]
     for step in range(3):
         rows = []
         for data in ranks:
