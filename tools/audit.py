@@ -4,8 +4,9 @@
     python -m tools.audit --static FOLDER_OR_SCRIPT [TOKENIZER=file.model] [DATA_PATH=folder]
 
 The dynamic audit runs the script's own evaluation on a short piece of the real validation stream, again and again with
-ids changed, and looks at what the scores, the states behind them and the ledger do; then it trains and scores a tiny
-model and watches what is read. Knobs are those of the run (DEVICE=cpu and DTYPE=float32 unless given: what is compared
+ids changed, and looks at what the scores, the states behind them and the ledger do; the same on a long piece, where a
+process of the script's own must come to the same score; then it trains and scores a tiny model and watches what is
+read. Knobs are those of the run (DEVICE=cpu and DTYPE=float32 unless given: what is compared
 is exact). The static audit reads sources without running them. Exit status: 0 nothing refuted, 1 a probe failed, 2 the
 audit could not be made.
 
@@ -17,13 +18,17 @@ audit could not be made.
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import io
 import json
+import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +45,7 @@ from tools.evidence import (
     TRACK_SECONDS,
     Finding,
     audit_log,
+    charged,
     failed,
     load_module,
     spelled,
@@ -85,16 +91,19 @@ def fingerprint(tensors: Sequence[torch.Tensor], rows: int = 1) -> torch.Tensor:
     """Return [rows] int64 checksums of the bits of tensors whose first axis is split into `rows`."""
     total = torch.zeros(rows, dtype=torch.int64)
     for t in tensors:
-        bits = t.detach().contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32)
-        total = total * 1_000_003 + bits.reshape(rows, -1).sum(1, dtype=torch.int64).cpu()
+        flat, size = t.detach().contiguous().view(rows, -1), t.element_size()
+        odd = (flat.size(1) * size | flat.storage_offset() * size) % 8  # pairs are summed twenty times as fast
+        bits = flat.view((torch.int16 if size == 2 else torch.int32) if odd else torch.int64)
+        total = total * 1_000_003 + bits.sum(1, dtype=torch.int64).cpu()
     return total
 
 
 class Watch:
     """Records which state scored what, and when, from outside: the program's own classes stay what they are."""
 
-    def __init__(self, module: ModuleType, targets: int, probes: Sequence[int], deep: bool) -> None:
-        """probes: targets whose whole distributions are taken; deep: give every batch garbage targets as well."""
+    def __init__(self, module: ModuleType, targets: int, probes: Sequence[int], deep: float) -> None:
+        """probes: targets whose whole distributions are taken; deep: share of the batches that are given garbage
+        targets as well."""
         self.module, self.probes, self.deep = module, list(probes), deep
         self.first = np.full(targets, np.nan)
         self.shared, self.own = np.zeros(targets, dtype=np.int64), np.zeros(targets, dtype=np.int64)
@@ -103,6 +112,10 @@ class Watch:
         self.later: list[tuple[np.ndarray, np.ndarray, int, np.ndarray]] = []
         self.hidden = self.rows = np.nan
         self.busy, self.dice = False, torch.Generator().manual_seed(0)
+
+    def due(self, seen: float) -> bool:
+        """Whether to look closely now: the first time, then at random."""
+        return self.deep > 0 and (np.isnan(seen) or float(torch.rand((), generator=self.dice)) < self.deep)
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
@@ -114,12 +127,13 @@ class Watch:
         def seen_nats(own: Any, *arguments: Any) -> Any:
             if self.busy:
                 return nats(own, *arguments)
-            before = self.state(arguments)
+            closely = self.due(self.rows)
+            before = self.state(arguments) if closely else 0
             out = nats(own, *arguments)
-            if self.state(arguments) != before:
+            if closely and self.state(arguments) != before:
                 self.timeline.append(("touched",))
             self.busy = True
-            self.see(functools.partial(nats, own), out, *arguments)
+            self.see(closely, functools.partial(nats, own), out, *arguments)
             self.busy = False
             return out
 
@@ -131,7 +145,7 @@ class Watch:
         @functools.wraps(forward)
         def seen_forward(model: Any, batch: Any, layers: Any, w: Any, *cache: Any) -> Any:
             garbage = None
-            if self.deep and batch.targets is not None:
+            if batch.targets is not None and self.due(self.hidden):
                 with torch.no_grad():
                     other = batch._replace(targets=torch.randint(2, model.cfg.vocab_size, batch.targets.shape,
                                                                  generator=self.dice))  # nobody else's throw changes
@@ -150,12 +164,12 @@ class Watch:
             step.remove()
 
     def state(self, arguments: Sequence[Any]) -> int:
-        """Return the fingerprint of all weights of a call, where this look is a deep one."""
+        """Return the fingerprint of all weights of a call."""
         model, w = arguments[0], arguments[-1]
-        held = [*model.parameters(), *getattr(w, "parameters", ()), *w.matrices.values()] if self.deep else []
-        return int(fingerprint(held))
+        return int(fingerprint([*model.parameters(), *getattr(w, "parameters", ()), *w.matrices.values()]))
 
-    def see(self, nats: Callable, out: Any, model: Any, hidden: Any, targets: Any, numbers: Any, w: Any) -> None:
+    def see(self, closely: bool, nats: Callable, out: Any, model: Any, hidden: Any, targets: Any, numbers: Any, w: Any
+            ) -> None:
         """Enter what one call of the scorer did; `nats` is that call with other arguments."""
         flat, scores = numbers.flatten().cpu().numpy(), out[0].detach().flatten().double().cpu().numpy()
         real = np.flatnonzero((targets.flatten() != self.module.IGNORE).cpu().numpy())  # the rest is padding
@@ -175,8 +189,8 @@ class Watch:
         with torch.no_grad():
             for i in new[np.isin(at, self.probes)]:
                 self.full[int(flat[i])] = self.everything(nats, model, hidden, int(i), int(flat[i]), w)
-            logits = w.linear("head", None, hidden).flatten(0, -2) if self.deep else hidden
-            for parity, extreme in enumerate((logits.argmax(-1), logits.argmin(-1))) if self.deep else ():
+            logits = w.linear("head", None, hidden).flatten(0, -2) if closely else hidden
+            for parity, extreme in enumerate((logits.argmax(-1), logits.argmin(-1))) if closely else ():
                 swapped, kept = targets.flatten().clone(), real[parity::4]
                 swapped[np.setdiff1d(real, kept)] = extreme[np.setdiff1d(real, kept)]  # moves the chunk's loss most
                 other = nats(model, hidden, swapped.view_as(targets), numbers, w)[0].flatten().double().cpu().numpy()
@@ -224,7 +238,7 @@ class Subject:
         self.one_row: dict[str, Any] = dict(self.apart, ttt_batch_size=1, val_batch_tokens=8 * self.cfg.eval_seq_len)
         """The same with every document, or row of windows, in a batch of its own."""
 
-    @property
+    @functools.cached_property
     def shares(self) -> bool:
         """Whether documents learn from one another at all."""
         return bool(self.apart.items() - vars(self.cfg).items())
@@ -233,7 +247,7 @@ class Subject:
         """Return the number of the document whose input predicts this target; of arrays, too."""
         return np.searchsorted(self.starts, target, side="right") - 1
 
-    def score(self, ids: np.ndarray | None = None, probes: Sequence[int] = (), deep: bool = False, **knobs: Any
+    def score(self, ids: np.ndarray | None = None, probes: Sequence[int] = (), deep: float = 0.0, **knobs: Any
               ) -> Outcome:
         """Run the production path once on `ids` (default: the stream) with some knobs replaced."""
         m, run = self.module, self.run
@@ -275,7 +289,7 @@ class Subject:
         """The stream as it is, looked at closely; sums are taken where hints, or the model, were most right, too."""
         right = self.plain.nats if self.plain.hints is None else \
             self.plain.nats - 99.0 * (self.plain.hints[1].cpu().numpy() > 0)
-        return self.score(probes=[*self.positions, *right.argsort()[:min(64, self.affordable)]], deep=True)
+        return self.score(probes=[*self.positions, *right.argsort()[:min(64, self.affordable)]], deep=1.0)
 
     @functools.cached_property
     def cuts(self) -> list[dict[int, int]]:
@@ -303,7 +317,7 @@ class Subject:
         """The stream with nothing that learns across documents, looked at closely; as many of the cuts as are cheap."""
         cuts = [t for cut in self.cuts for t in cut.values()]
         cuts = self.rng.permutation(sorted({*cuts}))[:self.affordable].tolist()
-        return self.score(probes=cuts, deep=True, **self.apart)
+        return self.score(probes=cuts, deep=1.0, **self.apart)
 
 
 def miniature(module: ModuleType, cfg: Any, ids: np.ndarray) -> Any:
@@ -731,8 +745,10 @@ class Stage:
         self.open_phases = [("no phase", "none")]
         self.frozen = self.trained = False
         self.seconds, self.since = Counter[str](), time.perf_counter()
+        self.script = os.path.realpath(str(module.__file__))
         own = [sys.prefix, sys.base_prefix, *sys.path[1:], *(p for p in os.environ.get("TMPDIR", "").split())]
-        self.known = (*{os.path.abspath(p) for p in own if p and os.path.abspath(p) != os.getcwd()}, "/proc", "/sys",
+        own = [os.path.abspath(p) for p in own if p]
+        self.known = (*{p for p in own if p not in (os.getcwd(), os.path.dirname(self.script))}, "/proc", "/sys",
                       "/dev", "/etc", "/usr", "/lib", str(ROOT / "bench"), str(ROOT / "tools"))
 
     def fault(self, condition: str, text: str) -> None:
@@ -772,7 +788,7 @@ class Stage:
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
         name = os.path.basename(path)
-        if path == self.tokenizer or path.endswith((".py", ".pyc")):
+        if path == self.tokenizer or os.path.realpath(path) == self.script:
             return
         if not path.startswith(self.folder):
             if not path.startswith(self.known):
@@ -799,6 +815,7 @@ class Stage:
             stage.open_phases.append((name, budget))
             try:
                 with phase(own, name, budget):
+                    time.sleep(0.03 * (budget != "none"))  # so that the verdict's time shows a phase that it leaves out
                     yield
             finally:
                 stage.charge()
@@ -871,10 +888,7 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
     """A2, D8: train, pack and score in miniature; see who reads what in which phase, and whose score the verdict is.
     ids [N] are written as training and as validation shards. The validation's tokens may be read only after
     `fit_to_cap` has returned the artifact, training's only before that and, once training has started, on its clock.
-    The same training beside other validation tokens must give the same weights; the artifact alone, in a folder
-    without training shards, the same verdict; and that must be our own sum."""
-    from sentencepiece import SentencePieceProcessor
-
+    The same training beside other validation tokens must give the same weights; and the verdict must be our own sum."""
     from bench.common import write_shard  # the format is the challenge's, whatever the module under audit is
     rng, ids = np.random.default_rng(0), ids.astype(np.int64)
     sizes = 1 + np.arange(len(ids)) % 5
@@ -886,13 +900,12 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
 
     code, fixed = functools.cache(module.shipped_source), module.score_fixed  # the first takes longer than all else
     with tempfile.TemporaryDirectory() as name, mock.patch.multiple(module, shipped_source=code, score_fixed=better):
-        folders = [Path(name).resolve() / part for part in ("data", "other", "bare")]
+        folders = [Path(name).resolve() / part for part in ("data", "other")]
         for folder in folders:
             (folder / "logs").mkdir(parents=True)
             own = ids if folder.name != "other" else other_ids(module, ids, cfg.vocab_size, rng)
             write_shard(folder / "fineweb_val_000000.bin", own)
-            if folder.name != "bare":
-                write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, -(-256 // len(ids))))
+            write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, -(-256 // len(ids))))
             if cfg.caseops_enabled:
                 write_shard(folder / "fineweb_val_bytes_000000.bin", sizes)
         stage, knobs = Stage(module, folders[0], tokenizer), rehearsal_knobs(cfg, folders[0], tokenizer)
@@ -901,28 +914,17 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
         if any(stage.faults.values()):
             return stage.findings()
         verdict, artifact = last(log, "verdict"), module.unpack(stem.with_suffix(".bin").read_bytes())
-        bare = rehearsal_knobs(cfg, folders[2], tokenizer)
-        bare["EVAL_ONLY"] = str(folders[2] / "weights")
-        Path(bare["EVAL_ONLY"]).write_bytes(stem.with_suffix(".bin").read_bytes())
-        run_cfg = module.Config.from_env(bare)
-        own = Subject(module, run_cfg, ids, lambda: loaded(module, artifact, run_cfg), scaled=False)
-        nats = own.plain.nats
-        counted = int(sizes[1:].sum())
-        if not cfg.caseops_enabled:
-            sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), np.flatnonzero(ids == module.BOS_ID)[1:]
-            counted = sum(len(spelled(sp, own[1:].tolist())) for own in np.split(ids, edges))
-        loss = float(nats.sum()) / len(nats)
-        expected = dict(tokens=len(ids) - 1, bytes=counted, val_loss=loss,
-                        val_bpb=loss * len(nats) / np.log(2) / max(1, counted),
-                        artifact_bytes=stem.with_suffix(".bin").stat().st_size + len(code(Path(module.__file__))))
-        wrong = [name for name, value in expected.items() if not abs(verdict[name] / value - 1) <= 1e-5]
-        first, sums = (last(log, "first_documents") or {}).get("nats", []), nats.cumsum()[own.ends[:16] - 1].tolist()
-        if len(first) != len(sums) or largest(np.array(first), np.array(sums)) > 1e-5 * max(1.0, *sums):
-            wrong.append("first_documents")
-        if slow := [b for b in ("train", "eval") if verdict[f"{b}_seconds"] < 0.8 * stage.seconds[b] - 0.01]:
+        run_cfg = module.Config.from_env(knobs)
+        nats = Subject(module, run_cfg, ids, lambda: loaded(module, artifact, run_cfg), scaled=False).plain.nats
+        wrong = refuted(log, nats, ids, byte_count(module, ids, sizes if cfg.caseops_enabled else None, tokenizer))
+        size = stem.with_suffix(".bin").stat().st_size + len(code(Path(module.__file__)))
+        wrong += ["artifact_bytes"] * (verdict["artifact_bytes"] != size)
+        by_phase = charged([e for e in log if e["event"] == "phase"])
+        if slow := [b for b in ("train", "eval") if verdict[f"{b}_seconds"] < max(
+                0.8 * stage.seconds[b] - 0.01, by_phase[b] - 0.015)]:
             stage.fault("accounting", f"the verdict has less time of {', '.join(slow)} than was spent: rulings I, J")
         sum_of_all = Finding("D8", "accounting", not wrong, f"targets={len(nats)} val_loss={verdict['val_loss']:.6f} "
-                             f"own={loss:.6f} wrong={','.join(wrong) or 0}",
+                             f"own={nats.mean():.6f} wrong={','.join(wrong) or 0}",
                              "the verdict must be our own sum over the shards and the ledger: rulings O, Q")
         if wrong or slow:
             return [*stage.findings(), sum_of_all]
@@ -931,17 +933,33 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
         weights = module.unpack(other.with_suffix(".bin").read_bytes()).tensors
         if any(not torch.equal(values, weights[name]) for name, values in artifact.tensors.items()):
             stage.fault("C3", "the artifact's weights depend on the validation tokens: rulings A, C, H, K")
-        for left in (*folders[0].rglob("*"), *folders[1].rglob("*")):
-            if left.is_file():
-                left.unlink()
-        try:
-            again = last(perform(module, bare)[1], "verdict")
-            moved = [name for name in expected if not abs(verdict[name] / again[name] - 1) <= 1e-5]
-        except ToolError as error:
-            moved = [str(error)]
-        return [*stage.findings(), sum_of_all,
-                Finding("D8", "accounting", not moved, f"moved={','.join(moved) or 0}",
-                        "the artifact alone, in another folder, must have the same verdict")]
+        return [*stage.findings(), sum_of_all]
+
+
+def byte_count(module: ModuleType, ids: np.ndarray, sizes: np.ndarray | None, tokenizer: Path | None) -> int:
+    """Return the bytes of all targets of ids [N], by sizes [N] where a side file has them, else by their text."""
+    if sizes is not None:
+        return int(sizes[1:].sum())
+    from sentencepiece import SentencePieceProcessor
+    sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), np.flatnonzero(ids == module.BOS_ID)[1:]
+    return sum(len(spelled(sp, own[1:].tolist())) for own in np.split(ids, edges))
+
+
+def refuted(log: Sequence[Mapping[str, Any]], nats: np.ndarray, ids: np.ndarray, size: int) -> list[str]:
+    """Name what a log says of a stream ids [T + 1] with `size` bytes that is not our own sum of nats [T]."""
+    verdict, loss = last(log, "verdict") or {}, float(nats.sum()) / len(nats)
+    expected = dict(tokens=len(nats), bytes=size, val_loss=loss, val_bpb=loss * len(nats) / np.log(2) / max(1, size))
+    wrong = [name for name, value in expected.items() if not abs(verdict[name] / value - 1) <= 1e-5]
+    starts = np.flatnonzero(ids == ids[0])
+    place = np.arange(len(nats)) - np.repeat(starts, np.diff(starts, append=len(nats)))
+    sums = {"first_documents": nats.cumsum()[np.append(starts[1:], len(nats))[:16] - 1],
+            "places": np.bincount(np.log2(place + 1).astype(int), weights=nats)}
+    for name, own in sums.items():
+        said = last(log, name) or {}
+        said = np.array(said.get("position", said).get("nats", []))
+        if said.shape != own.shape or largest(said, own) > 1e-5 * max(1.0, *own):
+            wrong.append(name)
+    return wrong
 
 
 def loaded(module: ModuleType, artifact: Any, cfg: Any) -> Any:
@@ -952,18 +970,123 @@ def loaded(module: ModuleType, artifact: Any, cfg: Any) -> Any:
     return model
 
 
+# -- a long stream, and a process that nobody is inside of ---------------------------------------------
+
+LONG_SECONDS, LONG_IDS = 10.0, (1 << 13, 1 << 17)
+"""CPU time of one run over the long stream; its least and most ids."""
+LONG_PROBES = (probe_ledger, probe_states, probe_number, probe_hints, probe_calls,
+               functools.partial(probe_targets, shared=True))
+LISTENER = """import os, sys
+from time import time
+def hear(event, arguments, told={told}, events={events}, fspath=os.fspath, fsdecode=os.fsdecode, number=int, clock=time,
+         absolute=os.path.abspath, write=os.write, forget=sys.modules.pop, new=os.O_EXCL):
+    forget("sitecustomize", None)
+    if event in events and not (event == "open" and (isinstance(arguments[0], number) or
+                                                     arguments[1] is None and arguments[2] & new)):  # tempfile's trials
+        name = absolute(fsdecode(fspath(arguments[0]))) if event == "open" else ""
+        write(told, (repr((clock(), event, name)) + "\\n").encode())
+sys.path.remove(os.environ.pop("PYTHONPATH"))
+sys.addaudithook(hear)
+"""
+"""What Python runs before a script, where PYTHONPATH leads to it: it tells of files, and leaves nothing to be found."""
+
+
+def remarked(module: ModuleType, blob: bytes, **marks: Any) -> bytes:
+    """Return an artifact with other fields in its header."""
+    *head, size = module.ARTIFACT_HEAD.unpack_from(blob)
+    text = json.dumps({**header_of(module, blob), **marks}).encode()
+    packed = len(text).to_bytes(4, "little") + module.brotli_pack(text)
+    body = module.ARTIFACT_HEAD.pack(*head, len(packed)) + packed
+    body += blob[module.ARTIFACT_HEAD.size + size:-module.DIGEST_BYTES]
+    return body + hashlib.blake2b(body, digest_size=module.DIGEST_BYTES).digest()
+
+
+def long_subject(subject: Subject, cfg: Any, ids: np.ndarray) -> Subject:
+    """Return the subject on as long a stream as there is time for, to be flipped from the middle of one document on."""
+    m, begun = subject.module, time.process_time()
+    assert Subject(m, cfg, ids[:1 << 11], subject.make_model, scaled=False).plain
+    least, most = LONG_IDS
+    ids = ids[:min(most, max(least, int(LONG_SECONDS / (time.process_time() - begun) * min(len(ids), 1 << 11))))]
+    small = miniature(m, cfg, ids)
+    cfg = dataclasses.replace(cfg, eval_seconds_budget=36_000.0, **{name: getattr(small, name) for name in (
+        "phased_ttt_prefix_docs", "phased_ttt_num_phases", "ttt_chunk_tokens")})
+    long = Subject(m, cfg, ids, subject.make_model, scaled=False)
+    odd = max(1, len(long.starts) // 4 * 2 - 1) % len(long.starts)
+    long.positions, long.shares = [int(long.starts[odd] + long.ends[odd]) // 2], True
+    return long
+
+
+def apart(long: Subject, tokenizer: Path | None, cfg: Any, blob: bytes, env: Mapping[str, str]) -> list[Finding]:
+    """Ask of a long stream what is affordable, while the script scores the same stream as a user starts it: from a
+    folder with these shards alone, in a process that is watched from outside."""
+    from bench.common import write_shard
+    m, ids, sizes, script = long.module, long.ids, None, Path(str(long.module.__file__)).resolve()
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as heard:
+        home = Path(name).resolve()
+        folder, logs, site = home / "datasets" / cfg.dataset_dir.resolve().name, home / "logs", home / "site"
+        for path in (folder, logs, site):
+            path.mkdir(parents=True)
+        write_shard(folder / "fineweb_val_000000.bin", ids)
+        if cfg.caseops_enabled:
+            sizes = m.TokenStream(cfg.dataset_dir, "fineweb_val_bytes").read(0, len(ids))
+            write_shard(folder / "fineweb_val_bytes_000000.bin", sizes)
+        own_cfg = dataclasses.replace(long.cfg, data_path=str(folder), log_dir=str(logs), run_id="", resume="0",
+                                      tokenizer_path=str(tokenizer.resolve() if tokenizer else ""),
+                                      eval_only=str(logs / "artifact.bin"))
+        blob = remarked(m, blob, validation=m.validation_digest(own_cfg))
+        Path(own_cfg.eval_only).write_bytes(blob)
+        (site / "sitecustomize.py").write_text(LISTENER.format(told=heard.fileno(), events={"open", *OUTSIDE_WORLD}))
+        changed = {name.upper(): typed_text(value) for name, value in vars(own_cfg).items()
+                   if value != getattr(cfg, name)}
+        settings = {**MACHINE, **env, **changed, "PYTHONPATH": str(site),
+                    "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        with subprocess.Popen([sys.executable, str(script)], env=settings, cwd=script.parent, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[heard.fileno()]) as process:
+            some = long.rng.integers(len(ids) - 1, size=long.affordable).tolist()
+            long.base = long.plain = long.alone = long.score(probes=[*long.positions, *some], deep=0.2)
+            findings = [finding for probe in LONG_PROBES for finding in probe(long)]
+            screen = process.communicate()[0].decode(errors="replace").strip()
+        if failed(findings):
+            return findings
+        if process.returncode:
+            raise ToolError(f"{script}: a process of its own ended with status {process.returncode}: "
+                            f"{screen.rpartition(chr(10))[2]}")
+        heard.seek(0)
+        stage, told = Stage(m, home, tokenizer), [ast.literal_eval(line.decode()) for line in heard]
+        stage.frozen, stage.open_phases = True, [("a process of its own", "eval")]
+        for _, event, path in told:
+            stage.opened(event, (path,))
+        path = next(logs.glob("*.jsonl"))
+        findings += [f for f in audit_log(path, blob, seconds=math.inf) if f.failed]
+        if not failed(findings):
+            log, nats = events(path), long.plain.nats
+            begun, verdict = min(at for at, _, opened in told if opened == str(path)), last(log, "verdict")
+            if verdict["total_seconds"] < 0.9 * (path.stat().st_mtime - begun) - 0.2:
+                stage.fault("accounting", "the verdict has less time than has passed: rulings I, J")
+            wrong = refuted(log, nats, ids, byte_count(m, ids, sizes, tokenizer))
+            findings.append(Finding("D8", "accounting", not wrong, f"targets={len(nats)} val_loss="
+                                    f"{verdict['val_loss']:.6f} own={nats.mean():.6f} wrong={','.join(wrong) or 0}",
+                                    "a process that nobody looks into must come to the audited score: ruling Q"))
+        return [*findings, *stage.findings()]
+
+
 # -- the artifact, and the log that it is said to have ---------------------------------------------------
 
+MACHINE = {"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off"}
 HEADER = {"preset", "global_scale", "trellis", "score", "validation", "model", "streams"}
 """What this program writes into the header of an artifact."""
 
 
-def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> list[Finding]:
-    """A4: what the artifact says of itself: nothing that the program does not write, these knobs, this validation."""
+def header_of(module: ModuleType, blob: bytes) -> dict[str, Any]:
+    """Return what an artifact's header holds."""
     begin = module.ARTIFACT_HEAD.size
     size = int.from_bytes(blob[begin:begin + 4], "little")
-    packed = blob[begin + 4:begin + module.ARTIFACT_HEAD.unpack_from(blob)[2]]
-    header = json.loads(module.brotli_unpack(packed, size))
+    return json.loads(module.brotli_unpack(blob[begin + 4:begin + module.ARTIFACT_HEAD.unpack_from(blob)[2]], size))
+
+
+def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> list[Finding]:
+    """A4: what the artifact says of itself: nothing that the program does not write, these knobs, this validation."""
+    header = header_of(module, blob)
     strange = sorted(set(header) - HEADER)
     told = " ".join(f"{name}={json.dumps(header[name])[:60]}" for name in strange)
     changed = [name for name, value in artifact.knobs.items() if getattr(cfg, name) != value and name != "preset"]
@@ -974,28 +1097,20 @@ def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> li
                     "to be audited with the artifact's own knobs, on its validation set", suspect=True)]
 
 
-def probe_first_documents(log: Path, subject: Subject, cfg: Any, ids: np.ndarray) -> list[Finding]:
-    """A3: score the first documents again, from the artifact, and compare with what the log has of them."""
-    held = events(log)
-    said, start = last(held, "first_documents"), last(held, "start") or {}
-    if said is None:
+def probe_first_documents(log: Path, long: Subject) -> list[Finding]:
+    """A3: what the artifact makes of the documents before anything shared has learned, against what the log has."""
+    held, rows = events(log), long.base.events
+    said, start = last(held, "first_documents") or {}, last(held, "start") or {}
+    first = rows[(rows[:, 0] == 0) & (rows[:, 2] == long.module.Ledger.SCORE), 5].max()
+    ends = long.ends[:-1][long.ends[:-1] <= first][:len(said.get("nats", ""))]
+    if not len(ends):
         return [Finding("A3", "accounting", False, "first_documents=none", "the log cannot be refuted", suspect=True)]
-    starts = np.flatnonzero(ids == subject.module.BOS_ID)
-    fixed = cfg.ttt_chunk_tokens if cfg.ttt == "sgd" else 6000
-    count = int(np.searchsorted(starts[1:], fixed, side="right")) or 1
-    phases = cfg.phased_ttt_num_phases if cfg.ttt == "lora" else 0
-    if phases:
-        count = min(count, max(1, cfg.phased_ttt_prefix_docs // phases))
-    count = min(count, len(said["nats"]), len(starts) - 1)
-    piece = Subject(subject.module, dataclasses.replace(cfg, eval_seconds_budget=1e9, phased_ttt_num_phases=0,
-                                                        ttt="none" if cfg.ttt == "sgd" else cfg.ttt),
-                    ids[:starts[count] + 1], subject.make_model, scaled=False)
-    nats = piece.plain.nats.cumsum()[starts[1:count + 1] - 1].tolist()
-    worst = max((abs(a / b - 1) for a, b in zip(said["nats"], nats)), default=1.0)
+    nats = long.base.nats.cumsum()[ends - 1].tolist()
+    worst = max(abs(a / b - 1) for a, b in zip(said["nats"], nats))
     most = 3e-3 if start.get("dtype") == "float32" else 2e-2
     if last(held, "adaptation_cut"):
         most = 0.1
-    return [Finding("A3", "accounting", worst <= most, f"documents={count} max_gap={worst:.2%}",
+    return [Finding("A3", "accounting", worst <= most, f"documents={len(ends)} max_gap={worst:.2%}",
                     "the artifact must make of the first documents what the log says: ruling Q")]
 
 
@@ -1005,7 +1120,7 @@ def artifact_subject(path: Path, env: Mapping[str, str]) -> tuple[Subject, Any, 
     env, blob = dict(env), path.read_bytes()
     module = load_module(Path(env.pop("SCRIPT", ROOT / "train_gpt.py")))
     artifact = module.unpack(blob, str(path))
-    cfg = module.Config.from_env({"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off", **env}, artifact.knobs)
+    cfg = module.Config.from_env({**MACHINE, **env}, artifact.knobs)
     cfg = module.on_its_data(cfg, artifact.validation, env)
     stream = module.TokenStream(cfg.dataset_dir, "fineweb_val")
     ids = stream.read(0, min(len(stream), 1 << 20)).astype(np.int64)
@@ -1031,19 +1146,22 @@ def main(arguments: Sequence[str]) -> int:
     if not path.is_file():
         raise ToolError(f"{path}: no such artifact; give a .bin that a run has written")
     log, seconds = knobs.pop("LOG", ""), knobs.pop("BUDGET", f"{TRACK_SECONDS:g}")
-    environment = {name: value for name, value in os.environ.items() if name != "SCRIPT"}
-    subject, cfg, ids, findings = artifact_subject(path, {**environment, **knobs})
-    module = subject.module
+    env = {**{name: value for name, value in os.environ.items() if name != "SCRIPT"}, **knobs}
+    subject, cfg, ids, findings = artifact_subject(path, env)
+    module, blob = subject.module, path.read_bytes()
     if sum(p.numel() for p in subject.make_model().parameters()) < 10_000_000:
         torch.set_num_threads(1)  # small products: threads that wait for one another cost more than they save
     unknown = sorted(set(knobs) - {"SCRIPT"} - {name.upper() for name in module.kinds(module.Config)})
     if unknown:
         raise ToolError(f"{unknown[0]}={knobs[unknown[0]]}: no such knob; ./run.sh knobs lists them")
     if log:
-        log, blob = find_log(log, log_folder()), path.read_bytes()
+        log = find_log(log, log_folder())
         findings += readable(log, audit_log, log, blob, module.unpack(blob).knobs, float(seconds))
-        findings += readable(log, probe_first_documents, log, subject, cfg, ids)
-    findings += audit(subject) + rehearse(module, cfg, ids[:1 << 12], subject.tokenizer)
+    findings += audit(subject)
+    long = long_subject(subject, cfg, ids)
+    findings += apart(long, subject.tokenizer, cfg, blob, env) + rehearse(module, cfg, ids[:1 << 12], subject.tokenizer)
+    if log:
+        findings += readable(log, probe_first_documents, log, long)
     print(table(findings))
     return failed(findings)
 
