@@ -587,19 +587,15 @@ def test_the_command_audits_an_artifact(dataset: dict[str, str], tmp_path: Path,
     assert lines[0].split() == ["probe", "condition", "verdict", "figures"]
     assert lines[-1] == "verdict C1=pass C2=pass C3=pass C4=pass P=pass accounting=pass"
     subject, cfg, ids, _ = audit.artifact_subject(tmp_path / "r.bin", {k.upper(): v for k, v in dataset.items()})
+    long = audit.long_subject(subject, cfg, ids)
+    long.base = long.score()
     text = (tmp_path / "r.jsonl").read_text(encoding="utf-8")
     for said, expected in ((text, set()), (re.sub(r'("nats": \[)\d', r"\g<1>9", text), {("A3", "accounting")})):
         (tmp_path / "r.jsonl").write_text(said, encoding="utf-8")
-        assert failures(audit.probe_first_documents(tmp_path / "r.jsonl", subject, cfg, ids)) == expected
+        assert failures(audit.probe_first_documents(tmp_path / "r.jsonl", long)) == expected
     blob = (tmp_path / "r.bin").read_bytes()
-    size = tg.ARTIFACT_HEAD.size
-    header = json.loads(tg.brotli_unpack(blob[size + 4:size + tg.ARTIFACT_HEAD.unpack_from(blob)[2]],
-                                         int.from_bytes(blob[size:size + 4], "little")))
     for marks, expected in (({}, set()), (dict(pre_quant_ttt=1), {("A4", "C3")})):
-        text = json.dumps({**header, **marks}).encode()
-        packed = len(text).to_bytes(4, "little") + tg.brotli_pack(text)
-        marked = tg.ARTIFACT_HEAD.pack(*tg.ARTIFACT_HEAD.unpack_from(blob)[:2], len(packed)) + packed
-        assert failures(audit.probe_header(tg, marked, cfg, tg.unpack(blob))) == expected
+        assert failures(audit.probe_header(tg, audit.remarked(tg, blob, **marks), cfg, tg.unpack(blob))) == expected
     assert {line.split()[0] for line in lines[1:-1]} == {"A2", "A4", *(f"D{i}" for i in range(1, 10))}
 
 
