@@ -115,13 +115,6 @@ HONEST: dict[str, tuple] = {
     "rows in another order": ("none", [("sorted(windows, key=lambda w: (w.begin - w.end, w.begin))",
                                         "sorted(windows, key=lambda w: w.begin)")]),
     "a temperature": ("none", [(LOGITS, f"{LOGITS}\n        logits = 0.9 * logits.double()")]),
-    "batches by length alone": ("cache", [("key=lambda batch: (-batch.cost, batch.documents))",
-                                           "key=lambda batch: batch.documents)")], ALONE),
-    "another optimizer, two steps a chunk": ("cache", [
-        ("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8"), (UPDATED, UPDATED + UPDATED)], ALONE),
-    "a rate that falls along the document": ("cache", [
-        (UPDATED, "                optimizer.param_groups[0]['lr'] = 1 / (9 + begin)\n" + UPDATED)],
-        dict(**ALONE, ttt_batch_size=2)),
     "plain SGD without clipping": ("sgd", [("            clip_([flat], flat.norm(), self.CLIP)\n", "")],
                                    dict(ttt_chunk_tokens=60)),
     "hints of the latest continuation": ("tilt", [("last_place(highest[1:] > h", "last_place(highest[1:] >= h")]),

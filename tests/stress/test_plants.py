@@ -413,6 +413,13 @@ def test_a_process_of_its_own_is_judged(name: str, scored: tuple[Path, dict[str,
 # -- more honest programs ------------------------------------------------------------------------------
 
 FIXED = {
+    "batches by length alone": ("cache", [("key=lambda batch: (-batch.cost, batch.documents))",
+                                           "key=lambda batch: batch.documents)")], ALONE),
+    "another optimizer, two steps a chunk": ("cache", [
+        ("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8"), (UPDATED, UPDATED + UPDATED)], ALONE),
+    "a rate that falls along the document": ("cache", [
+        (UPDATED, "                optimizer.param_groups[0]['lr'] = 1 / (9 + begin)\n" + UPDATED)],
+        dict(**ALONE, ttt_batch_size=2)),
     "one row of windows at a time": ("none", [], dict(val_batch_tokens=8 * 16)),
     "chunks of three, rank one": ("cache", [], dict(ttt_chunk_size="3", ttt_lora_rank=1)),
     "two documents side by side, chunks run again": ("lora", [], dict(ttt_batch_size=2, ttt_chunk_size="5")),
