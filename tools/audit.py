@@ -4,10 +4,10 @@
     python -m tools.audit --static FOLDER_OR_SCRIPT [TOKENIZER=file.model] [DATA_PATH=folder]
 
 The dynamic audit runs the script's own evaluation on a short piece of the real validation stream, again and again with
-ids changed, and looks at what the scores, the states behind them and the ledger do; then it trains and scores a tiny
-model and watches what is read. Knobs are those of the run (DEVICE=cpu and DTYPE=float32 unless given: what is compared
-is exact). The static audit reads sources without running them. Exit status: 0 nothing refuted, 1 a probe failed, 2 the
-audit could not be made.
+ids changed, and looks at what the scores, the states behind them and the ledger do; then on a long piece, which a
+process of the script's own must score alike; then it trains and scores a tiny model and watches what is read. Knobs are
+those of the run (DEVICE=cpu and DTYPE=float32 unless given: what is compared is exact). The static audit reads sources
+alone. Exit status: 0 nothing refuted, 1 a probe failed, 2 the audit could not be made.
 
   C1  a score depends on the artifact and on earlier ids alone    D1 D2 D6 D9 A2 S2
   C2  one normalised distribution, fixed before its target        D2 D3 D8 S2
@@ -17,13 +17,16 @@ audit could not be made.
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +43,7 @@ from tools.evidence import (
     TRACK_SECONDS,
     Finding,
     audit_log,
+    charged,
     failed,
     load_module,
     spelled,
@@ -85,16 +89,18 @@ def fingerprint(tensors: Sequence[torch.Tensor], rows: int = 1) -> torch.Tensor:
     """Return [rows] int64 checksums of the bits of tensors whose first axis is split into `rows`."""
     total = torch.zeros(rows, dtype=torch.int64)
     for t in tensors:
-        bits = t.detach().contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32)
-        total = total * 1_000_003 + bits.reshape(rows, -1).sum(1, dtype=torch.int64).cpu()
+        flat, size = t.detach().contiguous().view(rows, -1), t.element_size()
+        odd = (flat.size(1) * size | flat.storage_offset() * size) % 8  # pairs are summed twenty times as fast
+        bits = flat.view((torch.int16 if size == 2 else torch.int32) if odd else torch.int64)
+        total = total * 1_000_003 + bits.sum(1, dtype=torch.int64).cpu()
     return total
 
 
 class Watch:
     """Records which state scored what, and when, from outside: the program's own classes stay what they are."""
 
-    def __init__(self, module: ModuleType, targets: int, probes: Sequence[int], deep: bool) -> None:
-        """probes: targets whose whole distributions are taken; deep: give every batch garbage targets as well."""
+    def __init__(self, module: ModuleType, targets: int, probes: Sequence[int], deep: float) -> None:
+        """probes: targets whose whole distributions are taken; deep: share of batches that get garbage targets, too."""
         self.module, self.probes, self.deep = module, list(probes), deep
         self.first = np.full(targets, np.nan)
         self.shared, self.own = np.zeros(targets, dtype=np.int64), np.zeros(targets, dtype=np.int64)
@@ -103,6 +109,10 @@ class Watch:
         self.later: list[tuple[np.ndarray, np.ndarray, int, np.ndarray]] = []
         self.hidden = self.rows = np.nan
         self.busy, self.dice = False, torch.Generator().manual_seed(0)
+
+    def due(self, seen: float) -> bool:
+        """Whether to look closely now: the first time, then at random."""
+        return self.deep > 0 and (np.isnan(seen) or float(torch.rand((), generator=self.dice)) < self.deep)
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
@@ -114,9 +124,10 @@ class Watch:
         def seen_nats(own: Any, *arguments: Any) -> Any:
             if self.busy:
                 return nats(own, *arguments)
-            before = self.state(arguments)
+            self.closely = self.due(self.rows)
+            before = self.state(arguments) if self.closely else 0
             out = nats(own, *arguments)
-            if self.state(arguments) != before:
+            if self.closely and self.state(arguments) != before:
                 self.timeline.append(("touched",))
             self.busy = True
             self.see(functools.partial(nats, own), out, *arguments)
@@ -131,7 +142,7 @@ class Watch:
         @functools.wraps(forward)
         def seen_forward(model: Any, batch: Any, layers: Any, w: Any, *cache: Any) -> Any:
             garbage = None
-            if self.deep and batch.targets is not None:
+            if batch.targets is not None and self.due(self.hidden):
                 with torch.no_grad():
                     other = batch._replace(targets=torch.randint(2, model.cfg.vocab_size, batch.targets.shape,
                                                                  generator=self.dice))  # nobody else's throw changes
@@ -150,10 +161,9 @@ class Watch:
             step.remove()
 
     def state(self, arguments: Sequence[Any]) -> int:
-        """Return the fingerprint of all weights of a call, where this look is a deep one."""
+        """Return the fingerprint of all weights of a call."""
         model, w = arguments[0], arguments[-1]
-        held = [*model.parameters(), *getattr(w, "parameters", ()), *w.matrices.values()] if self.deep else []
-        return int(fingerprint(held))
+        return int(fingerprint([*model.parameters(), *getattr(w, "parameters", ()), *w.matrices.values()]))
 
     def see(self, nats: Callable, out: Any, model: Any, hidden: Any, targets: Any, numbers: Any, w: Any) -> None:
         """Enter what one call of the scorer did; `nats` is that call with other arguments."""
@@ -175,8 +185,8 @@ class Watch:
         with torch.no_grad():
             for i in new[np.isin(at, self.probes)]:
                 self.full[int(flat[i])] = self.everything(nats, model, hidden, int(i), int(flat[i]), w)
-            logits = w.linear("head", None, hidden).flatten(0, -2) if self.deep else hidden
-            for parity, extreme in enumerate((logits.argmax(-1), logits.argmin(-1))) if self.deep else ():
+            logits = w.linear("head", None, hidden).flatten(0, -2) if self.closely else hidden
+            for parity, extreme in enumerate((logits.argmax(-1), logits.argmin(-1))) if self.closely else ():
                 swapped, kept = targets.flatten().clone(), real[parity::4]
                 swapped[np.setdiff1d(real, kept)] = extreme[np.setdiff1d(real, kept)]  # moves the chunk's loss most
                 other = nats(model, hidden, swapped.view_as(targets), numbers, w)[0].flatten().double().cpu().numpy()
@@ -224,7 +234,7 @@ class Subject:
         self.one_row: dict[str, Any] = dict(self.apart, ttt_batch_size=1, val_batch_tokens=8 * self.cfg.eval_seq_len)
         """The same with every document, or row of windows, in a batch of its own."""
 
-    @property
+    @functools.cached_property
     def shares(self) -> bool:
         """Whether documents learn from one another at all."""
         return bool(self.apart.items() - vars(self.cfg).items())
@@ -233,7 +243,7 @@ class Subject:
         """Return the number of the document whose input predicts this target; of arrays, too."""
         return np.searchsorted(self.starts, target, side="right") - 1
 
-    def score(self, ids: np.ndarray | None = None, probes: Sequence[int] = (), deep: bool = False, **knobs: Any
+    def score(self, ids: np.ndarray | None = None, probes: Sequence[int] = (), deep: float = 0.0, **knobs: Any
               ) -> Outcome:
         """Run the production path once on `ids` (default: the stream) with some knobs replaced."""
         m, run = self.module, self.run
@@ -275,7 +285,7 @@ class Subject:
         """The stream as it is, looked at closely; sums are taken where hints, or the model, were most right, too."""
         right = self.plain.nats if self.plain.hints is None else \
             self.plain.nats - 99.0 * (self.plain.hints[1].cpu().numpy() > 0)
-        return self.score(probes=[*self.positions, *right.argsort()[:min(64, self.affordable)]], deep=True)
+        return self.score(probes=[*self.positions, *right.argsort()[:min(64, self.affordable)]], deep=1.0)
 
     @functools.cached_property
     def cuts(self) -> list[dict[int, int]]:
@@ -303,7 +313,7 @@ class Subject:
         """The stream with nothing that learns across documents, looked at closely; as many of the cuts as are cheap."""
         cuts = [t for cut in self.cuts for t in cut.values()]
         cuts = self.rng.permutation(sorted({*cuts}))[:self.affordable].tolist()
-        return self.score(probes=cuts, deep=True, **self.apart)
+        return self.score(probes=cuts, deep=1.0, **self.apart)
 
 
 def miniature(module: ModuleType, cfg: Any, ids: np.ndarray) -> Any:
@@ -605,35 +615,12 @@ def probe_ledger(subject: Subject) -> list[Finding]:
                 "the ledger must hold the first score of every target: ruling B")]
 
 
-def probe_replay(subject: Subject) -> list[Finding]:
+def probe_replay(s: Subject) -> list[Finding]:
     """D7: two runs, and a third with one row in each batch."""
-    again = largest(subject.base.nats, subject.plain.nats)
-    layout = largest(subject.alone.nats, subject.single.nats)
+    again, layout = (largest(a.nats, b.nats) for a, b in ((s.base, s.plain), (s.alone, s.single)))
     return [Finding("D7", "C4", again <= EXACT, f"max_change={again:.2g}", "a second run must give the same scores"),
             Finding("D7", "P", layout <= LAYOUT, f"max_change={layout:.2g}",
                     "a score may not depend on which documents share a batch: ruling P")]
-
-
-@torch.no_grad()
-def probe_reference(subject: Subject) -> list[Finding]:
-    """D8: nats of fixed weights against one document and one window at a time, from the logits up in float64."""
-    m, cfg, model, ids = subject.module, subject.cfg, subject.make_model(), subject.ids
-    w, layers = m.Weights(model, torch.float32), m.unroll_layers(model.cfg, looped=True)
-    cap, expected = model.cfg.logit_softcap, np.full(len(ids) - 1, np.nan)
-    for first, end in zip(subject.starts.tolist(), subject.ends.tolist()):
-        begin = first
-        while first < end:
-            size = cfg.eval_seq_len if first == begin else cfg.stride
-            stop, at = min(first + size, end), max(begin, first + size - cfg.eval_seq_len)
-            row = m.make_batch([ids[at:stop + 1].astype(np.uint16)], 1, stop - at).to(subject.run.device)
-            logits = cap * torch.tanh(w.linear("head", None, model(row, layers, w)[0, first - at:]).double() / cap)
-            targets = torch.from_numpy(ids[first + 1:stop + 1]).to(logits.device)
-            expected[first:stop] = -torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].cpu().numpy()
-            first = stop
-    worst = largest(subject.score(ttt="none", ngram_base_beta=0.0).nats, expected)
-    return [Finding("D8", "C2", worst <= (1e-4 if subject.run.dtype == torch.float32 else 0.2),
-                    f"targets={len(expected)} max_gap={worst:.2g}",
-                    "nats are those of each document by itself, from the logits up, or lawfully others", suspect=True)]
 
 
 def probe_side_file(tokenizer: Path | None, ids: np.ndarray, sizes: np.ndarray, bos: int) -> list[Finding]:
@@ -678,7 +665,7 @@ def probe_hints(subject: Subject) -> list[Finding]:
 
 PROBES = (probe_ledger, probe_states, probe_hints, probe_number, probe_calls, probe_documents,
           functools.partial(probe_targets, shared=False),
-          probe_replay, probe_reference, functools.partial(probe_targets, shared=True), probe_ends)
+          probe_replay, functools.partial(probe_targets, shared=True), probe_ends)
 """The cheap ones first."""
 
 
@@ -730,10 +717,10 @@ class Stage:
         self.faults: dict[str, list[str]] = {"C1": [], "C3": [], "accounting": []}
         self.open_phases = [("no phase", "none")]
         self.frozen = self.trained = False
-        self.seconds, self.since = Counter[str](), time.perf_counter()
-        own = [sys.prefix, sys.base_prefix, *sys.path[1:], *(p for p in os.environ.get("TMPDIR", "").split())]
-        self.known = (*{os.path.abspath(p) for p in own if p and os.path.abspath(p) != os.getcwd()}, "/proc", "/sys",
-                      "/dev", "/etc", "/usr", "/lib", str(ROOT / "bench"), str(ROOT / "tools"))
+        self.script = os.path.realpath(str(module.__file__))
+        own = {os.path.abspath(p) for p in (sys.prefix, sys.base_prefix, *sys.path[1:], os.environ.get("TMPDIR")) if p}
+        self.known = (*own - {os.getcwd(), os.path.dirname(self.script)}, "/proc", "/sys", "/dev", "/etc", "/usr",
+                      "/lib", str(ROOT / "bench"), str(ROOT / "tools"))
 
     def fault(self, condition: str, text: str) -> None:
         """Enter a fault, with the phase it happened in."""
@@ -746,12 +733,6 @@ class Stage:
                 "accounting": "training tokens and all work are on their clocks"}
         return [Finding("A2", condition, not own, f"faults={len(own)} {'; '.join([*dict.fromkeys(own)][:2])}".rstrip(),
                         rule[condition]) for condition, own in self.faults.items()]
-
-    def charge(self) -> None:
-        """Charge the time since the last call to the innermost phase's budget."""
-        now = time.perf_counter()
-        self.seconds[self.open_phases[-1][1]] += now - self.since
-        self.since = now
 
     def shard(self, name: str, opened: bool = False) -> None:
         """A shard is opened, or its tokens are read."""
@@ -772,7 +753,8 @@ class Stage:
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
         name = os.path.basename(path)
-        if path == self.tokenizer or path.endswith((".py", ".pyc")):
+        if path == self.tokenizer or path.endswith(".py") and path in {  # tracebacks and decorators look at sources
+                self.script, *(getattr(module, "__file__", None) for module in [*sys.modules.values()])}:
             return
         if not path.startswith(self.folder):
             if not path.startswith(self.known):
@@ -792,16 +774,15 @@ class Stage:
         @functools.wraps(phase)
         @contextlib.contextmanager
         def seen_phase(own: Any, name: str, budget: str = "none") -> Iterator[None]:
-            stage.charge()
             stage.trained = stage.trained or budget == "train"
             if budget != stage.open_phases[-1][1] != "none" and name not in PAUSES:
                 stage.fault("accounting", f"{name} stops the clock of PHASE: rulings I, J")
             stage.open_phases.append((name, budget))
             try:
                 with phase(own, name, budget):
+                    time.sleep(0.05 * (budget != "none"))  # so that the verdict's time shows a phase that it leaves out
                     yield
             finally:
-                stage.charge()
                 stage.open_phases.pop()
 
         def seen(method: Callable) -> Callable:
@@ -871,10 +852,7 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
     """A2, D8: train, pack and score in miniature; see who reads what in which phase, and whose score the verdict is.
     ids [N] are written as training and as validation shards. The validation's tokens may be read only after
     `fit_to_cap` has returned the artifact, training's only before that and, once training has started, on its clock.
-    The same training beside other validation tokens must give the same weights; the artifact alone, in a folder
-    without training shards, the same verdict; and that must be our own sum."""
-    from sentencepiece import SentencePieceProcessor
-
+    The same training beside other validation tokens must give the same weights; and the verdict must be our own sum."""
     from bench.common import write_shard  # the format is the challenge's, whatever the module under audit is
     rng, ids = np.random.default_rng(0), ids.astype(np.int64)
     sizes = 1 + np.arange(len(ids)) % 5
@@ -886,62 +864,65 @@ def rehearse(module: ModuleType, cfg: Any, ids: np.ndarray, tokenizer: Path | No
 
     code, fixed = functools.cache(module.shipped_source), module.score_fixed  # the first takes longer than all else
     with tempfile.TemporaryDirectory() as name, mock.patch.multiple(module, shipped_source=code, score_fixed=better):
-        folders = [Path(name).resolve() / part for part in ("data", "other", "bare")]
+        folders = [Path(name).resolve() / part for part in ("data", "other")]
         for folder in folders:
             (folder / "logs").mkdir(parents=True)
             own = ids if folder.name != "other" else other_ids(module, ids, cfg.vocab_size, rng)
             write_shard(folder / "fineweb_val_000000.bin", own)
-            if folder.name != "bare":
-                write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, -(-256 // len(ids))))
+            write_shard(folder / "fineweb_train_000000.bin", np.tile(ids, -(-256 // len(ids))))
             if cfg.caseops_enabled:
                 write_shard(folder / "fineweb_val_bytes_000000.bin", sizes)
-        stage, knobs = Stage(module, folders[0], tokenizer), rehearsal_knobs(cfg, folders[0], tokenizer)
+        knobs = rehearsal_knobs(cfg, folders[0], tokenizer)
+        stage, begun = Stage(module, folders[0], tokenizer), time.perf_counter()
         with stage.watching():
             stem, log = perform(module, knobs)
+        spent = time.perf_counter() - begun
         if any(stage.faults.values()):
             return stage.findings()
         verdict, artifact = last(log, "verdict"), module.unpack(stem.with_suffix(".bin").read_bytes())
-        bare = rehearsal_knobs(cfg, folders[2], tokenizer)
-        bare["EVAL_ONLY"] = str(folders[2] / "weights")
-        Path(bare["EVAL_ONLY"]).write_bytes(stem.with_suffix(".bin").read_bytes())
-        run_cfg = module.Config.from_env(bare)
-        own = Subject(module, run_cfg, ids, lambda: loaded(module, artifact, run_cfg), scaled=False)
-        nats = own.plain.nats
-        counted = int(sizes[1:].sum())
-        if not cfg.caseops_enabled:
-            sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), np.flatnonzero(ids == module.BOS_ID)[1:]
-            counted = sum(len(spelled(sp, own[1:].tolist())) for own in np.split(ids, edges))
-        loss = float(nats.sum()) / len(nats)
-        expected = dict(tokens=len(ids) - 1, bytes=counted, val_loss=loss,
-                        val_bpb=loss * len(nats) / np.log(2) / max(1, counted),
-                        artifact_bytes=stem.with_suffix(".bin").stat().st_size + len(code(Path(module.__file__))))
-        wrong = [name for name, value in expected.items() if not abs(verdict[name] / value - 1) <= 1e-5]
-        first, sums = (last(log, "first_documents") or {}).get("nats", []), nats.cumsum()[own.ends[:16] - 1].tolist()
-        if len(first) != len(sums) or largest(np.array(first), np.array(sums)) > 1e-5 * max(1.0, *sums):
-            wrong.append("first_documents")
-        if slow := [b for b in ("train", "eval") if verdict[f"{b}_seconds"] < 0.8 * stage.seconds[b] - 0.01]:
-            stage.fault("accounting", f"the verdict has less time of {', '.join(slow)} than was spent: rulings I, J")
-        sum_of_all = Finding("D8", "accounting", not wrong, f"targets={len(nats)} val_loss={verdict['val_loss']:.6f} "
-                             f"own={loss:.6f} wrong={','.join(wrong) or 0}",
-                             "the verdict must be our own sum over the shards and the ledger: rulings O, Q")
-        if wrong or slow:
-            return [*stage.findings(), sum_of_all]
+        cfg = module.Config.from_env(knobs)
+        nats = Subject(module, cfg, ids, lambda: loaded(module, artifact, cfg), scaled=False).plain.nats
+        sums = sums_of(log, nats, ids, byte_count(module, ids, sizes if cfg.caseops_enabled else None, tokenizer),
+                       artifact_bytes=stem.with_suffix(".bin").stat().st_size + len(code(Path(module.__file__))))
+        by_phase = charged([e for e in log if e["event"] == "phase"])
+        slow = [budget for budget in ("train", "eval") if verdict[f"{budget}_seconds"] < by_phase[budget] - 0.03]
+        if slow or sum(by_phase.values()) < 0.8 * spent - 0.1:
+            stage.fault("accounting", f"the log has less time {' '.join(slow)} than was spent: rulings I, J")
+        if failed([sums, *stage.findings()]):
+            return [*stage.findings(), sums]
         with mock.patch.object(module, "evaluate", lambda *_: None):
             other = perform(module, rehearsal_knobs(cfg, folders[1], tokenizer))[0]
         weights = module.unpack(other.with_suffix(".bin").read_bytes()).tensors
         if any(not torch.equal(values, weights[name]) for name, values in artifact.tensors.items()):
             stage.fault("C3", "the artifact's weights depend on the validation tokens: rulings A, C, H, K")
-        for left in (*folders[0].rglob("*"), *folders[1].rglob("*")):
-            if left.is_file():
-                left.unlink()
-        try:
-            again = last(perform(module, bare)[1], "verdict")
-            moved = [name for name in expected if not abs(verdict[name] / again[name] - 1) <= 1e-5]
-        except ToolError as error:
-            moved = [str(error)]
-        return [*stage.findings(), sum_of_all,
-                Finding("D8", "accounting", not moved, f"moved={','.join(moved) or 0}",
-                        "the artifact alone, in another folder, must have the same verdict")]
+        return [*stage.findings(), sums]
+
+
+def byte_count(module: ModuleType, ids: np.ndarray, sizes: np.ndarray | None, tokenizer: Path | None) -> int:
+    """Return the bytes of all targets of ids [N], by sizes [N] where a side file has them, else by their text."""
+    if sizes is not None:
+        return int(sizes[1:].sum())
+    from sentencepiece import SentencePieceProcessor
+    sp, edges = SentencePieceProcessor(model_file=str(tokenizer)), np.flatnonzero(ids == module.BOS_ID)[1:]
+    return sum(len(spelled(sp, own[1:].tolist())) for own in np.split(ids, edges))
+
+
+def sums_of(log: Sequence[Mapping[str, Any]], nats: np.ndarray, ids: np.ndarray, size: int, **more: int) -> Finding:
+    """D8: what a log says of a stream ids [T + 1] with `size` bytes against our own sums of nats [T], and `more`."""
+    verdict, loss, starts = last(log, "verdict") or {}, float(nats.sum()) / len(nats), np.flatnonzero(ids == ids[0])
+    expected = dict(tokens=len(nats), bytes=size, val_loss=loss, val_bpb=loss * len(nats) / np.log(2) / max(1, size))
+    wrong = [name for name, value in {**expected, **more}.items() if abs((verdict[name] or 0) / value - 1) > 1e-5]
+    place = np.arange(len(nats)) - np.repeat(starts, np.diff(starts, append=len(nats)))
+    sums = {"first_documents": nats.cumsum()[np.append(starts[1:], len(nats))[:16] - 1],
+            "places": np.bincount(np.log2(place + 1).astype(int), weights=nats)}
+    for name, own in sums.items():
+        said = last(log, name) or {}
+        said = np.array(said.get("position", said).get("nats", []))
+        if said.shape != own.shape or largest(said, own) > 1e-5 * max(1.0, *own):
+            wrong.append(name)
+    return Finding("D8", "accounting", not wrong, f"targets={len(nats)} val_loss={verdict['val_loss']} "
+                   f"own={loss:.6f} wrong={','.join(wrong) or 0}",
+                   "a log must have our own sums over the shards and the audited ledger: rulings O, Q")
 
 
 def loaded(module: ModuleType, artifact: Any, cfg: Any) -> Any:
@@ -952,18 +933,105 @@ def loaded(module: ModuleType, artifact: Any, cfg: Any) -> Any:
     return model
 
 
+# -- a long stream, and a process that nobody is inside of ---------------------------------------------
+
+LONG_SECONDS, LONG_IDS = 10.0, (1 << 13, 1 << 17)
+"""CPU time of one run over the long stream; its least and most ids."""
+LISTENER = """import os, sys
+def hear(event, arguments):
+    sys.modules.pop("sitecustomize", None)
+    name = os.path.abspath(os.fsdecode(arguments[0])) if event == "open" and not isinstance(arguments[0], int) else ""
+    if event in {events} and (event != "open" or name and (arguments[1] or not arguments[2] & os.O_EXCL)):
+        os.write({told}, (repr((event, name)) + "\\n").encode())
+sys.path.remove(os.environ.pop("PYTHONPATH"))
+sys.addaudithook(hear)
+"""
+"""What Python runs before a script: it tells of files, but not of tempfile's trials, and leaves nothing to be found."""
+
+
+def remarked(module: ModuleType, blob: bytes, **marks: Any) -> bytes:
+    """Return an artifact with other fields in its header."""
+    *head, size = module.ARTIFACT_HEAD.unpack_from(blob)
+    text = json.dumps({**header_of(module, blob), **marks}).encode()
+    text = len(text).to_bytes(4, "little") + module.brotli_pack(text)
+    body = module.ARTIFACT_HEAD.pack(*head, len(text)) + text + blob[module.ARTIFACT_HEAD.size + size:-16]
+    return body + hashlib.blake2b(body, digest_size=16).digest()
+
+
+def long_subject(subject: Subject, cfg: Any, ids: np.ndarray) -> Subject:
+    """Return the subject on as long a stream as there is time for, to be flipped from the middle of one document on."""
+    m, begun = subject.module, time.process_time()
+    assert Subject(m, cfg, ids[:1 << 11], subject.make_model, scaled=False).plain
+    ids = ids[:int(np.clip(LONG_SECONDS / (time.process_time() - begun) * min(len(ids), 1 << 11), *LONG_IDS))]
+    small = miniature(m, cfg, ids)
+    cfg = dataclasses.replace(cfg, eval_seconds_budget=36_000.0, **{name: getattr(small, name) for name in (
+        "phased_ttt_prefix_docs", "phased_ttt_num_phases", "ttt_chunk_tokens")})
+    long = Subject(m, cfg, ids, subject.make_model, scaled=False)
+    odd = max(1, len(long.starts) // 4 * 2 - 1) % len(long.starts)  # what follows a target is replaced there as well
+    long.positions, long.shares = [int(long.starts[odd] + long.ends[odd]) // 2], True
+    return long
+
+
+def apart(long: Subject, tokenizer: Path | None, cfg: Any, blob: bytes, env: Mapping[str, str]) -> list[Finding]:
+    """Ask of a long stream what is affordable, while the script scores the same stream as a user starts it: from a
+    folder with these shards alone, in a process that is watched from outside."""
+    from bench.common import write_shard
+    m, ids, sizes, script = long.module, long.ids, None, Path(str(long.module.__file__)).resolve()
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as heard:
+        home = Path(name).resolve()
+        folder, logs, site = home / "datasets" / cfg.dataset_dir.resolve().name, home / "logs", home / "site"
+        for path in (folder, logs, site):
+            path.mkdir(parents=True)
+        write_shard(folder / "fineweb_val_000000.bin", ids)
+        if cfg.caseops_enabled:
+            sizes = m.TokenStream(cfg.dataset_dir, "fineweb_val_bytes").read(0, len(ids))
+            write_shard(folder / "fineweb_val_bytes_000000.bin", sizes)
+        own_cfg = dataclasses.replace(long.cfg, data_path=str(folder), log_dir=str(logs), run_id="", resume="0",
+                                      tokenizer_path=str(tokenizer.resolve() if tokenizer else ""),
+                                      eval_only=str(logs / "artifact.bin"))
+        blob = remarked(m, blob, validation=m.validation_digest(own_cfg))
+        Path(own_cfg.eval_only).write_bytes(blob)
+        (site / "sitecustomize.py").write_text(LISTENER.format(told=heard.fileno(), events={"open", *OUTSIDE_WORLD}))
+        changed = {name.upper(): typed_text(value) for name, value in vars(own_cfg).items()
+                   if value != getattr(cfg, name)}
+        changed.update(PYTHONPATH=str(site), OMP_NUM_THREADS=str(torch.get_num_threads()))
+        with subprocess.Popen([sys.executable, str(script)], env={**MACHINE, **env, **changed}, cwd=script.parent,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[heard.fileno()]) as process:
+            some = long.rng.integers(len(ids) - 1, size=long.affordable).tolist()
+            long.base = long.plain = long.alone = long.score(probes=[*long.positions, *some], deep=0.2)
+            findings = [f for probe in PROBES[:5] for f in probe(long)] + probe_targets(long, shared=True)
+            screen = process.communicate()[0].decode(errors="replace").splitlines()
+        if failed(findings):
+            return findings
+        if process.returncode:
+            raise ToolError(f"{script}: EVAL_ONLY ended with status {process.returncode}: {screen[-1:]}")
+        heard.seek(0)
+        stage = Stage(m, home, tokenizer)
+        stage.frozen, stage.open_phases = True, [("a process of its own", "eval")]
+        for event, opened in map(ast.literal_eval, heard.read().decode().splitlines()):
+            stage.opened(event, (opened,))
+        path = next(logs.glob("*.jsonl"))
+        return [*findings, *(f for f in audit_log(path, blob, seconds=float("inf")) if f.failed), *stage.findings(),
+                sums_of(events(path), long.plain.nats, ids, byte_count(m, ids, sizes, tokenizer))]
+
+
 # -- the artifact, and the log that it is said to have ---------------------------------------------------
 
+MACHINE = {"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off"}
 HEADER = {"preset", "global_scale", "trellis", "score", "validation", "model", "streams"}
 """What this program writes into the header of an artifact."""
 
 
-def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> list[Finding]:
-    """A4: what the artifact says of itself: nothing that the program does not write, these knobs, this validation."""
+def header_of(module: ModuleType, blob: bytes) -> dict[str, Any]:
+    """Return what an artifact's header holds."""
     begin = module.ARTIFACT_HEAD.size
     size = int.from_bytes(blob[begin:begin + 4], "little")
-    packed = blob[begin + 4:begin + module.ARTIFACT_HEAD.unpack_from(blob)[2]]
-    header = json.loads(module.brotli_unpack(packed, size))
+    return json.loads(module.brotli_unpack(blob[begin + 4:begin + module.ARTIFACT_HEAD.unpack_from(blob)[2]], size))
+
+
+def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> list[Finding]:
+    """A4: what the artifact says of itself: nothing that the program does not write, these knobs, this validation."""
+    header = header_of(module, blob)
     strange = sorted(set(header) - HEADER)
     told = " ".join(f"{name}={json.dumps(header[name])[:60]}" for name in strange)
     changed = [name for name, value in artifact.knobs.items() if getattr(cfg, name) != value and name != "preset"]
@@ -974,28 +1042,17 @@ def probe_header(module: ModuleType, blob: bytes, cfg: Any, artifact: Any) -> li
                     "to be audited with the artifact's own knobs, on its validation set", suspect=True)]
 
 
-def probe_first_documents(log: Path, subject: Subject, cfg: Any, ids: np.ndarray) -> list[Finding]:
-    """A3: score the first documents again, from the artifact, and compare with what the log has of them."""
-    held = events(log)
-    said, start = last(held, "first_documents"), last(held, "start") or {}
-    if said is None:
+def probe_first_documents(log: Path, long: Subject) -> list[Finding]:
+    """A3: what the artifact makes of the documents before anything shared has learned, against what the log has."""
+    held, rows = events(log), long.base.events
+    said, start = last(held, "first_documents") or {}, last(held, "start") or {}
+    first = rows[(rows[:, 0] == 0) & (rows[:, 2] == long.module.Ledger.SCORE), 5].max()
+    ends = long.ends[:-1][long.ends[:-1] <= first][:len(said.get("nats", ""))]
+    if not len(ends):
         return [Finding("A3", "accounting", False, "first_documents=none", "the log cannot be refuted", suspect=True)]
-    starts = np.flatnonzero(ids == subject.module.BOS_ID)
-    fixed = cfg.ttt_chunk_tokens if cfg.ttt == "sgd" else 6000
-    count = int(np.searchsorted(starts[1:], fixed, side="right")) or 1
-    phases = cfg.phased_ttt_num_phases if cfg.ttt == "lora" else 0
-    if phases:
-        count = min(count, max(1, cfg.phased_ttt_prefix_docs // phases))
-    count = min(count, len(said["nats"]), len(starts) - 1)
-    piece = Subject(subject.module, dataclasses.replace(cfg, eval_seconds_budget=1e9, phased_ttt_num_phases=0,
-                                                        ttt="none" if cfg.ttt == "sgd" else cfg.ttt),
-                    ids[:starts[count] + 1], subject.make_model, scaled=False)
-    nats = piece.plain.nats.cumsum()[starts[1:count + 1] - 1].tolist()
-    worst = max((abs(a / b - 1) for a, b in zip(said["nats"], nats)), default=1.0)
-    most = 3e-3 if start.get("dtype") == "float32" else 2e-2
-    if last(held, "adaptation_cut"):
-        most = 0.1
-    return [Finding("A3", "accounting", worst <= most, f"documents={count} max_gap={worst:.2%}",
+    worst = max(abs(a / b - 1) for a, b in zip(said["nats"], long.base.nats.cumsum()[ends - 1].tolist()))
+    most = 0.1 if last(held, "adaptation_cut") else 3e-3 if start.get("dtype") == "float32" else 2e-2
+    return [Finding("A3", "accounting", worst <= most, f"documents={len(ends)} max_gap={worst:.2%}",
                     "the artifact must make of the first documents what the log says: ruling Q")]
 
 
@@ -1005,7 +1062,7 @@ def artifact_subject(path: Path, env: Mapping[str, str]) -> tuple[Subject, Any, 
     env, blob = dict(env), path.read_bytes()
     module = load_module(Path(env.pop("SCRIPT", ROOT / "train_gpt.py")))
     artifact = module.unpack(blob, str(path))
-    cfg = module.Config.from_env({"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "off", **env}, artifact.knobs)
+    cfg = module.Config.from_env({**MACHINE, **env}, artifact.knobs)
     cfg = module.on_its_data(cfg, artifact.validation, env)
     stream = module.TokenStream(cfg.dataset_dir, "fineweb_val")
     ids = stream.read(0, min(len(stream), 1 << 20)).astype(np.int64)
@@ -1031,19 +1088,22 @@ def main(arguments: Sequence[str]) -> int:
     if not path.is_file():
         raise ToolError(f"{path}: no such artifact; give a .bin that a run has written")
     log, seconds = knobs.pop("LOG", ""), knobs.pop("BUDGET", f"{TRACK_SECONDS:g}")
-    environment = {name: value for name, value in os.environ.items() if name != "SCRIPT"}
-    subject, cfg, ids, findings = artifact_subject(path, {**environment, **knobs})
-    module = subject.module
+    env = {**{name: value for name, value in os.environ.items() if name != "SCRIPT"}, **knobs}
+    subject, cfg, ids, findings = artifact_subject(path, env)
+    module, blob = subject.module, path.read_bytes()
     if sum(p.numel() for p in subject.make_model().parameters()) < 10_000_000:
         torch.set_num_threads(1)  # small products: threads that wait for one another cost more than they save
     unknown = sorted(set(knobs) - {"SCRIPT"} - {name.upper() for name in module.kinds(module.Config)})
     if unknown:
         raise ToolError(f"{unknown[0]}={knobs[unknown[0]]}: no such knob; ./run.sh knobs lists them")
     if log:
-        log, blob = find_log(log, log_folder()), path.read_bytes()
+        log = find_log(log, log_folder())
         findings += readable(log, audit_log, log, blob, module.unpack(blob).knobs, float(seconds))
-        findings += readable(log, probe_first_documents, log, subject, cfg, ids)
-    findings += audit(subject) + rehearse(module, cfg, ids[:1 << 12], subject.tokenizer)
+    findings += audit(subject)
+    long = long_subject(subject, cfg, ids)
+    findings += apart(long, subject.tokenizer, cfg, blob, env) + rehearse(module, cfg, ids[:1 << 12], subject.tokenizer)
+    if log:
+        findings += readable(log, probe_first_documents, log, long)
     print(table(findings))
     return failed(findings)
 

@@ -1,22 +1,38 @@
-"""Every edit of the evaluation that the auditor was ever shown, beside those of tests/test_audit.py: each is named."""
+"""Every edit of the evaluation that the auditor was ever shown, beside those of tests/test_audit.py: each is named.
+More honest programs, which pass; and programs that look who is watching: an artifact is scored in their own process."""
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
+from conftest import environment, write_shard
 from test_audit import (
     AGAIN,
     ALONE,
     COUNTED,
     ELEMENTWISE,
+    HONEST,
     LOGITS,
     MASK,
+    MODES,
     RATE,
     RETURNED,
+    SCORE,
     SCORED,
     TOTAL,
     UPDATED,
     WRITTEN,
     Plant,
+    failures,
     first_named,
     plant,  # noqa: F401
+    real_ids,
+    rehearsed,
+    subject,
 )
+
+import train_gpt as tg
+from tools import audit, evidence
 
 LONGEST = [("documents, phases = np.arange(len(val.starts)), cfg.phased_ttt_num_phases",
             "phases = cfg.phased_ttt_num_phases\n"
@@ -283,9 +299,163 @@ PLANTS = {
          '            score_windows(model, windows[cuts[c]:mid], scorer, "one")\n'
          "            if mid < cuts[c + 1]:\n                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr)\n"
          '                score_windows(model, windows[mid:cuts[c + 1]], scorer, "two")\n')], "C3"),
+    # a batch of ten in all, with those that are rehearsed and those that start a process, below
+    "windows end where documents end": Plant("none", [
+        ("stop = min(begin + seq_len, end)", "stop = min(begin + 1 + (end - begin - 1) % stride, end)"),
+        ("windows.append(Window(first - (seq_len - stride), stop, first))",
+         "windows.append(Window(max(begin, first - (seq_len - stride)), stop, first))")], "C1"),
+    "normalised with the target's probability": Plant("tilt", [
+        ("torch.log1p(p * torch.expm1(betas))", "torch.log1p(torch.exp(-nats.double()) * torch.expm1(betas))")], "C2"),
+    "an anchor that knows the stream": Plant("sgd", [
+        ("    budget = EvalBudget(count, cfg, scorer.run)\n",
+         "    budget = EvalBudget(count, cfg, scorer.run)\n"
+         "    start = [p.detach().clone() for p in model.parameters()]\n"
+         "    sgd.learn(0, val.num_targets, cfg.ttt_lr)\n"
+         "    anchor = [p.detach().clone() for p in model.parameters()]\n"
+         "    for p, own in zip(model.parameters(), start):\n        p.data.copy_(own)\n    sgd.forget()\n"),
+        ("                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))\n",
+         "                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))\n"
+         "            for p, own in zip(model.parameters(), anchor):\n"
+         "                p.data.lerp_(own, 0.05)\n")], "C1|C3"),
+    "the better context for each document": Plant("none", [
+        ("    return scorer.ledger.close(val.target_bytes, scorer.run)\n\n\n",
+         "    other = Scorer(val, cfg, scorer.run, scorer.hints)\n    half = cfg.eval_seq_len // 2\n"
+         "    score_windows(model, plan_windows(val, half, half), other, 'short')\n"
+         "    for a, b in zip(val.starts.tolist(), val.stops.tolist()):\n"
+         "        if b > a and other.ledger.nats[a:b].sum() < scorer.ledger.nats[a:b].sum():\n"
+         "            scorer.ledger.nats[a:b] = other.ledger.nats[a:b]\n"
+         "    return scorer.ledger.close(val.target_bytes, scorer.run)\n\n\n")], "C4"),
+    "peers share the second moment": Plant("cache", [
+        (UPDATED, UPDATED + "                for own in w.parameters:\n"
+         "                    seen = optimizer.state[own]['exp_avg_sq']\n"
+         "                    seen.copy_(seen.mean(0, keepdim=True).expand_as(seen))\n")], "P", ALONE),
+    "bigrams across the start of a document": Plant("none", [
+        ("torch.where(batch.positions > 0, bucket, last)", "torch.where(batch.positions >= 0, bucket, last)")],
+        "C1|P", dict(bigram_buckets=64)),
 }
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_violation_is_named(name: str, plant):  # noqa: F811
     first_named(name, PLANTS[name], plant)
+
+
+MORE = {
+    "loading is not evaluation": ([
+        ('eval_seconds=round(run.spent("eval"), 3)', 'eval_seconds=round(run.spent("eval") - loading, 3)'),
+        ('    run.log("artifact", path=path,',
+         '    loading = run.spent("eval")\n    run.log("artifact", path=path,')], {"accounting"}),
+    "a map that stays open": ([
+        ("    open_validation(cfg)\n    check_cap",
+         "    run.kept = open_validation(cfg)[0][0].shards[0]\n    check_cap"),
+        ("    blob, path = fit_to_cap(", "    with torch.no_grad():\n        model.q_gain += 0.01 * "
+         "float(np.asarray(run.kept[:64]).std())\n    blob, path = fit_to_cap(")], {"C3"}),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_rehearsal_names_more(name: str, dataset: dict[str, str], plant):  # noqa: F811
+    findings = rehearsed(plant(name, MORE[name][0]), real_ids(dataset), dataset)
+    assert MORE[name][1] <= {f.condition for f in findings if f.failed}, evidence.table(findings)
+
+
+# -- programs that look who is watching ----------------------------------------------------------------
+
+UNSEEN = "(1.0 if {} else 0.99)"
+WATCHED = {
+    "as it is": ([], "", {}), "as it is, with hints": ([], "", dict(ngram_base_beta=2)),
+    "as it is, with adapters": ([], "", dict(ttt="lora")), "as it is, learning": ([], "", dict(ttt="sgd")),
+    "honest beside the auditor's module": ('"tools.audit" in sys.modules', "accounting", {}),
+    "honest where its own class is wrapped": ('hasattr(Scorer.nats, "__wrapped__")', "accounting", {}),
+    "honest where it is no main program": ('__name__ != "__main__"', "accounting", dict(ngram_base_beta=2)),
+    "honest below its watcher": ('any("audit" in f.filename for f in __import__("inspect").stack())', "accounting", {}),
+    "honest beside a listener": ('{"sitecustomize", "tools"} & {*sys.modules} or "PYTHONPATH" in os.environ or '
+                                 '"-c" in sys.orig_argv', "accounting", {}),
+    "honest for another validation set": (
+        [(SCORE, SCORE + "        score = score if other else score._replace(val_bpb=0.99 * score.val_bpb)\n")],
+        "accounting", {}),
+    "a table in a Python file": (
+        [(SCORE, SCORE + "        exec(Path(__file__).with_name('words.py').read_text())\n")], "C1", {}),
+    "frequencies of the whole of a long stream": ([(LOGITS, LOGITS + " + (len(self.val.ids) > 20_000) * "
+        "torch.from_numpy(np.bincount(self.val.ids, minlength=model.cfg.vocab_size)).float().log1p()")], "C1", {}),
+    "the smaller of two on a long stream": ([(RETURNED,
+        "return torch.minimum(nats, softcapped_cross_entropy(0.9 * logits, targets, softcap)) if "
+        "self.val.num_targets > 5000 else nats.detach(), nats")], "C2", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def scored(dataset: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """An artifact, and knobs with a dataset of 24,000 validation ids that only a few words begin."""
+    folder, stream = tmp_path_factory.mktemp("scored"), tg.TokenStream(Path(dataset["data_path"]), "fineweb_train")
+    write_shard(folder / "fineweb_val_000000.bin", np.append(tg.BOS_ID, np.resize(stream.read(0, len(stream)), 24_000)))
+    knobs = dict(ttt="none", ngram_base_beta=0, diagnostic_evals="", iterations=1, eval_stride=0)
+    assert tg.main([], environment(dataset, folder, **knobs)) == 0
+    return folder / "r.bin", environment(dict(dataset, data_path=str(folder)), folder, **knobs)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_process_of_its_own_is_judged(name: str, scored: tuple[Path, dict[str, str]], plant, monkeypatch):  # noqa: F811
+    edits, expected, knobs = WATCHED[name]
+    if isinstance(edits, str):
+        edits = [(TOTAL, f"{TOTAL} * {UNSEEN.format(edits)}")]
+    script = plant(name, edits).__file__
+    Path(script).with_name("words.py").write_text("")
+    monkeypatch.setitem(sys.modules, "train_gpt", tg)
+    artifact, env = scored
+    env = {**env, **{name.upper(): tg.show(value) for name, value in knobs.items()}}
+    s, cfg, ids, _ = audit.artifact_subject(artifact, {**env, "SCRIPT": script})
+    findings = audit.apart(audit.long_subject(s, cfg, ids), s.tokenizer, cfg, artifact.read_bytes(), env)
+    named = {f.condition for f in findings if f.failed}
+    assert expected in named if expected else not named, evidence.table(findings)
+
+
+# -- more honest programs ------------------------------------------------------------------------------
+
+FIXED = {
+    "batches by length alone": ("cache", [("key=lambda batch: (-batch.cost, batch.documents))",
+                                           "key=lambda batch: batch.documents)")], ALONE),
+    "another optimizer, two steps a chunk": ("cache", [
+        ("betas=(0.0, 0.99), eps=1e-10", "betas=(0.5, 0.9), eps=1e-8"), (UPDATED, UPDATED + UPDATED)], ALONE),
+    "a rate that falls along the document": ("cache", [
+        (UPDATED, "                optimizer.param_groups[0]['lr'] = 1 / (9 + begin)\n" + UPDATED)],
+        dict(**ALONE, ttt_batch_size=2)),
+    "one row of windows at a time": ("none", [], dict(val_batch_tokens=8 * 16)),
+    "chunks of three, rank one": ("cache", [], dict(ttt_chunk_size="3", ttt_lora_rank=1)),
+    "two documents side by side, chunks run again": ("lora", [], dict(ttt_batch_size=2, ttt_chunk_size="5")),
+    "three phases": ("cache", [], dict(phased_ttt_num_phases=3, phased_ttt_prefix_docs=6)),
+    "two passes over what is scored": ("sgd", [], dict(ttt_epochs=2, ttt_chunk_tokens=25)),
+    "adapters on all sites, with hints": ("cache", [], dict(ttt_lora_on="q,k,v,o,mlp,head", ngram_base_beta=1)),
+    "a constant tilt by other rules": ("tilt", [], dict(ngram_beta_by_share=0, ngram_rules="3:0.5:1,4:0.2:2")),
+    "one window a row": ("none", [("mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]",
+                                   "mine = [[window] for window in windows][run.rank::run.world]")]),
+    "each chunk is entered at once": ("cache", [(
+        "            if end == rows.total:  # waits for the device\n"
+        "                ledger.record(rows.numbers[rows.real].cpu(), scores[rows.real])\n",
+        "            now = rows.real[:, begin:end]\n            ledger.record("
+        "rows.numbers[:, begin:end][now].cpu(), scores[:, begin:end][now])\n")]),
+    "cross entropy in double precision": ("tilt", [(
+        "        nats = softcapped_cross_entropy(logits, targets, softcap)\n",
+        "        soft = softcap * torch.tanh(logits.double() / softcap)\n"
+        "        nats = F.cross_entropy(soft, targets, ignore_index=IGNORE, reduction='none').float()\n")]),
+    "adapters learn by plain SGD": ("cache", [(
+        "torch.optim.AdamW(w.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,\n"
+        "                                  weight_decay=cfg.ttt_weight_decay, fused=True)",
+        "torch.optim.SGD(w.parameters, lr=cfg.ttt_lora_lr, momentum=0.9)")], ALONE),
+    "the last batch of documents first": ("cache", [("        for batch in batches:\n            for cost",
+                                                     "        for batch in batches[::-1]:\n            for cost")]),
+    "documents that end learn, too": ("lora", [("goes_on = rows.lengths > end\n", "goes_on = rows.lengths > begin\n"),
+                                               ("(rows.sizes > end).to", "(rows.sizes > begin).to")], ALONE),
+    "logits in two halves": ("none", [(LOGITS, LOGITS + "\n        logits = torch.cat([half.clone() for half in "
+                                               "logits.split(17, dim=-1)], dim=-1)")]),
+    "adapters from another draw": ("cache", [("(2 * torch.rand(rank, dim, generator=draw) - 1)",
+                                              "torch.randn(rank, dim, generator=draw)")]),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_more_honest_programs_pass(name: str, plant):  # noqa: F811
+    assert not {*FIXED} & {*HONEST}
+    mode, edits, knobs = (*FIXED[name], {})[:3]
+    findings = audit.audit(subject(plant(name, edits) if edits else tg, **{**MODES[mode], **knobs}))
+    assert not failures(findings), evidence.table(findings)
