@@ -1626,10 +1626,9 @@ class NoCache:
     def prepare(self, kernels: Kernels, batch: Batch) -> Any:
         return kernels.attention.prepare(batch)
 
-    def shifted(self, x_RTNH: Tensor, count: int, place: tuple) -> list[Tensor]:
-        """x of each token itself and of the count - 1 before, nearest first; `place`: (convolution, layer number).
-        Columns before a segment's start are the caller's to mask."""
-        return [x_RTNH.roll(back, dims=1) for back in range(count)]
+    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
+        """x with so many columns of the tokens before in front of it; `place`: (convolution, layer number)."""
+        return F.pad(x_RTNH, (0, 0, 0, 0, columns, 0))
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
         return kernels.attention.run(q, k, v, segments)
@@ -1656,11 +1655,12 @@ class KeyValueCache(NoCache):
         back = column[old:, None] - column[None, :]
         return ((back >= 0) & (back < self.cache_len))[None, None]
 
-    def shifted(self, x_RTNH: Tensor, count: int, place: tuple) -> list[Tensor]:
-        past = self.columns.get(place, torch.zeros_like(x_RTNH[:, :1]).expand(-1, count - 1, -1, -1))
-        whole = torch.cat([past, x_RTNH], dim=1)
+    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
+        whole = super().with_past(x_RTNH, columns, place)
+        if place in self.columns:
+            whole = torch.cat([self.columns[place], x_RTNH], dim=1)
         self.new_columns[place] = whole[:, x_RTNH.size(1):].detach()
-        return [whole[:, count - 1 - back:][:, :x_RTNH.size(1)] for back in range(count)]
+        return whole
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
         if layer.number in self.past:
@@ -1851,9 +1851,9 @@ class GPT(nn.Module):
         if getattr(self, name) is None:
             return x_RTNH
         taps = getattr(self, name)[layer.block].to(x_RTNH.dtype).unflatten(-1, x_RTNH.shape[2:])
-        y = x_RTNH
-        for back, before in enumerate(context.cache.shifted(x_RTNH, len(taps), (name, layer.number))):
-            y = y + taps[back] * before * (context.positions >= back)[..., None, None]
+        whole, size, y = context.cache.with_past(x_RTNH, len(taps) - 1, (name, layer.number)), x_RTNH.size(1), x_RTNH
+        for back, tap in enumerate(taps):
+            y = y + tap * whole[:, len(taps) - 1 - back:][:, :size] * (context.positions >= back)[..., None, None]
         return y
 
     def skip(self, x: Tensor, layer: Layer, outputs: Sequence[Tensor]) -> Tensor:
