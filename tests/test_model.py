@@ -91,10 +91,19 @@ def rope(x: np.ndarray, position: int, cfg: tg.ModelKnobs) -> np.ndarray:
     return x
 
 
+def convolved(x: np.ndarray, taps: np.ndarray | None) -> np.ndarray:
+    """x [T, C] plus taps [K, C] times itself and the tokens before it."""
+    y = x.copy()
+    for t, j in itertools.product(range(len(x)), range(0 if taps is None else len(taps))):
+        y[t] += taps[j] * x[t - j] if j <= t else 0
+    return y
+
+
 def reference_attention(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, n: np.ndarray) -> np.ndarray:
     layers, heads, width, few = cfg.num_layers, cfg.num_heads, cfg.head_dim, n[:, :tg.GATE_CHANNELS]
-    q, k, v = ((n @ m.T).reshape(len(n), -1, width)
-               for m in (p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][layers + i]))
+    taps = np.split(p["kv_conv"][i], 2, axis=-1) if cfg.conv_taps else [None, None]
+    q, k, v = (convolved(n @ m.T, own).reshape(len(n), -1, width) for m, own in zip(
+        (p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][layers + i]), [None, *taps]))
     y = np.zeros_like(q)
     for h in range(heads):
         group = h // (heads // cfg.num_kv_heads)
@@ -116,7 +125,7 @@ def reference_attention(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, n:
 
 
 def reference_mlp(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, z: np.ndarray) -> np.ndarray:
-    up, down = p["mlp_up_bank"][i], p["mlp_down_bank"][i]
+    up, down, z = p["mlp_up_bank"][i], p["mlp_down_bank"][i], convolved(z, p["mlp_conv"][i] if cfg.conv_taps else None)
     if cfg.mlp_rank:
         up, down = up @ p["mlp_up_in_bank"][i], down @ p["mlp_down_in_bank"][i]
     a = z @ up.T
@@ -269,7 +278,8 @@ def test_recording_changes_no_bit_and_sums_the_input_of_every_product_of_all_lay
 
 def test_the_record_has_the_known_parameters_and_runs_its_blocks_in_the_known_order():
     counts = {name: p.numel() for name, p in tg.shapes_of(tg.ModelKnobs()).named_parameters()}
-    assert counts["qo_bank"] == 5_767_168 and sum(counts.values()) == 35_945_671
+    more = counts["kv_conv"] + counts["mlp_conv"]  # not the record's
+    assert counts["qo_bank"] == 5_767_168 and sum(counts.values()) - more == 35_945_671 and more == 45_056
     on, off = (tg.unroll_layers(tg.ModelKnobs(), looped) for looped in (True, False))
     assert [v.block for v in on] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
     assert [v.skip_from for v in on] == [None] * 8 + [7, 6, 5, 4, 3, 2, 1, 0, None]
