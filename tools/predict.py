@@ -94,7 +94,9 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
     dim, kv_dim, vocab, width = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.vocab_size, run.dtype.itemsize
     layers = len(tg.unroll_layers(cfg, True))
     eager = layers * (13 * dim + 5 * kv_dim + 3.2 * cfg.mlp_dim) * width
-    kept = eager / (2 if run.compiles else 1)
+    padded = layers * (dim + 2 * kv_dim) * width * (cfg.conv_taps > 0)  # what convolutions read, kept in both ways
+    kept = eager / (2 if run.compiles else 1) + padded
+    eager += padded
     scores = 0 if run.is_cuda else layers * cfg.num_heads * width  # a CPU keeps attention's probabilities, T a token
     tokens = min(cfg.micro_batch_tokens, -(-cfg.train_batch_tokens // run.world))
     quarter = -(-tokens // cfg.train_seq_len // 4) * cfg.train_seq_len
