@@ -295,8 +295,8 @@ SCORE = "score, digest = adapted_score(model, scorer)\n"
 VAL_FILE = 'np.fromfile(next(cfg.dataset_dir.glob("fineweb_val_0*")), dtype="<u2", offset=1024)'
 REHEARSED = {
     "as it is": ([], set()), "as it is, with hints": ([], set(), dict(ngram_base_beta=2)),
-    "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.stream = TokenStream("
-                                        'cfg.dataset_dir, "fineweb_val")')], {"C3"}),
+    "calibrated on validation data": ([(CALIBRATE, CALIBRATE + "\n        data.starts = lambda _: range(9)\n        "
+                                        'data.stream = TokenStream(cfg.dataset_dir, "fineweb_val")')], {"C3"}),
     "training data after the clock": ([(CALIBRATE, 'with run.phase("calibrate"):')], {"accounting"}),
     "training data while scoring": ([('        run.log("val_data"', "        TokenStream(cfg.dataset_dir, "
                                       '"fineweb_train").read(0, 9)\n        run.log("val_data"')], {"accounting"}),

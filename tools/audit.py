@@ -821,7 +821,8 @@ class Stage:
 
 
 def rehearsal_knobs(cfg: Any, folder: Path, tokenizer: Path | None) -> dict[str, str]:
-    """Return the run's knobs around a model of a few thousand parameters and one step on the data in `folder`."""
+    """Return the run's knobs around a model of a few thousand parameters and one step on the data in `folder`. Its
+    embedding is large, so that rounding shows in the score."""
     small = dict(
         data_path=folder, tokenizer_path=tokenizer or "", log_dir=folder / "logs", run_id="", eval_only="", resume="0",
         num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, num_loops=0, parallel_start_layer=1, rope_dims=8,
@@ -829,7 +830,8 @@ def rehearsal_knobs(cfg: Any, folder: Path, tokenizer: Path | None) -> dict[str,
         train_seq_len=32, train_batch_tokens=64, micro_batch_tokens=64, gptq_calibration_batches=1, eval_seq_len=32,
         eval_stride=min(cfg.eval_stride, 16), val_loss_every=min(cfg.val_loss_every, 1),
         phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 1), phased_ttt_prefix_docs=1, ttt_chunk_size=16,
-        ttt_lora_rank=min(cfg.ttt_lora_rank, 4), eval_seconds_budget=1e9, dtype="float32", device="cpu", compile="off")
+        ttt_lora_rank=min(cfg.ttt_lora_rank, 4), tied_embed_init_std=0.5, eval_seconds_budget=1e9,
+        dtype="float32", device="cpu", compile="off")
     return {name.upper(): typed_text(value) for name, value in {**dataclasses.asdict(cfg), **small}.items()}
 
 
