@@ -11,7 +11,7 @@ Every knob is an environment variable (section 1). Data comes from `./run.sh dat
 
   1 Config       every number that can change a result      7 Optimizer     update rules, then communication
   2 Run          ranks, device, log, clock, checkpoint      8 Schedule      functions of the used budget
-  3 Data         shards -> documents -> batches             9 Quantization  what errors cost, scales, GPTQ
+  3 Data         shards -> rows -> batches                  9 Quantization  what errors cost, scales, GPTQ
   4 Score        bytes of a token, bits per byte           10 Artifact      tensors <-> bytes, fit to the cap
   5 Kernels      references and fused implementations      11 Evaluation    windows, adaptation, tilt: one scorer
   6 Model        unrolled layers, one forward              12 Train, main   the story, in order
@@ -170,7 +170,7 @@ class DataKnobs(Knobs):
     train_seq_len: Size = 2048  # tokens of a training row; longer documents are cut
     train_batch_tokens: Size = 786_432  # tokens of one optimizer step over all ranks
     micro_batch_tokens: Size = 98_304  # most tokens of one forward and backward on one device; more are accumulated
-    shuffle: Literal["window", "none"] = "window"  # whether each epoch permutes the rows
+    shuffle: Literal["window", "none"] = "window"  # window: each epoch permutes the rows, from a random phase
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKnobs(Knobs):
@@ -201,7 +201,7 @@ class ModelKnobs(Knobs):
     tied_embed_init_std: NonNegative = 0.005  # of the initial embedding, which is also the output matrix
     bigram_buckets: Annotated[int, Bound("0 or 2 and more", lambda x: x == 0 or x > 1)] = 0  # of BigramHash; 0: none
     bigram_dim: Size = 112  # width of the bigram embedding before its projection to D
-    conv_taps: Count = 4  # tokens that convolutions of keys, values and MLP inputs read (#400: 4); 0: none
+    conv_taps: Count = 4  # tokens that convolutions of keys, values and MLP inputs read (#400: 4; #1855: 0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -331,9 +331,9 @@ PRESETS: dict[str, dict] = {
 }
 
 # First words that only this field's knobs have: a stranger with one of them is a misspelt knob, or a published name.
-KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP LOOP_ LQER_ MATRIX_ MLP_ MUON_ "
-                      "NGRAM_ PARALLEL_FINAL PARALLEL_RES PARALLEL_START PHASED_ PREQUANT_ QK_ ROPE_ SMEAR_ "
-                      "SPARSE_ TIED_EMBED TRAIN_BATCH TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
+KNOB_PREFIXES = tuple("ATTN_ BIGRAM_ CONV_ EMBED_ EVAL_ GATED_ GLOBAL_TTT_ GPTQ_ GRAD_CLIP LOOP_ LQER_ MATRIX_ MLP_ "
+                      "MUON_ NGRAM_ NORMUON_ PARALLEL_FINAL PARALLEL_RES PARALLEL_START PHASED_ PREQUANT_ QK_ ROPE_ "
+                      "SMEAR_ SPARSE_ TIED_EMBED TRAIN_BATCH TRAIN_SEQ TTT_ VAL_LOSS WARMDOWN_ XSA_".split())
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EvalKnobs, QuantKnobs, ScheduleKnobs, OptimizerKnobs, ModelKnobs, DataKnobs, RunKnobs):
@@ -760,7 +760,7 @@ def load_checkpoint(path: Path, like: Mapping) -> tuple:
     return state, tensors
 
 
-# ======== 3 Data: shards -> documents -> batches
+# ======== 3 Data: shards -> rows -> batches
 # A shard is 256 little-endian int32 (magic, version, token count, zeros) and then uint16 ids; every document starts
 # with BOS; documents may run on into the next shard, so the shards of a split are read as one stream. Which row goes
 # where is a pure function of (seed, step): any world size sees the same global batch, and a batch can be rebuilt from
@@ -1640,8 +1640,8 @@ NO_CACHE = NoCache()
 
 class KeyValueCache(NoCache):
     """Keys and values of the last `cache_len` tokens of each row's document, computed with the weights of their time.
-    A chunk attends to them and to itself, so that a token is computed once instead of once a chunk. Gradients end at
-    the chunk's start. All rows are at the same position of their documents.
+    A chunk attends to them and to itself, so that a token is computed once instead of once a chunk; of convolutions
+    it keeps the last inputs. Gradients end at the chunk's start. All rows are at the same position of their documents.
     """
     prefix = 1
 
@@ -1750,7 +1750,7 @@ class ForwardContext(NamedTuple):
 
 class GPT(nn.Module):
     """The language model: parameters in fp32, activations in the dtype of the forward.
-    With CONV_TAPS=0 35,945,671 of them at the record's shape (#1855)."""
+    35,945,671 parameters at the shape of record #1855 with CONV_TAPS=0."""
 
     def __init__(self, cfg: ModelKnobs):
         super().__init__()
@@ -2562,7 +2562,7 @@ class Quantizer:
 # checks digest, bounds and sizes before it allocates. Rank 0 writes, all score what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 6
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28

@@ -41,7 +41,7 @@ SDCLIP = dict(QUANT="sdclip", MATRIX_BITS="5", EMBED_BITS="6", ATTN_CLIP_SIGMAS=
               EMBED_CLIP_SIGMAS="4")
 CASES: dict[str, dict[str, str]] = {
     "plain": {},
-    "sliding whole windows": dict(EVAL_STRIDE="0", SHUFFLE="window"),
+    "sliding whole windows": dict(EVAL_STRIDE="0", SHUFFLE="none"),
     "lora, cache": dict(TTT="lora"),
     "lora, recompute": dict(TTT="lora", TTT_CONTEXT="recompute", TTT_LORA_ON="q,v,o,head"),
     "lora, tilt": dict(TTT="lora", PHASED_TTT_NUM_PHASES="0", NGRAM_TILT_ENABLED="1", NGRAM_BASE_BETA="2",
@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, str]] = {
     "no trellis": dict(TRELLIS_STATES="1"),
     "one lane": dict(PARALLEL_RESIDUAL="single", LN_SCALE="0"),
     "no lanes, no loop": dict(PARALLEL_RESIDUAL="none", NUM_LOOPS="0", SKIP_GATES_ENABLED="0"),
-    "bigram": dict(BIGRAM_BUCKETS="256", BIGRAM_DIM="16", SHUFFLE="window", TTT="lora"),
+    "bigram": dict(BIGRAM_BUCKETS="256", BIGRAM_DIM="16", CONV_TAPS="0", TTT="lora"),
     "low rank": dict(MLP_RANK="12", TTT="lora"),
     "output gate": dict(ATTN_GATE="output", MUON_ROW_NORMALIZE="0"),
     "dense gate, classic": dict(ATTN_GATE="dense", MUON_COEFFICIENTS="classic", GRAD_CLIP_NORM="0"),

@@ -60,7 +60,7 @@ def taken_apart(blob: bytes) -> tuple[dict, list[bytes]]:
 
 
 def put_together(header: object, streams: list[bytes], header_bytes: int | None = None,
-                 head_bytes: int | None = None, version: int = 5, content: bytes | None = None) -> bytes:
+                 head_bytes: int | None = None, version: int = tg.ARTIFACT_VERSION, content: bytes | None = None) -> bytes:
     """An artifact of these parts with a correct digest; lengths and the packed header may be lies."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = struct.pack("<I", len(text) if header_bytes is None else header_bytes)
@@ -187,7 +187,7 @@ def peak_while_refusing(blob: bytes) -> int:
 
 
 @pytest.mark.parametrize("lies", [
-    dict(version=6), dict(head_bytes=2**32 - 1), dict(head_bytes=4), dict(header_bytes=2**32 - 1), dict(header_bytes=0),
+    dict(version=7), dict(head_bytes=2**32 - 1), dict(head_bytes=4), dict(header_bytes=2**32 - 1), dict(header_bytes=0),
     dict(header_bytes=1 << 20), dict(content=b""), dict(content=b"\xff" * 40), dict(content=BOMB),
     dict(content=BOMB, header_bytes=10**8)], ids=lambda lies: "-".join(lies))
 def test_lies_about_the_header_are_refused(small: bytes, lies: dict):

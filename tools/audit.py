@@ -1012,7 +1012,9 @@ def apart(long: Subject, tokenizer: Path | None, cfg: Any, blob: bytes, env: Map
         stage.frozen, stage.open_phases = True, [("a process of its own", "eval")]
         for event, opened in map(ast.literal_eval, heard.read().decode().splitlines()):
             stage.opened(event, (opened,))
-        path = next(logs.glob("*.jsonl"))
+        path = next(logs.glob("*.jsonl"), None)
+        if path is None or not last(events(path), "verdict"):
+            raise ToolError(f"{script}: EVAL_ONLY wrote no log with a verdict to LOG_DIR, as the trainer does")
         return [*findings, *(f for f in audit_log(path, blob, seconds=float("inf")) if f.failed), *stage.findings(),
                 sums_of(events(path), long.plain.nats, ids, byte_count(m, ids, sizes, tokenizer))]
 
@@ -1049,7 +1051,10 @@ def probe_first_documents(log: Path, long: Subject) -> list[Finding]:
     held, rows = events(log), long.base.events
     said, start = last(held, "first_documents") or {}, last(held, "start") or {}
     first = rows[(rows[:, 0] == 0) & (rows[:, 2] == long.module.Ledger.SCORE), 5].max()
+    config = last(held, "config") or {}
+    phases, documents = (int(config.get(f"phased_ttt_{name}") or 0) for name in ("num_phases", "prefix_docs"))
     ends = long.ends[:-1][long.ends[:-1] <= first][:len(said.get("nats", ""))]
+    ends = ends[:documents // phases if phases else None]  # the run's own first phase
     if not len(ends):
         return [Finding("A3", "accounting", False, "first_documents=none", "the log cannot be refuted", suspect=True)]
     worst = max(abs(a / b - 1) for a, b in zip(said["nats"], long.base.nats.cumsum()[ends - 1].tolist()))

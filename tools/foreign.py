@@ -104,7 +104,7 @@ NO_EFFECT: tuple[tuple[str, str], ...] = (
     ("FUSED_CE_ENABLED", "the kernels are chosen by what the machine has; see the log"),
     ("GPTQ_ENABLED", "GPTQ is always on"),
     ("EMBED_LR HEAD_LR TIE_EMBEDDINGS EMBEDDING_DIM", "the output matrix is always the embedding, of width MODEL_DIM"),
-    ("MUON_BETA2 NORMUON_BETA2", "rows of the update are not rescaled by a second moment: no record does"),
+    ("MUON_BETA2 NORMUON_BETA2", "rows of the update are not rescaled by a second moment: no record here does"),
     ("VAL_BATCH_SIZE", "the batch of evaluation is VAL_BATCH_TOKENS"),
     ("WARMDOWN_ITERS WARMDOWN_STEPS", "the warm-down is a fraction of the budget, WARMDOWN_FRAC"),
     ("WD_TAPER_* SWA_ENABLED SWA_EVERY", "retired by the later records"),

@@ -85,7 +85,7 @@ def predicted_memory(tg: Any, cfg: Any, run: Any, targets: int) -> dict[str, int
     """Peak bytes of one process on its device by stretch of the run, with `targets` validation targets.
 
     Exact are weights, optimizer and adapters; activations are elements kept of a token and layer, as counted on a CPU
-    (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept).
+    (13 D + 5 K H + 3.2 F; half of it where a compiler decides what is kept; D + 2 K H with convolutions).
     """
     parameters = dict(tg.shapes_of(cfg).named_parameters())
     weights = 4 * sum(p.numel() for p in parameters.values())
