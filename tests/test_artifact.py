@@ -60,7 +60,8 @@ def taken_apart(blob: bytes) -> tuple[dict, list[bytes]]:
 
 
 def put_together(header: object, streams: list[bytes], header_bytes: int | None = None,
-                 head_bytes: int | None = None, version: int = tg.ARTIFACT_VERSION, content: bytes | None = None) -> bytes:
+                 head_bytes: int | None = None, version: int = tg.ARTIFACT_VERSION, content: bytes | None = None
+                 ) -> bytes:
     """An artifact of these parts with a correct digest; lengths and the packed header may be lies."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     head = struct.pack("<I", len(text) if header_bytes is None else header_bytes)

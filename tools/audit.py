@@ -373,7 +373,7 @@ def largest(a: np.ndarray, b: np.ndarray) -> float:
 
 def choose(subject: Subject, base: Outcome, rng: np.random.Generator) -> list[int]:
     """Choose targets worth probing: in every state that there is, with hints right and wrong, in and beyond the first
-    window, in the longest document, at a document's end. The last one's state has learned most."""
+    window, in the longest document, at a document's end, behind an update. The last one's state has learned most."""
     targets = np.arange(len(base.nats))
     bos, number = subject.module.BOS_ID, subject.document(np.arange(len(base.nats)))
     eligible = (subject.ids[1:] != bos) & (subject.ids[:-1] != bos) & ~np.isnan(base.first)
@@ -389,6 +389,9 @@ def choose(subject: Subject, base: Outcome, rng: np.random.Generator) -> list[in
         left, longest = subject.ends[number] - targets, np.argmax(subject.ends - subject.starts)
         kinds += [targets - subject.starts[number] >= subject.cfg.eval_seq_len, left == 2, number == longest]
         kinds += [base.shared == state for state in np.unique(base.shared)[:4]]
+        learned = base.events[(base.events[:, 2] != subject.module.Ledger.SCORE) & (
+            base.events[:, 3] == subject.module.Ledger.BASE), 5]
+        kinds += [(targets >= end) & (targets < end + 8) for end in np.unique(learned)[:2]]  # just not learned from
     chosen: list[int] = []
     for kind in kinds:
         some = np.setdiff1d(np.flatnonzero(kind & eligible), chosen)
