@@ -1656,9 +1656,8 @@ class KeyValueCache(NoCache):
         return ((back >= 0) & (back < self.cache_len))[None, None]
 
     def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
-        whole = super().with_past(x_RTNH, columns, place)
-        if place in self.columns:
-            whole = torch.cat([self.columns[place], x_RTNH], dim=1)
+        past = self.columns.get(place)
+        whole = super().with_past(x_RTNH, columns, place) if past is None else torch.cat([past, x_RTNH], dim=1)
         self.new_columns[place] = whole[:, x_RTNH.size(1):].detach()
         return whole
 

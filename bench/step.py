@@ -29,11 +29,12 @@ def activation_bytes(cfg: tg.Config, plan: tuple[tg.Layer, ...], tokens: int, si
     """Bytes a forward moves, activations of `size` bytes each; the backward moves twice as many.
 
     A visit, in passes over [M, D], [M, kv] and [M, F]: mix and norm 4 D; qkv 2 D + 2 kv; q and k normed and turned
-    2 D + 2 kv; attention 2 D + 2 kv; XSA and gate 2 D + kv; o 2 D; residual and norm 4 D; up D + 2 F; down D + F. The
-    head: hidden states, logits written once and read once by the loss.
+    2 D + 2 kv; attention 2 D + 2 kv; XSA and gate 2 D + kv; o 2 D; residual and norm 4 D; up D + 2 F; down D + F;
+    convolutions of k, v and the MLP's input, with a padded copy, 4 D + 8 kv. The head: hidden states, logits written
+    once and read once by the loss.
     """
     kv_dim = cfg.num_kv_heads * cfg.head_dim
-    visit = 20 * cfg.model_dim + 7 * kv_dim + 3 * cfg.mlp_dim
+    visit = 20 * cfg.model_dim + 7 * kv_dim + 3 * cfg.mlp_dim + 4 * (cfg.model_dim + 2 * kv_dim) * (cfg.conv_taps > 0)
     return size * tokens * (len(plan) * visit + cfg.model_dim + 2 * cfg.vocab_size)
 
 
