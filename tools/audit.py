@@ -942,13 +942,19 @@ def loaded(module: ModuleType, artifact: Any, cfg: Any) -> Any:
 
 LONG_SECONDS, LONG_IDS = 10.0, (1 << 13, 1 << 17)
 """CPU time of one run over the long stream; its least and most ids."""
+OWN_SECONDS = 1_800.0
+"""After so long the script's own process is stopped."""
 LISTENER = """import os, sys
 def hear(event, arguments):
     sys.modules.pop("sitecustomize", None)
     name = os.path.abspath(os.fsdecode(arguments[0])) if event == "open" and not isinstance(arguments[0], int) else ""
     if event in {events} and (event != "open" or name and (arguments[1] or not arguments[2] & os.O_EXCL)):
         os.write({told}, (repr((event, name)) + "\\n").encode())
-sys.path.remove(os.environ.pop("PYTHONPATH"))
+site, _, others = os.environ.pop("PYTHONPATH").partition(os.pathsep)
+sys.path.remove(site)
+if others:
+    os.environ["PYTHONPATH"] = others
+del site, others
 sys.addaudithook(hear)
 """
 """What Python runs before a script: it tells of files, but not of tempfile's trials, and leaves nothing to be found."""
@@ -999,13 +1005,20 @@ def apart(long: Subject, tokenizer: Path | None, cfg: Any, blob: bytes, env: Map
         (site / "sitecustomize.py").write_text(LISTENER.format(told=heard.fileno(), events={"open", *OUTSIDE_WORLD}))
         changed = {name.upper(): typed_text(value) for name, value in vars(own_cfg).items()
                    if value != getattr(cfg, name)}
-        changed.update(PYTHONPATH=str(site), OMP_NUM_THREADS=str(torch.get_num_threads()))
+        changed.update(PYTHONPATH=os.pathsep.join([str(site), *filter(None, [env.get("PYTHONPATH")])]),
+                       OMP_NUM_THREADS=str(torch.get_num_threads()))
         with subprocess.Popen([sys.executable, str(script)], env={**MACHINE, **env, **changed}, cwd=script.parent,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[heard.fileno()]) as process:
-            some = long.rng.integers(len(ids) - 1, size=long.affordable).tolist()
-            long.base = long.plain = long.alone = long.score(probes=[*long.positions, *some], deep=0.2)
-            findings = [f for probe in PROBES[:5] for f in probe(long)] + probe_targets(long, shared=True)
-            screen = process.communicate()[0].decode(errors="replace").splitlines()
+            try:
+                some = long.rng.integers(len(ids) - 1, size=long.affordable).tolist()
+                long.base = long.plain = long.alone = long.score(probes=[*long.positions, *some], deep=0.2)
+                findings = [f for probe in PROBES[:5] for f in probe(long)] + probe_targets(long, shared=True)
+                screen = process.communicate(timeout=OWN_SECONDS)[0].decode(errors="replace").splitlines()
+            except subprocess.TimeoutExpired:
+                raise ToolError(f"{script}: EVAL_ONLY did not end within {OWN_SECONDS:,.0f} s on a stream that takes "
+                                f"{LONG_SECONDS:.0f} s: its score cannot be checked") from None
+            finally:
+                process.kill()  # nothing, where it has ended
         if failed(findings):
             return findings
         if process.returncode:

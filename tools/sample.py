@@ -95,7 +95,7 @@ class Writer:
 def samples(artifact: Path, prompts: Sequence[str] = ("import", "def"), characters: int = 150) -> list[str]:
     """What the model writes after these beginnings of documents, cut to so many characters. Raises as `Writer` does."""
     writer = Writer(*find(str(artifact), os.environ))
-    return ["".join(writer.text(prompt, temperature=0.5, length=characters // 2))[:characters] for prompt in prompts]
+    return ["".join(writer.text(prompt, length=characters // 2))[:characters] for prompt in prompts]
 
 
 def main(arguments: Sequence[str]) -> None:
