@@ -322,7 +322,7 @@ PRESETS: dict[str, dict] = {
         vocab_size=1024, num_layers=2, model_dim=96, num_heads=4, num_kv_heads=2, xsa_last_n=2,
         num_loops=0, ln_scale=False, parallel_residual="single", parallel_start_layer=1, qk_gain_init=3.0,
         tied_embed_init_std=0.02, bigram_buckets=32768, bigram_dim=64, matrix_lr=0.018, scalar_lr=0.02,
-        tied_embed_lr=0.005, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
+        tied_embed_lr=0.01, muon_momentum=0.9, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=50,
         ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=8.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
         diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
