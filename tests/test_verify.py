@@ -168,10 +168,13 @@ def test_what_is_wrong_is_found(damage, words, copy, capsys):
 def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(version, made, tmp_path):
     rows = [json.loads(line)["text"] for line in (made.parents[1] / "c.jsonl").read_text().splitlines()]
     rows = [" ".join(row.encode("ascii", "ignore").decode().split()) for row in rows]  # the normaliser's own form
+    if version == "caseops_v2":
+        rows = [row.replace(" ", "\n    ") for row in rows]  # as code is: what the normaliser drops counts nothing
     folder = build(tmp_path, write_jsonl(tmp_path / "c.jsonl", rows), transform=version)
     manifest = manifest_of(folder)
     texts = [row for row in dict.fromkeys(rows) if side_of(row, 0.1) == "val"]
-    assert manifest["transform"] == version and manifest["val"]["bytes"] == sum(map(len, texts))
+    assert manifest["transform"] == version
+    assert manifest["val"]["bytes"] == sum(len(" ".join(text.split())) for text in texts)
     side, val = (tg.TokenStream(folder, f"fineweb_{split}") for split in ("val_bytes", "val"))
     good = side.read(0, len(side))
     assert len(side) == len(val) and good.sum() == manifest["val"]["bytes"]
@@ -179,9 +182,9 @@ def test_a_transform_brings_a_side_file_that_verify_holds_against_the_text(versi
     edit(path, lambda ids: np.where(np.arange(len(ids)) == 5, ids + 1, ids))
     assert "val_bytes_000000.bin" in failures(folder)[0].what
     edit_manifest(folder, lambda m: m["val_bytes"]["files"][0].pop("sha256"))
-    assert "the manifest says" in failures(folder)[0].problem
+    assert failures(folder)[0].problem.startswith("the manifest says" if version == "caseops_v1" else "they differ")
     for change, words in ((lambda ids: np.where(np.arange(len(ids)) == 0, 1, ids), "a BOS has bytes"),
-                          (lambda ids: ids * 2, "differ by more than 1%"), (lambda ids: ids[:-1], "entries for")):
+                          (lambda ids: ids * 2, "they differ"), (lambda ids: ids[:-1], "entries for")):
         edit(path, lambda _, c=change: c(good))
         assert words in failures(folder)[0].problem, words
 
