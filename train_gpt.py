@@ -166,7 +166,7 @@ class DataKnobs(Knobs):
     data_dir: str = "./data"  # root that holds datasets/ and tokenizers/
     data_path: str = ""  # folder of the shards; empty: by VOCAB_SIZE and CASEOPS_ENABLED in DATA_DIR/datasets
     tokenizer_path: str = ""  # SentencePiece model; empty: the manifest's, else by VOCAB_SIZE in DATA_DIR/tokenizers
-    caseops_enabled: bool = False  # bytes come from fineweb_val_bytes_*.bin (case operators; #1855 ran with 1)
+    caseops_enabled: bool = False  # bytes are those of fineweb_val_bytes_*.bin; unset: as the data say (#1855: 1)
     train_seq_len: Size = 2048  # tokens of a training row; longer documents are cut
     train_batch_tokens: Size = 786_432  # tokens of one optimizer step over all ranks
     micro_batch_tokens: Size = 98_304  # most tokens of one forward and backward on one device; more are accumulated
@@ -972,8 +972,8 @@ def open_validation(cfg: Config) -> tuple:
                   for row in split.get("files", ())}
     except (TypeError, KeyError):
         raise UserError(f"{folder}/manifest.json: damaged; prepare the dataset again") from None
-    marked = said.get("transform", "none") != "none" or any(folder.glob("fineweb_val_bytes_*.bin"))
-    cfg.expect("caseops_enabled", cfg.caseops_enabled or not marked, f"1: the text in {folder} has case operators")
+    cfg.expect("caseops_enabled", cfg.caseops_enabled or not has_case_operators(folder),
+               f"1: the text in {folder} has case operators")
     streams = [TokenStream(folder, prefix) for prefix in ("fineweb_val", "fineweb_val_bytes")[:1 + cfg.caseops_enabled]]
     ids, side = streams[0], streams[-1]
     require(len(ids) >= 2, f"{folder}: the validation shards hold {len(ids)} tokens, no target")
@@ -981,6 +981,10 @@ def open_validation(cfg: Config) -> tuple:
             f"they belong to different exports")
     sp = None if cfg.caseops_enabled else load_sentencepiece(tokenizer_path(cfg), cfg.vocab_size)
     return streams, sp and TokenBytes.build(sp), listed
+
+def has_case_operators(folder: Path) -> bool:
+    """Whether capitals are operators in the text of these shards, so that a side file counts its bytes."""
+    return manifest(folder).get("transform", "none") != "none" or any(folder.glob("fineweb_val_bytes_*.bin"))
 
 def manifest(folder: Path, name: str = "manifest.json") -> dict:
     """A JSON object beside the shards, or {} where the export has none (the published ones)."""
@@ -1035,7 +1039,10 @@ def check_stamp(cfg: Config, run: Run):
 
 def on_its_data(cfg: Config, digest: str, env: Mapping) -> Config:
     """The config on the dataset, its own or one beside it, which an artifact's digest is of; as it is where DATA_PATH
-    names a folder or the artifact was made for none. `UserError` where there is none."""
+    names a folder or the artifact was made for none. `UserError` where there is none.
+    In training CASEOPS_ENABLED is what the dataset says, unless somebody does."""
+    if not (digest or cfg.eval_only or "CASEOPS_ENABLED" in env) and has_case_operators(cfg.dataset_dir):
+        cfg = replace(cfg, caseops_enabled=True, data_path=str(cfg.dataset_dir))
     if not digest or env.get("DATA_PATH"):
         return cfg
     found = {}

@@ -93,7 +93,7 @@ def parser() -> Parser:
           help="pieces of a tokenizer to train (%(default)s)")
     model("--tokenizer", type=utf8_path, metavar="MODEL", help="use this SentencePiece model; train none")
     add("--transform", choices=["none", "caseops_v1", "caseops_v2"],
-        help="capitals as operators (data/caseops.py); adds the byte side file (%(default)s)")
+        help="capitals as operators (data/caseops.py); adds the byte side file (with --tokenizer none, else caseops_v2)")
     split("--val-share", type=number(float, 1e-12, 0.5), default=0.01, metavar="X",
           help="share of the documents that validate, at most 0.5 (%(default)s)")
     split("--val-files", nargs="+", type=Path, metavar="INPUT", default=[],
@@ -101,7 +101,7 @@ def parser() -> Parser:
     add("--force", action="store_true", help="replace an existing dataset of this name")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for verb in (demo, text):
-        verb.set_defaults(text_field="text", split_on=None, vocab_size=1024, transform="none")
+        verb.set_defaults(text_field="text", split_on=None, vocab_size=1024, transform=None)
         verb.add_argument("--workers", type=number(int, 1), default=cpus, metavar="N",
                           help="processes that encode; they change the time, not the result (%(default)s)")
     for verb in (download, demo, text):

@@ -258,6 +258,7 @@ def prepare(options: argparse.Namespace) -> Path:
     require(re.fullmatch(r"\w[\w.-]*", options.name) is not None, f"--name {options.name}: not the name of a folder")
     if options.tokenizer:
         options.vocab_size = load_tokenizer(options.tokenizer).vocab_size()
+    options.transform = options.transform or ("none" if options.tokenizer else "caseops_v2")
     datasets, tokenizers = options.out / "datasets", options.out / "tokenizers"
     target = datasets / f"{options.name}_sp{options.vocab_size}"
     home = tokenizers / f"{options.name}_{options.vocab_size}_bpe.model"
@@ -346,7 +347,6 @@ def summary(target: Path) -> str:
         dropped = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in manifest["source"]["dropped"].items())
         lines.append(f"{'dropped':<12}{dropped}; repaired {manifest['source']['repaired']:,}")
         knobs = f"{shlex.quote(f'DATA_PATH={target}')} VOCAB_SIZE={manifest['vocab_size']}"
-        knobs += " CASEOPS_ENABLED=1" * ("transform" in manifest)
         if manifest["val"]["tokens"] > MANY_TOKENS:
             lines.append(f"{'warning':<12}a CPU may need {manifest['val']['tokens'] / 180_000:,.0f} minutes to score as"
                          " much validation; EVAL_STRIDE=0 TTT=none is quicker, and so is a smaller --val-share")

@@ -75,13 +75,15 @@ def test_an_artifact_is_scored_on_other_data_only_if_that_is_said(single: Path, 
     assert "was made for another validation set or tokenizer" in events(tmp_path, "warning")[0]["text"]
 
 
-def test_text_with_case_operators_is_not_scored_as_plain_text(dataset, tmp_path, capsys):
-    """The side file beside the shards tells, not the knob."""
+def test_text_with_case_operators_is_scored_by_its_side_file(dataset, tmp_path, capsys):
+    """The side file beside the shards tells; a knob against it is refused."""
     folder = tmp_path / "data"
     shutil.copytree(dataset["data_path"], folder)
     shutil.copy(folder / "fineweb_val_000000.bin", folder / "fineweb_val_bytes_000000.bin")
-    assert tg.main([], environment(dataset, tmp_path, data_path=str(folder))) == 2
+    assert tg.main([], environment(dataset, tmp_path, data_path=str(folder), caseops_enabled="0")) == 2
     assert "CASEOPS_ENABLED=0: expected 1: the text in" in capsys.readouterr().err
+    assert tg.on_its_data(tg.Config.from_env(env := environment(dataset, tmp_path, data_path=str(folder))), "", env
+                          ).caseops_enabled
 
 
 @pytest.mark.parametrize("change, expected", [

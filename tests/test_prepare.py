@@ -84,7 +84,7 @@ def made(out: Path, *inputs: Path, **changes: object) -> Path:
     """The dataset of `text` with options that suit small texts."""
     options = prepare.parser().parse_args(["text", *map(str, inputs), "--name", "t", "--out", str(out)])
     return tx.prepare(argparse.Namespace(**{**vars(options), "val_share": 0.1, "vocab_size": VOCAB, "workers": 1,
-                                            **changes}))
+                                            "transform": "none", **changes}))
 
 
 def read(*inputs: Path, split_on: str | None = None) -> list[str]:

@@ -32,7 +32,7 @@ SECTIONS = section_lines()
 
 def test_the_file_is_small_enough_to_be_read():
     assert len(LINES) <= 3_900 and max(map(len, LINES)) <= 120
-    assert len(NODES) <= 45_500 and len(FUNCTIONS) <= 292
+    assert len(NODES) <= 45_500 and len(FUNCTIONS) <= 293
     assert [f.name for f in FUNCTIONS if f.end_lineno - f.lineno >= 80] == []
     assert len(tg.shipped_source(ROOT / "train_gpt.py")) <= 46_000
 

@@ -307,7 +307,7 @@ def speed_line(tg: Any, cfg: Any, env: Mapping[str, str], processes: int) -> Lin
 def probe() -> int:
     """One process of the probe: prints the measured seconds as JSON."""
     import train_gpt as tg
-    cfg = tg.Config.from_env(os.environ)
+    cfg = tg.on_its_data(tg.Config.from_env(os.environ), "", os.environ)
     with tg.Run(cfg, os.environ, log=False) as run:
         seconds = measure(tg, cfg, run, PROBE_SECONDS)
         peak = tg.torch.cuda.max_memory_allocated() >> 20 if run.is_cuda else \
@@ -331,7 +331,7 @@ def examine(env: Mapping[str, str], warnings: Sequence[str], quick: bool) -> Ite
     for text in warnings:
         yield Line("warning", "knobs", text, "leave it out")
     try:
-        cfg = tg.Config.from_env(env)
+        cfg = tg.on_its_data(tg.Config.from_env(env), "", env)
         yield Line("ok", "knobs", f"PRESET={cfg.preset}")
         with tg.Run(cfg, {}, log=False) as run:
             yield from kernel_lines(tg, cfg, run)

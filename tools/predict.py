@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     for text in warnings:
         print(f"warning: {text}")
     import train_gpt as tg
-    cfg, processes = tg.Config.from_env(env), launch.processes(env)
+    cfg, processes = tg.on_its_data(tg.Config.from_env(env), "", env), launch.processes(env)
     if cfg.eval_only:
         raise ToolError("EVAL_ONLY: the artifact holds the model's knobs; ./run.sh train scores it, check is for a run")
     with tg.Run(cfg, {}, log=False) as run:
