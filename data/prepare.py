@@ -75,7 +75,8 @@ def parser() -> Parser:
         description="Make data/datasets/demo_sp1024 from the topics and the standard library of the running Python.")
     # About 120,000 of the demo's 4.3 M tokens validate, which a CPU scores in seconds. Modules differ much in length;
     # of 1,500 seeds 40 keeps validation within 119,000 to 136,000 tokens on Python 3.10 to 3.13.
-    demo.set_defaults(name="demo", inputs=[], val_files=[], val_share=0.0275, seed=40, tokenizer=None, force=False)
+    demo.set_defaults(name="demo", inputs=[], val_files=[], val_share=0.0275, seed=40, tokenizer=None,
+                      transform="none", force=False)
     text = verbs.add_parser(
         "text", help="a dataset from your own files",
         description="Make a dataset from .txt and .md (one document a file, unless --split-on cuts them), .jsonl,"
@@ -93,7 +94,7 @@ def parser() -> Parser:
           help="pieces of a tokenizer to train (%(default)s)")
     model("--tokenizer", type=utf8_path, metavar="MODEL", help="use this SentencePiece model; train none")
     add("--transform", choices=["none", "caseops_v1", "caseops_v2"],
-        help="capitals as operators (data/caseops.py); adds the byte side file (with --tokenizer none, else caseops_v2)")
+        help="capitals as operators (data/caseops.py); adds the byte side file (caseops_v2; with --tokenizer none)")
     split("--val-share", type=number(float, 1e-12, 0.5), default=0.01, metavar="X",
           help="share of the documents that validate, at most 0.5 (%(default)s)")
     split("--val-files", nargs="+", type=Path, metavar="INPUT", default=[],
@@ -101,7 +102,7 @@ def parser() -> Parser:
     add("--force", action="store_true", help="replace an existing dataset of this name")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for verb in (demo, text):
-        verb.set_defaults(text_field="text", split_on=None, vocab_size=1024, transform=None)
+        verb.set_defaults(text_field="text", split_on=None, vocab_size=1024)
         verb.add_argument("--workers", type=number(int, 1), default=cpus, metavar="N",
                           help="processes that encode; they change the time, not the result (%(default)s)")
     for verb in (download, demo, text):
