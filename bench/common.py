@@ -200,7 +200,7 @@ def setting(env: Mapping[str, str], documents: int = 8192) -> Iterator[tuple[tg.
     A step is one micro-batch a rank. Shards are made up (8,192 documents: 8 M tokens) unless DATA_PATH is set.
     """
     preset = "record" if env.get("DEVICE") != "cpu" and torch.cuda.is_available() else "demo"
-    cfg = tg.on_its_data(tg.Config.from_env({"PRESET": preset, **env}), "", env)
+    cfg = tg.Config.from_env({"PRESET": preset, **env})
     with tempfile.TemporaryDirectory() as folder:
         if not env.get("DATA_PATH"):  # the demo preset names a folder of its own
             ids = made_up_ids(web_lengths(documents), cfg.vocab_size)

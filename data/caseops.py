@@ -33,6 +33,7 @@ class CaseOps(NamedTuple):
     encode: Callable[[str], str]  # leaves no ASCII capitals but those that the normaliser could join to a mark
     decode: Callable[[str], str]  # raises ValueError at an operator that `encode` cannot have written there
     training: Mapping[str, Any]  # what SentencePieceTrainer.train needs besides its usual arguments
+    raw_bytes: bool = False  # its side files count bytes before normalisation (indentation is a fifth of code's)
 
     def byte_costs(self, text: str) -> np.ndarray:
         """[len(text)] int64: bytes of the original that each character of transformed `text` stands for."""
@@ -131,7 +132,7 @@ def decoder(operators: re.Pattern[str]) -> Callable[[str], str]:
 TRANSFORMS = {
     "none": CaseOps("", str, str, {}),  # leaves the text as it is
     "caseops_v1": CaseOps(TITLE + ALLCAPS + CAPNEXT + ESCAPE, encode_v1, decoder(OPERATORS_V1),
-                          {"user_defined_symbols": [TITLE, ALLCAPS, CAPNEXT, ESCAPE]}),
+                          {"user_defined_symbols": [TITLE, ALLCAPS, CAPNEXT, ESCAPE]}, raw_bytes=True),
     "caseops_v2": CaseOps(SHIFT + LOCK + ESCAPE_V2, encode_v2, decoder(OPERATORS_V2),
                           {"required_chars": SHIFT + LOCK + ESCAPE_V2}),
 }

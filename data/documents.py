@@ -229,9 +229,9 @@ def encode_batch(texts: Sequence[str], model: str, transform: str) -> tuple[int,
             tokens = np.array(tokenizer.encode(text), np.uint16)
             text_bytes += len(tokenizer.decode(tokens.tolist()).encode())
         else:
-            # v1's published side files count bytes before normalisation. Indentation alone would be a fifth of code's.
-            text = text.strip(invisible()) if transform == "caseops_v1" else normaliser().normalize(text)
-            tokens, sizes = TRANSFORMS[transform].tokenize(tokenizer, text)
+            operators = TRANSFORMS[transform]
+            text = text.strip(invisible()) if operators.raw_bytes else normaliser().normalize(text)
+            tokens, sizes = operators.tokenize(tokenizer, text)
             text_bytes += int(sizes.sum(dtype=np.int64))
             id_bytes += [nothing[:len(tokens)], sizes]
         require(tokenizer.unk_id() not in tokens, f"{text[:40]!r}...: the tokenizer has no pieces for some characters"

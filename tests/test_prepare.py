@@ -291,6 +291,14 @@ def test_documents_are_stored_by_place_across_shards_and_the_manifest_says_what_
     assert str(plain.parents[2]) not in json.dumps(manifest)
 
 
+def test_capitals_are_operators_where_the_tokenizer_is_trained_for_them(tmp_path, corpus):
+    own = made(tmp_path / "own", corpus, transform=None)
+    assert manifest_of(own)["transform"] == "caseops_v2"
+    model = next((tmp_path / "own" / "tokenizers").iterdir())
+    given = made(tmp_path / "given", corpus, transform=None, tokenizer=model)
+    assert "transform" not in manifest_of(given)
+
+
 def test_nothing_is_replaced_unasked_and_foreign_folders_never(corpus, model, tmp_path):
     dataset = made(tmp_path / "out", corpus, tokenizer=model)
     before, val = tree(tmp_path / "out"), stored_documents(dataset, "val")
