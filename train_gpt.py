@@ -175,7 +175,7 @@ class DataKnobs(Knobs):
 @dataclass(frozen=True, kw_only=True)
 class ModelKnobs(Knobs):
     """Model: shape and topology (stored in the artifact)"""
-    vocab_size: Annotated[int, Bound("2..65536 (ids are uint16)", lambda x: 1 < x <= 65_536)] = 8192  # vocabulary V
+    vocab_size: Annotated[int, Bound("3..65536 (ids are uint16)", lambda x: 2 < x <= 65_536)] = 8192  # vocabulary V
     num_layers: Annotated[int, Bound("2..1024", lambda x: 2 <= x <= 1024)] = 11  # stored blocks L
     model_dim: Size = 512  # width D of the residual stream
     num_heads: Size = 8  # query heads N; head width H = D / N must be even
@@ -453,7 +453,7 @@ def complain(error: UserError | Stopped, env: Mapping) -> int:
     return error.exit_code
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a terminal may know ASCII alone
     if sys.argv[1:]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     # What libraries read once, before they are imported.
@@ -473,7 +473,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ======== 2 Run: where this process runs; the only section that knows ranks, devices, clocks and files
+# ======== 2 Run: where this process runs; the only section that talks to other processes
 # With one process every collective is the identity, so the code above it has one path. Ranks come from torchrun.
 # Every second between start and end belongs to a phase (`run.phase`), each charged to training, evaluation or neither;
 # the verdict adds them up. Only rank 0 writes. Collectives of CPU tensors go over gloo also where the model is on
@@ -611,7 +611,7 @@ class Run(Ranks):
             require(cfg.resume != "0" or not path.exists(), f"RUN_ID={stem}: {path} exists; choose another RUN_ID")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = [open(path, "xa"[cfg.resume != "0"], encoding="utf-8", errors="backslashreplace")
+            self.files = [open(path, "x" if cfg.resume == "0" else "a", encoding="utf-8", errors="backslashreplace")
                           for path in logs]
         except OSError as error:
             raise UserError(f"RUN_ID={stem} LOG_DIR={cfg.log_dir}: {error}; choose another") from None
@@ -624,12 +624,12 @@ class Run(Ranks):
         """In the training loop the run ends after the step, with a checkpoint; elsewhere, or asked twice, at once."""
         asked, self.stop = self.stop, number
         if asked or not self.can_wait:
-            self.end_by_signal()
+            self.end_by_signal(number)
 
-    def end_by_signal(self):
+    def end_by_signal(self, number: int):
         """Ends the run by the signal that asked for it, with the exit status that a shell expects."""
-        error = Stopped(f"{signal.Signals(self.stop).name} in phase {self.status}{self.how_to_resume()}")
-        error.exit_code = 128 + self.stop
+        error = Stopped(f"{signal.Signals(number).name} in phase {self.status}{self.how_to_resume()}")
+        error.exit_code = 128 + number
         raise error
 
     def how_to_resume(self) -> str:
@@ -678,8 +678,6 @@ class Run(Ranks):
 
     def log(self, event: str, **values: Any):
         """One event: `seconds event name=value ...` in the log, an object in the JSON lines, on screen by SCREEN."""
-        if not self.files:  # another rank, or a run without a log
-            return
         seconds = time.perf_counter() - self.started
         line = f"{seconds:9.1f} {event:14s} " + " ".join(f"{k}={format_value(v)}" for k, v in values.items())
         self.append(0, line.rstrip().replace("\n", " | "))
@@ -756,7 +754,8 @@ def load_checkpoint(path: Path, like: Mapping) -> tuple:
     tensors = load(blob[32:])
     state = json.loads(tensors.pop("state").numpy().tobytes())
     shapes, own = ({name: (t.dtype, t.shape) for name, t in of.items()} for of in (tensors, like))
-    require(shapes == own, f"{path}: its tensors are not those of this run: other knobs, or another version")
+    require(shapes == own, f"{path}: its tensors are not those of this run: other knobs, or another version; "
+            f"start anew with another RUN_ID")
     return state, tensors
 
 
@@ -846,20 +845,16 @@ def batch_of_segments(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     What is missing of num_rows rows of seq_len inputs is padding: segments of their own, without targets."""
     ids = np.full((num_rows, seq_len), BOS_ID, dtype=np.int64)
     targets = np.full((num_rows, seq_len), IGNORE, dtype=np.int64)
-    starts = np.zeros((num_rows, seq_len), dtype=bool)
-    starts[:, 0] = True
+    positions = np.tile(np.arange(seq_len, dtype=np.int32), (num_rows, 1))
     for r, segments in enumerate(rows):
         at = 0
         for segment in segments:
             stop = at + len(segment) - 1
-            ids[r, at:stop], targets[r, at:stop], starts[r, at] = segment[:-1], segment[1:], True
+            ids[r, at:stop], targets[r, at:stop] = segment[:-1], segment[1:]
+            positions[r, stop:] = np.arange(seq_len - stop)  # what follows begins anew: a segment, or padding
             at = stop
-        starts[r, at:at + 1] = True
-    column = np.arange(seq_len, dtype=np.int32)
-    positions = column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)
-    begins = np.flatnonzero(starts)
-    cu_seqlens = np.append(begins, ids.size).astype(np.int32)
-    return Batch(*(torch.from_numpy(a) for a in (ids, targets, positions.astype(np.int32), cu_seqlens)))
+    cu_seqlens = np.append(np.flatnonzero(positions == 0), ids.size).astype(np.int32)
+    return Batch(*map(torch.from_numpy, (ids, targets, positions, cu_seqlens)))
 
 def make_batch(rows: Sequence, num_rows: int, seq_len: int) -> Batch:
     """Rows of at most seq_len + 1 ids each -> `Batch`; a segment starts at each row's start and at each BOS in it."""
@@ -976,9 +971,10 @@ def open_validation(cfg: Config) -> tuple:
                f"1: the text in {folder} has case operators")
     streams = [TokenStream(folder, prefix) for prefix in ("fineweb_val", "fineweb_val_bytes")[:1 + cfg.caseops_enabled]]
     ids, side = streams[0], streams[-1]
-    require(len(ids) >= 2, f"{folder}: the validation shards hold {len(ids)} tokens, no target")
+    require(len(ids) >= 2, f"{folder}: the validation shards hold {len(ids)} tokens, no target; "
+            f"prepare the dataset again")
     require(len(side) == len(ids), f"{folder}: the byte side file has {len(side):,} entries for {len(ids):,} tokens; "
-            f"they belong to different exports")
+            f"they belong to different exports; fetch or prepare both again")
     sp = None if cfg.caseops_enabled else load_sentencepiece(tokenizer_path(cfg), cfg.vocab_size)
     return streams, sp and TokenBytes.build(sp), listed
 
@@ -1025,7 +1021,7 @@ def validation_digest(cfg: Config) -> str:
 
 def check_stamp(cfg: Config, run: Run):
     """Refuses data whose validation documents are trained on, by what `./run.sh data verify` wrote of these shards.
-    Validation itself stays closed until the artifact is written."""
+    Of validation it reads the first 4,096 bytes of each shard, no more."""
     folder, command = cfg.dataset_dir, f"./run.sh data verify {cfg.dataset_dir}"
     stamp = manifest(folder, "verified.json")
     if not stamp:
@@ -1083,9 +1079,10 @@ def load_sentencepiece(path: Path, vocab_size: int = 0) -> Any:
             sp.id_to_piece(i)
     except (OSError, RuntimeError, ValueError) as error:  # a piece, or the message, may be no UTF-8
         raise UserError(f"{path}: not a SentencePiece model ({one_line(error)})") from None
-    require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}")
+    require(sp.bos_id() == BOS_ID, f"{path}: BOS has id {sp.bos_id()}, expected {BOS_ID}; "
+            f"set TOKENIZER_PATH to the tokenizer of the dataset")
     require(vocab_size in (0, sp.vocab_size()), f"{path}: the tokenizer has {sp.vocab_size()} pieces, VOCAB_SIZE="
-            f"{vocab_size}; they must agree")
+            f"{vocab_size}; set VOCAB_SIZE or TOKENIZER_PATH so that they agree")
     return sp
 
 class TokenBytes(NamedTuple):
@@ -1169,7 +1166,7 @@ class Ledger:
         digest = hashlib.sha256(logical[np.lexsort(logical.T[::-1])].tobytes()).hexdigest()
         total, text_bytes = float(nats.double().sum()), int(target_bytes.sum(dtype=np.int64))
         require(math.isfinite(total), "the score is not finite: the weights are broken")
-        require(text_bytes > 0, "the validation targets hold no bytes of text: wrong tokenizer or byte file")
+        require(text_bytes > 0, "the validation targets hold no bytes of text: set TOKENIZER_PATH, or fetch them again")
         return Score(total, len(nats), text_bytes, total / len(nats), total / math.log(2) / text_bytes), digest
 
 def violations(events: np.ndarray, starts: np.ndarray, num_targets: int) -> list[str]:
@@ -1653,8 +1650,8 @@ class KeyValueCache(NoCache):
     prefix = 1
 
     def __init__(self, cache_len: int):
-        self.cache_len, self.length, self.past, self.new = cache_len, 0, {}, {}  # layer number -> (keys, values)
-        self.columns, self.new_columns = {}, {}  # place -> what a convolution reads of the chunk before
+        self.cache_len, self.length = cache_len, 0
+        self.past, self.new = {}, {}  # layer number -> (keys, values); place -> last inputs of a convolution
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
         size, old = batch.ids.size(1) - self.prefix, min(self.length, self.cache_len)
@@ -1663,9 +1660,9 @@ class KeyValueCache(NoCache):
         return ((back >= 0) & (back < self.cache_len))[None, None]
 
     def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
-        past = self.columns.get(place)
+        past = self.past.get(place)
         whole = super().with_past(x_RTNH, columns, place) if past is None else torch.cat([past, x_RTNH], dim=1)
-        self.new_columns[place] = whole[:, x_RTNH.size(1):].detach()
+        self.new[place] = whole[:, x_RTNH.size(1):].detach()
         return whole
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
@@ -1676,7 +1673,6 @@ class KeyValueCache(NoCache):
 
     def advance(self, size: int):
         self.past, self.new, self.length = self.new, {}, self.length + size
-        self.columns, self.new_columns = self.new_columns, {}
 
 def rotate(x_RTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the first 2*P dimensions, halves convention; cos and sin are [R, T, 1, P]."""
@@ -1912,8 +1908,9 @@ class GPT(nn.Module):
 
 def orthogonal_(matrices: Tensor) -> Tensor:
     """Makes each of [K, O, I] a matrix with orthonormal rows or columns, whichever are fewer."""
-    for matrix in matrices.unbind() * (not matrices.is_meta):  # there, it would import half of torch: three seconds
-        nn.init.orthogonal_(matrix)
+    if not matrices.is_meta:  # there, it would import half of torch: three seconds
+        for matrix in matrices.unbind():
+            nn.init.orthogonal_(matrix)
     return matrices
 
 def gaussian(std: float, *shape: int) -> Tensor:
@@ -2016,7 +2013,7 @@ class ShardedOptimizer:
 
     def __init__(self, model, cfg, run):
         self.cfg, self.run = cfg, run
-        named = {name: p for name, p in model.named_parameters() if p.numel()}  # there may be no skips
+        named = dict(model.named_parameters())
         self.banks = {name: p for name, p in named.items() if route(name).rule == "muon"}
         self.small = {name: p for name, p in named.items() if route(name).rule == "adam"}
         groups = collections.defaultdict(list)
@@ -2162,7 +2159,7 @@ class TrainClock:
         """`step` and `elapsed` seconds: where a checkpoint goes on; `now`: the clock, which a test simulates."""
         self.cfg, self.run, self.now = cfg, run, now
         self.budget = cfg.max_wallclock_seconds and cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-        self.every = {True: 8, False: 1}[run.is_cuda]
+        self.every = 8 if run.is_cuda else 1
         self.at_step, self.elapsed, self.step_seconds = step, elapsed, 0.0
         run.synchronize()
         self.started = now() - elapsed
@@ -2255,7 +2252,8 @@ def inverse_factor(gram_KCC: Tensor, log: Callable = lambda *a, **k: None) -> Te
         if not bad:
             return upper
         log("gptq_damping", failed=bad, damp=damp, next=10 * damp)
-    raise LocalError("GPTQ: a Hessian is not positive definite at any damping: the weights or activations are broken")
+    raise LocalError("GPTQ: a Hessian is not positive definite at any damping: weights or activations are broken; "
+                     "lower MATRIX_LR or TIED_EMBED_LR")
 
 SEGMENT = 64  # columns that one path through the trellis covers; each starts in state 0
 
@@ -2310,7 +2308,7 @@ def round_along(target: Tensor, upper: Tensor, weight: Tensor, trellis: Trellis,
 
 def gptq(weight_KRC: Tensor, hessian_factor: Tensor, row_KR: Tensor, column_KC: Tensor, trellis: Trellis, top: int
          ) -> Tensor:
-    """int16 codes [K, R, C], at most +-top, of a stack of matrices on the grid of values row x column x code.
+    """int16 codes [K, R, C], at most +-top (a trellis: 2 more), of matrices on the grid row x column x code.
     hessian_factor: [K, C, C] of the columns (`inverse_factor`). Rows are rounded independently, a segment of columns
     at a time; the rest of the matrix is then updated by one product.
     """
@@ -2336,7 +2334,7 @@ def draw_targets(logits_MV: Tensor, rows: Sequence[int], cfg: Config) -> Tensor:
     return (capped.softmax(-1).cumsum(-1) < thresholds).sum(-1).clamp_max(cfg.vocab_size - 1)
 
 def calibrate(model: GPT, data: TrainData, first_row: int, cfg: Config, run: Run) -> RecordingWeights:
-    """Forward and backward over the calibration rows of all ranks, the loop on; everything in fp32 on the device.
+    """Forward and backward over the calibration rows of all ranks, the loop on; sums in fp32 on the device.
     Returns the recorded sums of all ranks, `gram` divided by the number of inputs. Ends early where half of the time
     that training has left (GPTQ_RESERVE_SECONDS) is used; the other half is GPTQ's."""
     rows = max(1, cfg.gptq_calibration_batches * cfg.micro_batch_tokens // cfg.train_seq_len)
@@ -2432,15 +2430,6 @@ def snap_banks(model: GPT, cfg: Config):
         if parameter in grids:
             on_grid, model.row_codes[name] = snap_to_grid(values, *grids[parameter])
             values.copy_(on_grid)
-
-@contextlib.contextmanager
-def snapped(model: GPT, cfg: Config) -> Iterator:
-    """`snap_banks` for a while."""
-    originals = {name: model.get_parameter(name).detach().clone() for name in bank_grids(model, cfg)}
-    snap_banks(model, cfg)
-    yield
-    for name, values in originals.items():
-        model.get_parameter(name).detach().copy_(values)
 
 class MatrixGroup(NamedTuple):
     """Matrices of one shape and family, ready for GPTQ."""
@@ -2677,10 +2666,7 @@ def expected_classes(logs: bytes, shapes: Sequence) -> list:
 
 def join_classes(classes: np.ndarray, frequent: np.ndarray) -> np.ndarray:
     """int16 index into the ascending `frequent` classes of the nearest one, the lower of two; their number to fill."""
-    every = np.arange(-2 ** 9, 2 ** 9)
-    above = np.searchsorted(frequent, every).clip(0, len(frequent) - 1)
-    below = (above - 1).clip(0)
-    nearest = np.where(np.abs(frequent[below] - every) <= np.abs(frequent[above] - every), below, above)
+    nearest = np.abs(frequent[:, None] - np.arange(-2 ** 9, 2 ** 9)).argmin(0)  # of two as near, the lower
     joined = nearest[classes.clip(-2 ** 9) + 2 ** 9]
     return np.where(classes == FILLING, len(frequent), joined).astype(np.int16)
 
@@ -2864,7 +2850,8 @@ def read_header(blob: bytes) -> tuple:
     require(len(blob) > begin + 4 + DIGEST_BYTES and blob[:len(ARTIFACT_MAGIC)] == ARTIFACT_MAGIC,
             "not an artifact of this program")
     _, version, head_bytes = ARTIFACT_HEAD.unpack_from(blob)
-    require(version == ARTIFACT_VERSION, f"format version {version}, this program reads {ARTIFACT_VERSION}")
+    require(version == ARTIFACT_VERSION, f"format version {version}, this program reads {ARTIFACT_VERSION}; "
+            f"score it with the program that made it")
     body = memoryview(blob)[:-DIGEST_BYTES]
     require(hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() == blob[-DIGEST_BYTES:],
             "truncated or damaged (the checksum does not fit); copy it again")
@@ -3030,7 +3017,8 @@ def fit_to_cap(model: GPT, sums: RecordingWeights, code_bytes: int, cfg: Config,
     cap, coders = cfg.artifact_bytes_cap - code_bytes, ("range", "brotli")
     score = {name: value for name, value in cfg.changed().items() if name in SCORE_KNOBS}
     if importlib.util.find_spec("constriction") is None:
-        coders = ("brotli",)  # packs codes 1 to 2 % larger
+        coders = ("brotli",)
+        run.log("warning", text="package constriction is missing: Brotli packs the codes, 1 to 2 % larger")
     with run.phase("factorize", "train"):
         quantizer = Quantizer(model, sums, cfg, run)
 
@@ -3225,10 +3213,10 @@ class Scorer:
             return tilted(nats, logits, targets, hints.long(), betas, softcap), nats
 
 @torch.no_grad()
-def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str):
+def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str, weights: Callable = Weights):
     """Scores windows without adapters, packed into rows of EVAL_SEQ_LEN that are dealt to the ranks."""
     cfg, run = scorer.cfg, scorer.run
-    w, layers = Weights(model, run.dtype), unroll_layers(model.cfg, looped=True)
+    w, layers = weights(model, run.dtype), unroll_layers(model.cfg, looped=True)
     forward, batch_rows = run.compiled(model.forward), max(1, cfg.val_batch_tokens // 8 // cfg.eval_seq_len)
     mine = pack_rows(windows, cfg.eval_seq_len)[run.rank::run.world]
     chunk = max(1, (1 << 26) // model.cfg.vocab_size)  # 256 MB of fp32 logits at a time
@@ -3245,10 +3233,11 @@ def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str):
             scorer.ledger.note(Ledger.SCORE, Ledger.BASE, firsts, ends)
             bar.update(len(part))
 
-def score_fixed(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str) -> Score:
+def score_fixed(model: GPT, val: ValData, stride: int, cfg: Config, run: Run, name: str, weights: Callable = Weights
+                ) -> Score:
     """Score of the whole validation stream with fixed weights and windows that advance by `stride` targets."""
     scorer = Scorer(val, cfg, run)
-    score_windows(model, plan_windows(val, cfg.eval_seq_len, stride), scorer, name)
+    score_windows(model, plan_windows(val, cfg.eval_seq_len, stride), scorer, name, weights)
     return scorer.ledger.close(val.target_bytes, run)[0]
 
 class DocumentBatch(NamedTuple):
@@ -3559,12 +3548,17 @@ def adapted_score(model: GPT, scorer: Scorer) -> tuple:
 
 
 # ======== 12 Train, main: the story, in order
-# Safe to change: what is logged. The order is law: the validation data is opened after the artifact is frozen.
+# Safe to change: what is logged. The order is law: no token of validation decides anything before the
+# artifact is frozen; VAL_LOSS_EVERY only looks.
+
+def stage_weights(model: GPT, stage: Stage, cfg: Config) -> Callable:
+    """How a stage reads its matrices: as they are, or as the artifact will hold them."""
+    return functools.partial(RoundedWeights, bank_grids(model, cfg)) if stage.rounded else Weights
 
 def stage_loss(model: GPT, stage: Stage, cfg: Config, run: Run) -> Callable:
     """The loss that a stage differentiates, in mean nats of the global batch; compiled where the run compiles."""
     layers = unroll_layers(cfg, stage.looped)
-    weights = functools.partial(RoundedWeights, bank_grids(model, cfg)) if stage.rounded else Weights
+    weights = stage_weights(model, stage, cfg)
     total = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype, weights))
     return lambda batch: total(model.placed(batch, run)) / cfg.train_batch_tokens
 
@@ -3614,15 +3608,17 @@ class Checkpoints:
             except OSError as error:
                 self.run.log("warning", text=f"{self.path}: checkpoint not written: {error}")
 
-    def after(self, step: int, clock: TrainClock) -> bool:
-        """Saves if that is due or asked for, once `step` steps are done; returns whether the run is to stop."""
-        due = self.cfg.checkpoint_every > 0 and step % self.cfg.checkpoint_every == 0
-        if step % clock.every and not due:
-            return False
-        self.run.stop = int(self.run.broadcast(torch.tensor(self.run.stop)))
-        if due or self.run.stop:
+    def after(self, step: int, clock: TrainClock, last: bool = False):
+        """Once `step` steps are done: saves if that is due or a signal asks to stop, and then ends the run by it."""
+        every = self.cfg.checkpoint_every
+        due = every > 0 and (last or step % every == 0)
+        if step % clock.every and not (due or last):
+            return
+        asked = int(self.run.broadcast(torch.tensor(self.run.stop)))
+        if due or asked:
             self.save(step, clock)
-        return self.run.stop > 0
+        if asked:
+            self.run.end_by_signal(asked)
 
     def restore(self) -> tuple:
         """(step, seconds of the budget used) with which training begins, or goes on after RESUME."""
@@ -3679,10 +3675,10 @@ class Report:
                 raise DivergedError(f"loss or gradient is not finite at step {step}, in {int(skipped)} steps so far; "
                                     f"lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            as_stored = snapped(self.model, cfg) if stage.rounded else contextlib.nullcontext()
-            with self.clock.pause(), run.phase("val_probe"), as_stored:
+            with self.clock.pause(), run.phase("val_probe"):
                 self.val = self.val or ValData.load(cfg, run)
-                score = score_fixed(self.model, self.val, cfg.eval_seq_len, cfg, run, "probe")
+                weights = stage_weights(self.model, stage, cfg)
+                score = score_fixed(self.model, self.val, cfg.eval_seq_len, cfg, run, "probe", weights)
             run.log("val_probe", step=step, val_loss=score.val_loss, val_bpb=score.val_bpb)
             self.logged = (step, self.clock.seconds())
 
@@ -3718,18 +3714,17 @@ def train(model: GPT, data: TrainData, cfg: Config, run: Run) -> dict:
             norm = optimizer.step(lr_scale(cfg, progress), muon_momentum(cfg, step))
             average.update()
             report.step(step + 1, progress, stage, loss, norm)
-            if checkpoints.after(step + 1, clock):  # saves when due or asked to stop; true: stop
-                run.end_by_signal()
+            checkpoints.after(step + 1, clock)
         run.can_wait = False
-        if cfg.checkpoint_every:
-            checkpoints.save(step, clock)  # the artifact is not made yet
+        checkpoints.after(step, clock, last=True)  # the artifact is not made yet
     figures = {"steps": step, "train_loss": report.flush(step)}
     run.log("train_end", **figures, train_seconds=clock.seconds(), tokens=step * cfg.train_batch_tokens,
             peak_mib=torch.cuda.max_memory_allocated() >> 20)
-    require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step")
+    require(step > 0, f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g} ended before the first step; raise it")
     average.load_into_model()
     if not all(torch.isfinite(values).all() for values in average.average):
-        raise DivergedError(f"the averaged weights are not finite at step {step}, the last one")
+        raise DivergedError(f"the averaged weights are not finite at step {step}, the last one; "
+                            f"lower MATRIX_LR={cfg.matrix_lr:g} or TIED_EMBED_LR={cfg.tied_embed_lr:g}")
     if stages(cfg)[-1].rounded:
         snap_banks(model, cfg)
     return figures
@@ -3775,12 +3770,12 @@ def evaluate(blob: bytes, average: GPT | None, kernels: Kernels, code_bytes: int
         if other:
             run.log("warning", text=f"{path} was made for another validation set or tokenizer than {cfg.dataset_dir}'s")
     diagnostics = {}
-    candidates = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
-                  "sliding": (model, cfg.stride), "": (None, 0)}
-    for name in cfg.diagnostic_evals.split(","):
-        if candidates[name][0] is not None:
+    for name in filter(None, cfg.diagnostic_evals.split(",")):
+        scored, stride = {"ema": (average, cfg.eval_seq_len), "quantized": (model, cfg.eval_seq_len),
+                          "sliding": (model, cfg.stride)}[name]
+        if scored is not None:
             with run.phase(f"score_{name}"):
-                score = score_fixed(candidates[name][0], val, candidates[name][1], cfg, run, name)
+                score = score_fixed(scored, val, stride, cfg, run, name)
             run.log("score", name=name, val_loss=score.val_loss, val_bpb=score.val_bpb)
             diagnostics[name] = score.val_bpb
     hints = None
@@ -3808,9 +3803,10 @@ def evaluate(blob: bytes, average: GPT | None, kernels: Kernels, code_bytes: int
             ledger_sha256=digest, order="stream", validation=validation, other_validation=other, **figures)
 
 def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
-    """Opens the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
+    """Heads the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
     installed = ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton")
-    versions = {name: importlib.metadata.version(name) for name in installed if importlib.util.find_spec(name)}
+    known = {str(of.metadata["Name"]).lower(): of.version for of in importlib.metadata.distributions()}
+    versions = {name: known.get(name, "?") for name in installed if importlib.util.find_spec(name)}
     decisive = {name: value for name, value in vars(cfg).items() if name not in NO_RESULT}
     device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if run.is_cuda:

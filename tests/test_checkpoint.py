@@ -72,6 +72,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, halted, dataset, tmp_path):
     assert not (tmp_path / "r.ckpt").exists()  # nothing goes on from it any more
 
 
+def test_a_signal_in_the_last_steps_is_obeyed_too(whole, dataset, tmp_path, monkeypatch):
+    """A GPU's clock looks every eight steps: training of six ends before that, and the artifact must wait."""
+    stop_after(monkeypatch, 5)
+    monkeypatch.setattr(tg.TrainClock, "every", property(lambda _: 8, lambda _, value: None), raising=False)
+    assert tg.main([], environment(dataset, tmp_path, **QUICK)) == 128 + signal.SIGTERM
+    assert [saved["step"] for saved in events(tmp_path, "checkpoint")] == [6]
+    assert tg.main([], environment(dataset, tmp_path, resume="1", **QUICK)) == 0
+    assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
+
+
 def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path):
     """The last is that of the last step, for the artifact is not made yet."""
     assert tg.main([], environment(dataset, tmp_path, checkpoint_every="2", **QUICK)) == 0

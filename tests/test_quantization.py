@@ -305,9 +305,6 @@ def test_rounded_training_sees_what_the_artifact_holds_and_moves_what_it_rounds(
     cfg = tiny(quant="sdclip", matrix_bits=bits, attn_clip_sigmas=1.2, mlp_clip_sigmas=1.3, mlp_rank=6)
     model, on_grid, batch = noisy(cfg), noisy(cfg), tg.random_batch(2, cfg)
     tg.snap_banks(on_grid, cfg)
-    with tg.snapped(model, cfg):
-        assert all(torch.equal(value, on_grid.state_dict()[name]) for name, value in model.state_dict().items())
-    assert all(torch.equal(value, noisy(cfg).state_dict()[name]) for name, value in model.state_dict().items())
     straight = functools.partial(tg.RoundedWeights, tg.bank_grids(model, cfg))
     results = []
     for of, weights in ((on_grid, tg.Weights), (model, straight), (model, tg.Weights)):
