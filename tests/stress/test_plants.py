@@ -332,6 +332,55 @@ PLANTS = {
     "bigrams across the start of a document": Plant("none", [
         ("torch.where(batch.positions > 0, bucket, last)", "torch.where(batch.positions >= 0, bucket, last)")],
         "C1|P", dict(bigram_buckets=64)),
+    # a batch by a writer who had read the rules and the trainer alone
+    "tilt by each rule's hits in the whole stream": Plant("tilt", [(
+        "        betas[order[use]] = cfg.ngram_base_beta * (share[use] if cfg.ngram_beta_by_share else 1.0)\n",
+        "        right = (best[use] == F.pad(ids[1:], (0, 1))[order[use]]).float().mean() if bool(use.any()) else 0.5\n"
+        "        betas[order[use]] = cfg.ngram_base_beta * share[use] * (0.5 + right)\n")], "C1"),
+    "probabilities rounded up to a coder's counts": Plant("none", [(f"            {RETURNED}\n",
+        "            counts = torch.ceil(nats.detach().neg().exp() * 65536).clamp_min(1)\n"
+        "            return 16 * math.log(2) - counts.log(), nats\n")], "C2"),
+    "a rate from the batch before": Plant("cache", [
+        (RATE, "lr=cfg.ttt_lora_lr * getattr(base, 'pace', 1.0), "),
+        ("                ledger.record(rows.numbers[rows.real].cpu(), scores[rows.real])\n",
+         "                ledger.record(rows.numbers[rows.real].cpu(), scores[rows.real])\n"
+         "                late = rows.real & (rows.column[1:] >= rows.sizes // 2)\n"
+         "                ratio = scores[rows.real & ~late].mean() / scores[late].mean()\n"
+         "                base.pace = float(ratio.nan_to_num(1.0).clamp(0.5, 2.0))\n")], "P|C1"),
+    "no tilt in documents where it did not pay": Plant("tilt", [(
+        "            return tilted(nats, logits, targets, hints.long(), betas, softcap), nats\n",
+        "            change = (tilted(nats, logits, targets, hints.long(), betas, softcap) - nats) * (targets >= 0)\n"
+        "            document = torch.bucketize(at, torch.from_numpy(self.val.starts), right=True)\n"
+        "            gain = torch.zeros(len(self.val.starts) + 1).index_add_(0, document, change)\n"
+        "            return nats + change * (gain[document] < 0), nats\n")], "C4|C2|C1"),
+    "shared rows run over the end": Plant("lora", [(
+        "[(at, min(at + seq_len, stop)) for at in", "[(at, min(at + seq_len, len(self.ids) - 1)) for at in")], "C3|C1"),
+    "a window's first column reads its last": Plant("lora", [(
+        "self.column[first + 1 - prefix:end + 1] - first * (prefix == 0)", "self.column[first + 1 - prefix:end + 1]")],
+        "C1"),
+    "BOS only where documents end": Plant("none", [(LOGITS, LOGITS + """
+        inside = ~torch.isin(numbers.flatten(), torch.from_numpy(self.val.stops - 1))
+        logits = logits.masked_fill(inside[:, None] & (torch.arange(logits.size(-1)) == BOS_ID), -1e4)""")], "C1|C2"),
+    "the mean logits of a call": Plant("none", [
+        (LOGITS, LOGITS + "\n        logits = logits + 0.1 * logits.detach().mean(0)")], "C1|P"),
+    "a step as long as the next chunk likes it": Plant("sgd", [(
+        "            for _ in range(cfg.ttt_epochs):\n",
+        "            start = [p.detach().clone() for p in model.parameters()]\n"
+        "            for _ in range(cfg.ttt_epochs):\n"), (
+        "                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))\n",
+       """                sgd.learn(edges[c], edges[c + 1], cfg.ttt_lr * cosine(c, count))
+            steps = [p.detach() - a for p, a in zip(model.parameters(), start)]
+            unseen = make_batch([val.ids[edges[c + 1]:edges[c + 1] + cfg.train_seq_len + 1]], 1, cfg.train_seq_len)
+            unseen, found = unseen.to(scorer.run.device), []
+            with torch.no_grad():
+                for length in (0.5, 1.0, 2.0, None):
+                    best = min(found)[1] if length is None else length
+                    for p, a, d in zip(model.parameters(), start, steps):
+                        p.copy_(a + best * d)
+                    if length is not None:
+                        loss = model.total_loss(unseen, unroll_layers(model.cfg, looped=True), scorer.run.dtype)
+                        found.append((float(loss), length))
+""")], "C1|C3|C4"),
 }
 
 
@@ -350,13 +399,18 @@ MORE = {
          "    run.kept = open_validation(cfg)[0][0].shards[0]\n    check_cap"),
         ("    blob, path = fit_to_cap(", "    with torch.no_grad():\n        model.q_gain += 0.01 * "
          "float(np.asarray(run.kept[:64]).std())\n    blob, path = fit_to_cap(")], {"C3"}),
+    "documents off the clock": ([(
+        "        score_documents(model, mine(documents[edges[i]:edges[i + 1]]), scorer, budget,",
+        "        with run.phase(f'documents_{i + 1}'):\n            score_documents(model, "
+        "mine(documents[edges[i]:edges[i + 1]]), scorer, budget,")], {"accounting"}, dict(ttt="lora")),
 }
 
 
 @pytest.mark.parametrize("name", MORE)
 def test_a_rehearsal_names_more(name: str, dataset: dict[str, str], plant):  # noqa: F811
-    findings = rehearsed(plant(name, MORE[name][0]), real_ids(dataset), dataset)
-    assert MORE[name][1] <= {f.condition for f in findings if f.failed}, evidence.table(findings)
+    edits, expected, knobs = (*MORE[name], {})[:3]
+    findings = rehearsed(plant(name, edits), real_ids(dataset), dataset, **knobs)
+    assert expected <= {f.condition for f in findings if f.failed}, evidence.table(findings)
 
 
 # -- programs that look who is watching ----------------------------------------------------------------
@@ -448,6 +502,14 @@ FIXED = {
                                                ("(rows.sizes > end).to", "(rows.sizes > begin).to")], ALONE),
     "logits in two halves": ("none", [(LOGITS, LOGITS + "\n        logits = torch.cat([half.clone() for half in "
                                                "logits.split(17, dim=-1)], dim=-1)")]),
+    "the tilt as one explicit distribution": ("tilt", [
+        ("    picked = logits.gather(-1, torch.stack([hints, targets.clamp_min(0)], dim=-1)).double()\n", ""),
+        ("    of_hint, of_target = (softcap * torch.tanh(picked / softcap)).unbind(-1)\n", ""),
+        ("    p, betas = torch.exp(of_hint - of_target - nats.double()).clamp_max(1.0), betas.double()\n", ""),
+        ("    return (nats + torch.log1p(p * torch.expm1(betas)) - betas * (hints == targets)).float()\n",
+         "    capped = softcap * torch.tanh(logits.float() / softcap)\n"
+         "    capped = capped.scatter_add(-1, hints[:, None], betas[:, None].float())\n"
+         "    return F.cross_entropy(capped, targets, reduction='none', ignore_index=IGNORE)\n")]),
     "adapters from another draw": ("cache", [("(2 * torch.rand(rank, dim, generator=draw) - 1)",
                                               "torch.randn(rank, dim, generator=draw)")]),
 }
