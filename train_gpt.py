@@ -155,7 +155,7 @@ class RunKnobs(Knobs):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 on CUDA and CPUs with AMX
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA (a CPU needs minutes for a graph)
     attention: Literal["auto", "sdpa", "varlen", "fa3", "fa4"] = "auto"  # auto: the fastest here (section 5)
-    kernels: Literal["auto", "triton", "plain"] = "auto"  # fused MLP; auto: Triton's on a GPU in bfloat16
+    kernels: Literal["auto", "triton", "plain"] = "auto"  # MLP; auto: on a GPU in bfloat16 the faster
     dist_timeout_seconds: Positive = 900.0  # a collective that takes longer ends the run
     checkpoint_every: Count = 0  # steps between checkpoints; 0: only on a signal
     resume: Literal["0", "1", "auto"] = "0"  # go on with the training of RUN_ID; auto: where it has a checkpoint
@@ -1264,14 +1264,22 @@ def varlen_attention(name: str) -> Attention:
 
 SDPA = Attention("sdpa", segment_mask, masked_attention)
 
-def prove(name: str, kernel: Callable, shapes: Sequence, run: Run):
-    """Runs a kernel once, both ways, on tensors of these shapes. What fails is a warning and a `RuntimeError`."""
+def prove(name: str, kernel: Callable, shapes: Sequence, run: Run, *fixed: Any) -> float:
+    """Runs a kernel forward and backward four times, on tensors of these shapes; returns its fewest seconds.
+    What fails is a warning and a `RuntimeError`."""
     inputs = [torch.zeros(shape, device=run.device, dtype=run.dtype, requires_grad=True) for shape in shapes]
+    kernel, seconds = run.compiled(kernel), []
     try:
-        run.compiled(kernel)(*inputs).sum().backward()
+        for _ in range(4):
+            run.synchronize()
+            start = time.perf_counter()
+            kernel(*inputs, *fixed).sum().backward()
+            run.synchronize()
+            seconds.append(time.perf_counter() - start)
     except Exception as error:  # what compilers and drivers raise is of many kinds
         run.log("warning", text=f"{name} fails on this GPU and is left out: {one_line(error)}")
         raise RuntimeError(one_line(error)) from error
+    return min(seconds)
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, load: Callable = varlen_attention) -> Attention:
     """The kernel called `name`, or the best that this machine has and `load` returns; `UserError` if it lacks it."""
@@ -1300,27 +1308,9 @@ def softcapped_cross_entropy(logits_MV: Tensor, targets_M: Tensor, softcap: floa
     capped = softcap * torch.tanh(logits_MV.float() / softcap)
     return F.cross_entropy(capped, targets_M, reduction="none", ignore_index=IGNORE)
 
-class EagerRmsNorm(torch.autograd.Function):
-    """`rms_norm` with a hand-written backward: over twice as fast in bf16 where nothing is compiled."""
-
-    @staticmethod
-    def forward(ctx, x, gain=1.0):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
-        ctx.gain = gain
-        ctx.save_for_backward(x, inverse)
-        return x * (inverse * gain).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, inverse = ctx.saved_tensors
-        along = torch.sum(grad * x, -1, keepdim=True, dtype=torch.float32).mul_(inverse)  # grad . (x / rms)
-        grad_gain = None
-        if len(ctx.needs_input_grad) > 1 and ctx.needs_input_grad[1]:
-            grad_gain = along.sum_to_size(ctx.gain.shape)
-        scale = inverse * ctx.gain
-        share = (along * scale * inverse).div_(-x.size(-1))
-        return torch.addcmul(grad * scale.to(x.dtype), x, share.to(x.dtype)), grad_gain
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """What the fused MLP computes: x [..., D], up [F, D], down [D, F] -> [..., D]."""
+    return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
 
 # The function below is Triton's language, not Python: `triton_mlp` compiles it, and gives this module its name `tl`.
 # A `constexpr` is a constant of the compiled kernel.
@@ -1407,14 +1397,13 @@ def triton_mlp() -> Callable:
     return lambda x, *rest: mlp(x.flatten(0, -2), *rest)[0].view_as(x)
 
 class Kernels(NamedTuple):
-    """The functions that the model calls; each fused one has the reference's signature."""
+    """The functions that the model calls; each fused one has its reference's signature."""
     attention: Attention = SDPA
-    rms_norm: Callable = rms_norm
-    mlp: Callable | None = None  # x [..., D], up [F, D], down [D, F], slope -> [..., D]; None: by parts
-    fused: str = "compiled"  # who fuses what is not attention: a compiler (the references), `by hand` or `triton`
+    mlp: Callable | None = None  # as `plain_mlp`; None: by parts, which adapters and calibration listen to
+    fused: str = "plain"  # which MLP that is: `plain` or `triton`
 
 def pick_kernels(cfg: Config, run: Run) -> Kernels:
-    """The kernels of this run: Triton's on a GPU; a compiler fuses the references, and eager runs have their own norm.
+    """The kernels of this run. On a GPU the MLP is Triton's or the compiler's, by their times at the run's own shape.
     Raises `UserError` where KERNELS=triton cannot be had."""
     def load(name):
         attention = varlen_attention(name)
@@ -1424,19 +1413,22 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
         return attention
 
     kernels = Kernels(pick_attention(cfg.attention, run.device, run.dtype, load))
-    if not run.compiles:
-        kernels = kernels._replace(rms_norm=EagerRmsNorm.apply, fused="by hand")
     able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
     require(able or cfg.kernels != "triton",
             "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
     if able and cfg.kernels != "plain" and not cfg.mlp_rank:  # a low-rank MLP has four products, the fused one two
+        seconds = {"triton": math.inf, "plain": math.inf}
         try:
             mlp, (width, dim) = triton_mlp(), (cfg.mlp_dim, cfg.model_dim)
             shapes = [(cfg.micro_batch_tokens, dim), (width, dim), (dim, width)]  # its tiles are chosen by time, here
-            prove("the Triton MLP", lambda *inputs: mlp(*inputs, cfg.mlp_slope), shapes, run)
-            kernels = kernels._replace(fused="triton", mlp=mlp)
+            for name, function in (("triton", mlp), ("plain", plain_mlp)):
+                seconds[name] = prove(f"{name} MLP", function, shapes, run, cfg.mlp_slope)
         except (ImportError, RuntimeError) as error:
             require(cfg.kernels == "auto", f"KERNELS=triton: not to be had here ({one_line(error)}); use auto")
+        run.log("mlp", **seconds)
+        faster = cfg.kernels == "triton" or seconds["triton"] < seconds["plain"]
+        if run.all_reduce(torch.tensor(int(faster))) == run.world:  # the same on every rank
+            kernels = kernels._replace(fused="triton", mlp=mlp)
     return kernels
 
 
@@ -1820,7 +1812,7 @@ class GPT(nn.Module):
             e = e + gate * e.roll(1, dims=1) * (batch.positions > 0).unsqueeze(-1).to(e.dtype)
         if self.bigram is not None:
             e = e + self.bigram(batch, e.dtype)
-        return self.kernels.rms_norm(e)
+        return rms_norm(e)
 
     def attn(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """Attention of one layer on its normed input n [R, T, D]."""
@@ -1828,8 +1820,8 @@ class GPT(nn.Module):
         qkv, logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
         q, kv_pair = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, 2 * kv], dim=2)
         k, v = self.convolved("kv_conv", kv_pair, layer, context).chunk(2, dim=2)
-        q = rotate(self.kernels.rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
-        k = rotate(self.kernels.rms_norm(k), context.cos, context.sin)
+        q = rotate(rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
+        k = rotate(rms_norm(k), context.cos, context.sin)
         y = context.cache.attend(self.kernels, layer, q, k, v, context.segments)
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
@@ -1869,7 +1861,6 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, layers: Sequence, w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
         """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
-        norm = self.kernels.rms_norm
         context = ForwardContext(w, cache, batch.positions[:, cache.prefix:],
                                  *(batch.places or self.places(batch, w.dtype, cache)))
         x = x0 = self.embed(batch, w)[:, cache.prefix:]
@@ -1883,22 +1874,22 @@ class GPT(nn.Module):
             x = self.skip(x, layer, outputs)
             mix = self.resid_mix[i].to(w.dtype)
             u = mix[0] * x + mix[1] * x0
-            n = norm(u, depth_scale)
+            n = rms_norm(u, depth_scale)
             a = self.attn(n, layer, context)
             if layer.lanes == "none":
                 x = u + a
-                x = x + self.mlp(norm(x, depth_scale), layer, context)
+                x = x + self.mlp(rms_norm(x, depth_scale), layer, context)
             elif layer.lanes == "single":
                 x = u + a + self.mlp(n, layer, context)
             else:
-                m = self.mlp(norm(lane, depth_scale), layer, context)
+                m = self.mlp(rms_norm(lane, depth_scale), layer, context)
                 keep, post = self.parallel_resid_lambdas[i].to(w.dtype), self.parallel_post_lambdas[i].to(w.dtype)
                 x = keep[0] * x + post[0, 0] * a + post[1, 0] * m
                 lane = keep[1] * lane + post[0, 1] * a + post[1, 1] * m
             outputs.append(x)
         if lane is not None:
             x = 0.5 * (x + lane)
-        return norm(x)
+        return rms_norm(x)
 
     def total_loss(self, batch: Batch, layers: Sequence, dtype: torch.dtype, weights: Callable = Weights) -> Tensor:
         """Sum of nats over the batch's targets (a scalar): what training differentiates."""

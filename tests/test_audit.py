@@ -203,8 +203,8 @@ PLANTS = {
     "a temperature for each chunk": Plant("none", [
         (RETURNED, "return min((softcapped_cross_entropy(logits, targets, softcap * s) for s in (0.9, 1.0, 1.1)), "
                    "key=lambda x: float(x.sum())).detach(), nats")], "C1"),
-    "hidden states see targets": Plant("none", [("        return norm(x)\n\n    def total_loss",
-        "        return norm(x + 0.3 * self.tok_emb[batch.targets.clamp_min(0)])\n\n    def total_loss")], "C1"),
+    "hidden states see targets": Plant("none", [("        return rms_norm(x)\n\n    def total_loss",
+        "        return rms_norm(x + 0.3 * self.tok_emb[batch.targets.clamp_min(0)])\n\n    def total_loss")], "C1"),
     "a rate by the score so far": Plant("cache", [
         (RATE, "lr=cfg.ttt_lora_lr * (1 + float(scorer.ledger.nats.mean())), ")], "P", ALONE),
     "the truth as a hint here and there": Plant("tilt", [

@@ -76,7 +76,7 @@ def test_kernels_and_the_wheel_of_the_faster_one(run, monkeypatch):
     cuda = SimpleNamespace(get_device_capability=lambda device: (9, 0))
     fake = SimpleNamespace(
         torch=SimpleNamespace(cuda=cuda, __version__="2.9.1+cu128", version=SimpleNamespace(cuda="12.8")),
-        pick_kernels=lambda cfg, run: SimpleNamespace(attention=SimpleNamespace(name="sdpa"), fused="by hand"))
+        pick_kernels=lambda cfg, run: SimpleNamespace(attention=SimpleNamespace(name="sdpa"), fused="plain"))
     gpu = SimpleNamespace(is_cuda=True, device="cuda", compiles=True, dtype=tg.torch.bfloat16)
     lines = list(doctor.kernel_lines(fake, tiny(), gpu))
     assert [line.level for line in lines] == ["warning"] * 3 and lines[0].remedy.endswith("/cu128_torch291")

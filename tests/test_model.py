@@ -14,7 +14,6 @@ import train_gpt as tg
 BOS = tg.BOS_ID
 # Knobs that give the tiny model a parameter of every kind.
 EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, mlp_rank=12, conv_taps=3)
-BY_HAND = tg.Kernels(rms_norm=tg.EagerRmsNorm.apply)  # what an eager run has; a new model has the references
 
 
 def noisy(cfg: tg.ModelKnobs, seed: int = 0, scale: float = 0.2) -> tg.GPT:
@@ -193,7 +192,7 @@ VARIANTS = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_and_losses_equal_the_restatement_document_by_document(name: str):
-    """With the references and by hand, the loop off and on; a row that starts inside a document knows nothing of it."""
+    """With the loop off and on; a row that starts inside a document knows nothing of it."""
     cfg = tiny(**VARIANTS[name])
     model = noisy(cfg)
     p = {n: v.detach().double().numpy() for n, v in model.named_parameters()}
@@ -202,35 +201,29 @@ def test_forward_and_losses_equal_the_restatement_document_by_document(name: str
     batch, w, targets = packed(row, inside), tg.Weights(model, torch.float32), row[1:] + inside[1:]
     for looped in (False, True):
         expected = np.concatenate([reference_hidden(p, cfg, ids, looped) for ids in (*documents, inside[:-1])])
-        for kernels in (tg.Kernels(), BY_HAND):
-            model.kernels = kernels
-            states = model(batch, tg.unroll_layers(cfg, looped), w).flatten(0, 1)[:len(targets)]
-            nats = tg.softcapped_cross_entropy(w.linear("head", None, states), torch.tensor(targets), cfg.logit_softcap)
-            assert states.dtype == nats.dtype == torch.float32
-            np.testing.assert_allclose(states, expected, rtol=0, atol=2e-5)
-            np.testing.assert_allclose(nats, reference_losses(p, cfg, expected, targets), rtol=2e-5, atol=2e-5)
+        states = model(batch, tg.unroll_layers(cfg, looped), w).flatten(0, 1)[:len(targets)]
+        nats = tg.softcapped_cross_entropy(w.linear("head", None, states), torch.tensor(targets), cfg.logit_softcap)
+        assert states.dtype == nats.dtype == torch.float32
+        np.testing.assert_allclose(states, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(nats, reference_losses(p, cfg, expected, targets), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("knobs", [{}, EVERYTHING, dict(rope_dims=0, attn_gate="none", num_heads=4, num_kv_heads=2)],
                          ids=["record", "everything", "few parts"])
-def test_gradients_by_hand_are_those_of_the_references_and_those_in_bfloat16_are_near(knobs: dict):
-    """Of every parameter and in fp32, with segments, padding and a looped block in the batch."""
+def test_gradients_in_bfloat16_are_near_those_in_fp32(knobs: dict):
+    """With segments, padding and a looped block in the batch; every gradient is kept in fp32."""
     cfg, results = tiny(**knobs), []
     batch = packed([*document(1, 7), *document(2, 1), *document(3, 9), BOS], document(4, 9))
-    for dtype, kernels in itertools.product((torch.float32, torch.bfloat16), (tg.Kernels(), BY_HAND)):
+    for dtype in (torch.float32, torch.bfloat16):
         model = noisy(cfg, scale=0.1)
-        model.kernels = kernels
         loss = model.total_loss(batch, looped_layers(model), dtype)
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         assert all(t.dtype == torch.float32 for t in (loss, *grads.values()))
-        results.append((loss.item(), grads, torch.cat([grad.flatten() for grad in grads.values()])))
-    loss, expected, flat = results[0]
-    for name, grad in expected.items():
-        torch.testing.assert_close(results[1][1][name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
-    for rounded_loss, _, rounded in results[2:]:
-        assert rounded_loss == pytest.approx(loss, rel=0.01)
-        assert torch.cosine_similarity(flat, rounded, dim=0) > 0.99
+        results.append((loss.item(), torch.cat([grad.flatten() for grad in grads.values()])))
+    (loss, flat), (rounded_loss, rounded) = results
+    assert rounded_loss == pytest.approx(loss, rel=0.01)
+    assert torch.cosine_similarity(flat, rounded, dim=0) > 0.99
 
 
 @torch.no_grad()

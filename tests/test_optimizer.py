@@ -188,7 +188,7 @@ def test_every_stage_is_one_graph_that_was_made_in_the_warmup(dataset: dict[str,
 @pytest.mark.parametrize("knobs", [{}, dict(parallel_residual="single", bigram_buckets=64, bigram_dim=8, conv_taps=0)],
                          ids=["record's parts", "demo's parts"])
 def test_our_step_is_the_straightforward_one(knobs: dict, run: tg.Run):
-    """Joined products, scales in the weights, banks and a norm by hand change no loss."""
+    """Joined products, scales in the weights and banks change no loss."""
     losses = contest(tiny(muon_momentum_warmup_steps=3, **knobs), run, 12)
     assert losses["ours"][-1] < losses["ours"][0] - 0.5
     np.testing.assert_allclose(losses["ours"], losses["plain"], rtol=0, atol=1e-4)

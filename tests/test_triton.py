@@ -87,17 +87,19 @@ def missing():
 
 
 @pytest.mark.parametrize("generation, knobs, triton_mlp, expected", [
-    (8, dict(kernels="triton"), tg.triton_mlp, "triton"), (9, dict(kernels="plain"), tg.triton_mlp, "compiled"),
-    (9, dict(mlp_rank=8), tg.triton_mlp, "compiled"), (7, {}, tg.triton_mlp, "compiled"), (9, {}, missing, "compiled"),
+    (8, dict(kernels="triton"), tg.triton_mlp, "triton"), (9, dict(kernels="plain"), tg.triton_mlp, "plain"),
+    (9, dict(mlp_rank=8), tg.triton_mlp, "plain"), (7, {}, tg.triton_mlp, "plain"), (9, {}, missing, "plain"),
     (7, dict(kernels="triton"), tg.triton_mlp, "KERNELS=triton: needs .*; use auto"),
     (9, dict(kernels="triton"), missing, "KERNELS=triton: not to be had here .*; use auto"),
-    (9, {}, tg.triton_mlp, "triton")])
-def test_a_gpu_takes_the_kernels_that_it_can_run(generation, knobs, triton_mlp, expected, monkeypatch):
+    (9, {}, tg.triton_mlp, "triton"), (9, dict(mlp_mult=3), tg.triton_mlp, "plain"),
+    (9, dict(mlp_mult=3, kernels="triton"), tg.triton_mlp, "triton")])
+def test_a_gpu_takes_the_fastest_kernels_that_it_can_run(generation, knobs, triton_mlp, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(tg, "pick_attention", lambda *args: tg.SDPA)
     monkeypatch.setattr(tg, "triton_mlp", triton_mlp)
-    monkeypatch.setattr(tg, "prove", lambda *args: None)  # a GPU's alone
-    run = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, compiles=True, is_cuda=True)
+    monkeypatch.setattr(tg, "prove", lambda name, kernel, shapes, *_: (name == "plain MLP") ^ (shapes[1][0] == 96))
+    run = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, compiles=True, is_cuda=True, world=1,
+                          log=lambda *args, **values: None, all_reduce=lambda value: value)
     if expected.startswith("KERNELS"):
         with pytest.raises(tg.UserError, match=expected):
             tg.pick_kernels(tiny(**knobs), run)

@@ -183,8 +183,8 @@ def kernel_lines(tg: Any, cfg: Any, run: Any) -> Iterator[Line]:
     wheels = f"cu{(tg.torch.version.cuda or '').replace('.', '')}_torch{release}"
     yield Line("warning" if slow else "ok", "attention", attention + ", though this is a Hopper GPU" * slow,
                f"pip install flash_attn_3 --no-deps --find-links https://windreamer.github.io/flash-attention3-wheels/{wheels}")
-    plain = run.is_cuda and kernels.fused != "triton" and cfg.kernels == "auto"
-    yield Line("warning" if plain else "ok", "kernels", f"fused MLP and cross-entropy: {kernels.fused}, "
+    lacking = run.is_cuda and not (installed("triton") and run.dtype == tg.torch.bfloat16)
+    yield Line("warning" if lacking else "ok", "kernels", f"MLP: {kernels.fused}, "
                f"{'compiled' if run.compiles else 'eager'}, {str(run.dtype).removeprefix('torch.')}",
                "pip install triton; DTYPE=bfloat16")
     if installed("constriction"):

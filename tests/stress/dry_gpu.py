@@ -124,7 +124,7 @@ def pretend() -> None:
         setattr(torch._inductor.config, name, value)
     heuristics.CachingAutotuner.precompile = precompile
     GraphLowering.save_output_code = staticmethod(CODES.append)
-    tg.prove = constant(None)  # it would launch
+    tg.prove = lambda name, *_: float("triton" not in name)  # it would launch
 
 
 def leanest(kernels: Sequence[Any]) -> dict[str, int]:
