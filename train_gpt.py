@@ -835,7 +835,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [R, T] int64: the next id, or IGNORE
     positions: Tensor  # [R, T] int32: distance from the start of the document segment; 0 where one starts
     cu_seqlens: Tensor  # [S+1] int32: where segments start in the flattened rows, then R*T
-    places: tuple = ()  # `GPT.places`, where these are made outside a compiled graph
+    mask_and_rotary: tuple = ()  # `GPT.mask_and_rotary`, where these are made outside a compiled graph
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in self[:4]))
@@ -1442,10 +1442,10 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
 
 class Layer(NamedTuple):
     """One execution of one stored block."""
-    number: int  # place among the unrolled layers: a looped block has several, each with adapters of its own
+    number: int  # among the unrolled layers: a looped block has several, each with adapters of its own
     block: int  # which stored block runs
     skip_from: int | None  # number of the layer whose output is mixed in before this one (U-Net skip)
-    skip_slot: int | None  # row of the skip weights: the place in the decoder half
+    skip_slot: int | None  # row of the skip weights: number in the decoder half
     lanes: str  # `none`: attention, then MLP; `single`: both read one lane; `two`: two lanes
 
 def unroll_layers(cfg: ModelKnobs, looped: bool) -> tuple[Layer, ...]:
@@ -1622,8 +1622,8 @@ class NoCache:
     def prepare(self, kernels: Kernels, batch: Batch) -> Any:
         return kernels.attention.prepare(batch)
 
-    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
-        """x with so many columns of the tokens before in front of it; `place`: (convolution, layer number)."""
+    def with_past(self, x_RTNH: Tensor, columns: int, key: tuple) -> Tensor:
+        """x with so many columns of the tokens before in front of it; `key`: (convolution, layer number)."""
         return F.pad(x_RTNH, (0, 0, 0, 0, columns, 0))
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Any) -> Tensor:
@@ -1643,7 +1643,7 @@ class KeyValueCache(NoCache):
 
     def __init__(self, cache_len: int):
         self.cache_len, self.length = cache_len, 0
-        self.past, self.new = {}, {}  # layer number -> (keys, values); place -> last inputs of a convolution
+        self.past, self.new = {}, {}  # layer number -> (keys, values); (convolution, layer number) -> its last inputs
 
     def prepare(self, kernels: Kernels, batch: Batch) -> Tensor:
         size, old = batch.ids.size(1) - self.prefix, min(self.length, self.cache_len)
@@ -1651,10 +1651,10 @@ class KeyValueCache(NoCache):
         back = column[old:, None] - column[None, :]
         return ((back >= 0) & (back < self.cache_len))[None, None]
 
-    def with_past(self, x_RTNH: Tensor, columns: int, place: tuple) -> Tensor:
-        past = self.past.get(place)
-        whole = super().with_past(x_RTNH, columns, place) if past is None else torch.cat([past, x_RTNH], dim=1)
-        self.new[place] = whole[:, x_RTNH.size(1):].detach()
+    def with_past(self, x_RTNH: Tensor, columns: int, key: tuple) -> Tensor:
+        past = self.past.get(key)
+        whole = super().with_past(x_RTNH, columns, key) if past is None else torch.cat([past, x_RTNH], dim=1)
+        self.new[key] = whole[:, x_RTNH.size(1):].detach()
         return whole
 
     def attend(self, kernels: Kernels, layer: Layer, q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
@@ -1698,9 +1698,9 @@ class HeadGate(nn.Module):
         """[L, N', D]: the weights as rows of the qkv product; N' is a multiple of 8, for kernels that read 16 bytes."""
         return F.pad(self.weight, (0, dim - self.weight.size(2), 0, -self.weight.size(1) % 8))
 
-    def forward(self, y_RTNH: Tensor, logits_RTG: Tensor, block: int) -> Tensor:
-        """`logits` [R, T, N']: the product of these rows."""
-        logit = logits_RTG[..., :self.weight.size(1)]
+    def forward(self, y_RTNH: Tensor, logits_RTN: Tensor, block: int) -> Tensor:
+        """logits: [R, T, N'], the product of these rows."""
+        logit = logits_RTN[..., :self.weight.size(1)]
         if self.bias is not None:
             logit = logit + self.bias[block].to(logit.dtype)
         return y_RTNH * (self.outer * torch.sigmoid(self.inner * logit)).unsqueeze(-1)
@@ -1791,17 +1791,17 @@ class GPT(nn.Module):
             for row, matrix in enumerate(parameter.detach().unbind()):
                 yield f"blocks.{row % layers}.{parts[name, row // layers]}", matrix, name
 
-    def places(self, batch: Batch, dtype: torch.dtype, cache: NoCache = NO_CACHE) -> tuple:
+    def mask_and_rotary(self, batch: Batch, dtype: torch.dtype, cache: NoCache = NO_CACHE) -> tuple:
         """What attention needs to know of the segments; cos and sin [R, T, 1, ROPE_DIMS/2] of the positions in them."""
         dims, positions = self.cfg.rope_dims, batch.positions[:, cache.prefix:]
         exponent = torch.arange(0, dims, 2, device=positions.device) / max(1, dims)
         angle = positions[..., None, None] * self.cfg.rope_base ** -exponent
         return cache.prepare(self.kernels, batch), angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def placed(self, batch: Batch, run: Run) -> Batch:
-        """A batch on the device with its places, for a compiled graph, which else computes cosines in every kernel."""
+    def to_device(self, batch: Batch, run: Run) -> Batch:
+        """A batch on the device with mask and tables: a graph that makes its own computes cosines in every kernel."""
         batch = batch.to(run.device)
-        return batch._replace(places=self.places(batch, run.dtype))
+        return batch._replace(mask_and_rotary=self.mask_and_rotary(batch, run.dtype))
 
     def embed(self, batch: Batch, w: Weights) -> Tensor:
         """[R, T, D]: token embedding, smeared with its predecessor's (never across a segment's start), then normed."""
@@ -1817,7 +1817,7 @@ class GPT(nn.Module):
     def attn(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """Attention of one layer on its normed input n [R, T, D]."""
         cfg, heads, kv, block = self.cfg, self.cfg.num_heads, self.cfg.num_kv_heads, layer.block
-        qkv, logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
+        qkv, gate_logits = context.w.linear("qkv", layer, n).tensor_split([(heads + 2 * kv) * cfg.head_dim], dim=-1)
         q, kv_pair = qkv.unflatten(-1, (heads + 2 * kv, cfg.head_dim)).split([heads, 2 * kv], dim=2)
         k, v = self.convolved("kv_conv", kv_pair, layer, context).chunk(2, dim=2)
         q = rotate(rms_norm(q, self.q_gain[block].unsqueeze(-1)), context.cos, context.sin)
@@ -1826,7 +1826,7 @@ class GPT(nn.Module):
         if block >= cfg.num_layers - cfg.xsa_last_n:
             y = exclusive(y, v)
         if self.gate is not None:
-            y = self.gate(y, logits, block)
+            y = self.gate(y, gate_logits, block)
         return context.w.linear("o", layer, y.flatten(2), side=n)
 
     def mlp(self, n: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
@@ -1862,7 +1862,7 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, layers: Sequence, w: Weights, cache: NoCache = NO_CACHE) -> Tensor:
         """[R, T - cache.prefix, D]: the normed input of the output matrix. The only forward there is."""
         context = ForwardContext(w, cache, batch.positions[:, cache.prefix:],
-                                 *(batch.places or self.places(batch, w.dtype, cache)))
+                                 *(batch.mask_and_rotary or self.mask_and_rotary(batch, w.dtype, cache)))
         x = x0 = self.embed(batch, w)[:, cache.prefix:]
         lane = None  # the second lane, once there are two
         outputs = []
@@ -3216,7 +3216,7 @@ def score_windows(model: GPT, windows: Sequence, scorer: Scorer, name: str, weig
             part = mine[at:at + batch_rows]
             num_rows = batch_rows if run.compiles else len(part)  # a compiled graph has one shape
             batch, where, numbers = window_batch(part, scorer.val.ids, num_rows, cfg.eval_seq_len)
-            batch, where = model.placed(batch, run), where.to(run.device)
+            batch, where = model.to_device(batch, run), where.to(run.device)
             hidden, targets = forward(batch, layers, w).flatten(0, 1), batch.targets.flatten()
             for spots, some in zip(where.split(chunk), numbers.split(chunk)):
                 scorer.ledger.record(some, scorer.nats(model, hidden[spots], targets[spots], some, w)[0])
@@ -3390,8 +3390,8 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
         with budget.work(cost, steps=1):
             inputs = rows.inputs(end - tokens_run(begin, end, cfg), end, cache.prefix)
             if compiles:  # one graph for all lengths and numbers of rows, the last chunk's included
-                inputs = model.placed(inputs, run)
-                segments, *tables = inputs.places
+                inputs = model.to_device(inputs, run)
+                segments, *tables = inputs.mask_and_rotary
                 of_any_size([segments] if isinstance(segments, Tensor) else segments, 0, 2, 3)
                 of_any_size([inputs.ids, inputs.positions, *tables], 0, 1)
                 of_any_size(w.parameters, 0)
@@ -3423,7 +3423,7 @@ class SharedSgd:
         self.micro = max(1, min(-(-most // run.world), cfg.micro_batch_tokens // cfg.train_seq_len))
         if run.compiles:
             with run.phase("warmup_sgd"):
-                self.loss(model.placed(random_batch(self.micro, cfg), run)).backward()
+                self.loss(model.to_device(random_batch(self.micro, cfg), run)).backward()
         self.forget()
 
     def forget(self):
@@ -3443,7 +3443,7 @@ class SharedSgd:
             for i in range(0, len(mine), self.micro):
                 rows = [self.ids[a:b + 1] for a, b in mine[i:i + self.micro]]
                 num_rows = self.micro if run.compiles else len(rows)
-                batch = self.model.placed(make_batch(rows, num_rows, seq_len), run)
+                batch = self.model.to_device(make_batch(rows, num_rows, seq_len), run)
                 (self.loss(batch) / count).backward()
             # A rank may have had no row.
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -3551,7 +3551,7 @@ def stage_loss(model: GPT, stage: Stage, cfg: Config, run: Run) -> Callable:
     layers = unroll_layers(cfg, stage.looped)
     weights = stage_weights(model, stage, cfg)
     total = run.compiled(lambda batch: model.total_loss(batch, layers, run.dtype, weights))
-    return lambda batch: total(model.placed(batch, run)) / cfg.train_batch_tokens
+    return lambda batch: total(model.to_device(batch, run)) / cfg.train_batch_tokens
 
 def backward(loss: Tensor) -> Tensor:
     """Adds the loss's gradients to the parameters'; returns its value."""

@@ -203,7 +203,8 @@ def rotary_rows(cfg: tg.Config, run: tg.Run, roof: Machine, repeats: int = 7) ->
     batch, model = batch_of(cfg, cfg.micro_batch_tokens // cfg.train_seq_len, run.device), tg.shapes_of(cfg)
     model.kernels = tg.Kernels(tg.Attention("none", lambda batch: None, lambda *_: None))
     q = drawn(run)(len(batch.ids), cfg.train_seq_len, cfg.num_heads, cfg.head_dim)
-    inputs = Inputs([q], (batch, model.places(batch, run.dtype)), 0.0, torch.randn_like(q), 5.0 * q.nbytes)
+    inputs = Inputs([q], (batch, model.mask_and_rotary(batch, run.dtype)), 0.0, torch.randn_like(q), 5.0 * q.nbytes)
     return timed_rows("rotary", {
-        "inline": run.compiled(lambda q, batch, _: tg.rotate(tg.rms_norm(q), *model.places(batch, run.dtype)[1:])),
-        "table": run.compiled(lambda q, _, places: tg.rotate(tg.rms_norm(q), *places[1:]))}, inputs, run, roof, repeats)
+        "inline": run.compiled(
+            lambda q, batch, _: tg.rotate(tg.rms_norm(q), *model.mask_and_rotary(batch, run.dtype)[1:])),
+        "table": run.compiled(lambda q, _, made: tg.rotate(tg.rms_norm(q), *made[1:]))}, inputs, run, roof, repeats)

@@ -63,7 +63,7 @@ class TrainStep:
         self.small = torch.zeros(sum(p.numel() for n, p in named if tg.route(n).rule == "adam"), device=run.device)
         self.weights = sum(p.numel() for _, p in named)
         self.waits: list[float] = []
-        self.batch, self.value, self.number = self.model.placed(self.data.step(0)[0], run), torch.zeros(()), 0
+        self.batch, self.value, self.number = self.model.to_device(self.data.step(0)[0], run), torch.zeros(()), 0
 
     def forward(self) -> None:
         self.value = self.loss(self.batch) / self.cfg.train_batch_tokens
@@ -107,7 +107,7 @@ class TrainStep:
         _, ready = next(batches)
         self.waits.append(time.perf_counter() - start)
         for batch in ready:
-            self.batch = self.model.placed(batch, self.run)
+            self.batch = self.model.to_device(batch, self.run)
             self.forward()
             self.backward()
         with record_function(UPDATE):
@@ -161,7 +161,7 @@ def step_rows(step: TrainStep, roof: Machine, repeats: int = 7) -> list[Row]:
         "optimizer": step.update, "ema": step.ema.update, "guards": step.guards, "checkpoint": step.save,
         "step": lambda: step.whole(batches)}
     if not step.looped:  # what of a step does not shrink with its rows: bench/scaling.py draws the line through both
-        few = step.model.placed(tg.random_batch(-(-step.data.micro_rows // 8), cfg), run)
+        few = step.model.to_device(tg.random_batch(-(-step.data.micro_rows // 8), cfg), run)
         parts["forward and backward, few rows"] = lambda: step.loss(few).backward()
     if run.world > 1:
         parts["collectives"] = step.collectives

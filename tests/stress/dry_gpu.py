@@ -173,15 +173,15 @@ def graph_of(part: str) -> dict[str, Any]:
         model.kernels = tg.pick_kernels(cfg, RUN)
         compile_ = lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend=backend)  # noqa: E731
         if part == "step":
-            batch = model.placed(tg.random_batch(cfg.micro_batch_tokens // cfg.train_seq_len, cfg), RUN)
+            batch = model.to_device(tg.random_batch(cfg.micro_batch_tokens // cfg.train_seq_len, cfg), RUN)
             loss = compile_(lambda batch: model.total_loss(batch, layers, dtype))(batch)
         else:  # as `adapt_and_score` does it
             model.requires_grad_(False)
             rows = cfg.ttt_batch_size
             w = tg.AdaptedWeights(tg.Weights(model, dtype), model, layers, rows, cfg)
             cut = tg.random_batch(rows, cfg)._replace(cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * 2048)
-            batch = model.placed(cut, RUN)
-            segments, *tables = batch.places
+            batch = model.to_device(cut, RUN)
+            segments, *tables = batch.mask_and_rotary
             tg.of_any_size(segments, 0)
             tg.of_any_size([batch.ids, batch.positions, *tables], 0, 1)
             tg.of_any_size(w.parameters, 0)
