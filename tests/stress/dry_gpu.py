@@ -50,7 +50,8 @@ ANSWERS: dict[str, Any] = dict(
     mem_get_info=(79 << 30, 80 << 30), set_rng_state=None, get_rng_state=torch.zeros(16, dtype=torch.uint8),
     current_stream=types.SimpleNamespace(cuda_stream=0, stream_id=0, device_index=0, device_type=1))
 """What functions of torch.cuda return, whatever they are called with."""
-RUN = types.SimpleNamespace(device=DEVICE, dtype=torch.bfloat16, compiles=True, is_cuda=True, world=8, rank=0)
+RUN = types.SimpleNamespace(device=DEVICE, dtype=torch.bfloat16, compiles=True, is_cuda=True, world=1, rank=0,
+                            log=lambda *args, **values: None, all_reduce=lambda value: value)
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
