@@ -3796,7 +3796,8 @@ def evaluate(blob: bytes, average: GPT | None, kernels: Kernels, code_bytes: int
 def preflight(model: GPT, code_bytes: int, cfg: Config, run: Run):
     """Heads the log, and finds before training what would stop a later stage: packages, tokenizer, validation, cap."""
     installed = ("numpy", "sentencepiece", "brotli", "constriction", "safetensors", "triton")
-    known = {str(of.metadata["Name"]).lower(): of.version for of in importlib.metadata.distributions()}
+    found = reversed([*importlib.metadata.distributions()])  # the first of a name counts, whoever brings the package
+    known = {str(of.metadata["Name"]).lower(): of.version for of in found}
     versions = {name: known.get(name, "?") for name in installed if importlib.util.find_spec(name)}
     decisive = {name: value for name, value in vars(cfg).items() if name not in NO_RESULT}
     device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
