@@ -14,7 +14,7 @@ from tools import sample
 @pytest.fixture(scope="module")
 def writer(single: Path) -> sample.Writer:
     """Of the finished tiny run: a loop, two lanes, skips, gates; a context of 32 ids."""
-    return sample.Writer(*sample.find(str(single / "r.bin"), {}))
+    return sample.Writer(*sample.find(str(single / "r.bin"), {"DTYPE": "float32"}))
 
 
 def test_the_cache_gives_the_distribution_of_a_full_forward(writer: sample.Writer):
