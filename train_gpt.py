@@ -1421,13 +1421,12 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
         try:
             mlp, (width, dim) = triton_mlp(), (cfg.mlp_dim, cfg.model_dim)
             shapes = [(cfg.micro_batch_tokens, dim), (width, dim), (dim, width)]  # its tiles are chosen by time, here
-            for name, function in (("triton", mlp), ("plain", plain_mlp)):
+            for name, function in (("triton", mlp), ("plain", plain_mlp))[:1 + (cfg.kernels == "auto")]:
                 seconds[name] = prove(f"{name} MLP", function, shapes, run, cfg.mlp_slope)
         except (ImportError, RuntimeError) as error:
             require(cfg.kernels == "auto", f"KERNELS=triton: not to be had here ({one_line(error)}); use auto")
         run.log("mlp", **seconds)
-        faster = cfg.kernels == "triton" or seconds["triton"] < seconds["plain"]
-        if run.all_reduce(torch.tensor(int(faster))) == run.world:  # the same on every rank
+        if run.all_reduce(torch.tensor(int(seconds["triton"] < seconds["plain"]))) == run.world:  # on every rank
             kernels = kernels._replace(fused="triton", mlp=mlp)
     return kernels
 
