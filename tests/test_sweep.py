@@ -181,13 +181,25 @@ def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
     assert [e.get("outcome", "start") for e in logs.events(record)] == ["start", *["start", "done"] * 3]
 
 
+def test_an_interrupt_while_a_run_starts_forgets_none(tmp_path, command, monkeypatch):
+    def started(*args, popen=sw.subprocess.Popen, **options):
+        process = popen(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(sw.subprocess, "Popen", started)
+    status, _, text = conduct(jobs(1, WAIT="1"), tmp_path, command)
+    assert status == 130 and "the same command resumes" in text
+    assert [e.get("outcome") for e in logs.events(tmp_path / "sweep" / "runs.jsonl")] == [None, "interrupted"]
+
+
 def test_an_interrupt_ends_the_runs(tmp_path, command):
     with driver(tmp_path, command) as process:
         process.terminate()
         assert process.wait(20) == 130 and "the same command resumes" in process.stdout.read()
     pid = json.loads((tmp_path / "sweep" / "runs.jsonl").read_text().splitlines()[0])["pid"]
     with pytest.raises(ProcessLookupError):
-        until(lambda: os.kill(pid, 0))  # its parent is gone: whoever reaps it may be slow
+        os.kill(pid, 0)
 
 
 def test_grid_and_file(tmp_path):

@@ -452,11 +452,14 @@ def duration(seconds: float) -> str:
 
 def conduct(sweep: Sweep, console: Console, poll: float = 1.0) -> int:
     """Run all jobs; on a terminal with a live table, else with a line for each change. Returns the exit status."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A note, no exception: one inside `start` would forget a run that has just begun.
+    asked: list[int] = []
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
     live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
     try:
         with live or contextlib.nullcontext():
-            while True:
+            while not asked:
                 busy = sweep.step()
                 for line in sweep.tell():
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -465,12 +468,13 @@ def conduct(sweep: Sweep, console: Console, poll: float = 1.0) -> int:
                 if not busy:
                     break
                 time.sleep(poll)
-    except KeyboardInterrupt:
-        sweep.stop()
-        console.print("interrupted; the same command resumes", markup=False)
-        return 130
+        if asked:
+            sweep.stop()
+            console.print("interrupted; the same command resumes", markup=False)
+            return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     console.print(sweep.table())
     console.print(sweep.status_line(), markup=False, highlight=False, soft_wrap=True)
     return int(any(state.status == "failed" for state in sweep.states))
