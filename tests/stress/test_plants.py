@@ -209,9 +209,9 @@ PLANTS = {
         ("    p, betas = torch.exp(of_hint - of_target",
          "    of_hint = picked[..., 0]\n    p, betas = torch.exp(of_hint - of_target")], "C2"),
     "values centred over the chunk": Plant("cache", [
-        ("        q = rotate(self.kernels.rms_norm(q, self.q_gain",
+        ("        q = rotate(rms_norm(q, self.q_gain",
          "        v = v - 0.5 * v.mean(1, keepdim=True)\n"
-         "        q = rotate(self.kernels.rms_norm(q, self.q_gain")], "C1", ALONE),
+         "        q = rotate(rms_norm(q, self.q_gain")], "C1", ALONE),
     "mixture weights sum to more than 1": Plant("none", [
         (RETURNED,
          "return -torch.log(0.6 * torch.exp(-nats) + 0.5 * torch.exp(-softcapped_cross_entropy(0.7 * "
