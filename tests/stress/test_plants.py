@@ -135,7 +135,8 @@ PLANTS = {
                                     "accounting"),
     "the cache forgets to end with a document": Plant("cache", [
         ("        self.past, self.new, self.length = self.new, {}, self.length + size",
-         "        kept = {k: tuple(x + 1e-2 * x.mean(0) for x in v) for k, v in self.new.items()}\n"
+         "        kept = {k: tuple(x + 1e-2 * x.mean(0) for x in v) if isinstance(v, tuple) else v\n"
+         "                for k, v in self.new.items()}\n"
          "        self.past, self.new, self.length = kept, {}, self.length + size")],
         "P", ALONE),
     "peers share their gradients": Plant("cache", [
