@@ -26,7 +26,7 @@ STRETCHES: dict[str, Callable[..., Tensor]] = {
     "rms_norm": tg.rms_norm, "mlp": tg.plain_mlp,
     "head_nats": lambda x, head, targets, cap: tg.softcapped_cross_entropy(F.linear(x, head), targets, cap),
     "gates": lambda y, v, logits: tg.exclusive(y, v) * torch.sigmoid(logits).unsqueeze(-1)}
-"""References of kernels that would fuse products with what follows them; and what follows attention."""
+"""References: the norm, products with what follows them, and what follows attention."""
 ATTENTIONS = ("fa3", "fa4", "varlen", "sdpa")
 
 

@@ -49,7 +49,7 @@ class Writer:
         """`env`: knobs that say where the data lie. Raises `ToolError` and the trainer's `UserError`."""
         import train_gpt as tg
         from data.caseops import TRANSFORMS
-        tg.torch.set_num_threads(1)  # one id at a time is little work: beside a busy process two take six times as long
+        tg.torch.set_num_threads(1)  # one id at a time is little work: on busy cores two take five times as long
         found = tg.unpack(artifact.read_bytes(), str(artifact))
         data = "" if env.get("TOKENIZER_PATH") else found.validation  # only its tokenizer is of interest
         self.tg, self.cfg = tg, tg.on_its_data(tg.Config.from_env(env, found.knobs), data, env)
