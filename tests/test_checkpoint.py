@@ -82,6 +82,12 @@ def test_a_signal_in_the_last_steps_is_obeyed_too(whole, dataset, tmp_path, monk
     assert (tmp_path / "r.bin").read_bytes() == (whole / "r.bin").read_bytes()
 
 
+def test_a_probe_reads_rounded_weights_as_the_artifact_will(dataset, tmp_path):
+    knobs = {**QUICK, "ema_decay": 0, "val_loss_every": 6, "diagnostic_evals": "ema"}
+    assert tg.main([], environment(dataset, tmp_path, **knobs)) == 0
+    assert events(tmp_path, "val_probe")[0]["val_bpb"] == events(tmp_path, "verdict")[0]["diagnostic_evals"]["ema"]
+
+
 def test_a_run_that_writes_checkpoints_is_the_same_run(whole, dataset, tmp_path):
     """The last is that of the last step, for the artifact is not made yet."""
     assert tg.main([], environment(dataset, tmp_path, checkpoint_every="2", **QUICK)) == 0

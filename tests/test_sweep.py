@@ -182,14 +182,9 @@ def test_a_run_killed_with_its_sweep_is_started_anew(tmp_path, command):
 
 
 def test_an_interrupt_while_a_run_starts_forgets_none(tmp_path, command, monkeypatch):
-    def started(*args, popen=sw.subprocess.Popen, **options):
-        process = popen(*args, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return process
-
-    monkeypatch.setattr(sw.subprocess, "Popen", started)
-    status, _, text = conduct(jobs(1, WAIT="1"), tmp_path, command)
-    assert status == 130 and "the same command resumes" in text
+    monkeypatch.setattr(sw.subprocess, "Popen", lambda *args, popen=sw.subprocess.Popen, **options: (
+        popen(*args, **options), os.kill(os.getpid(), signal.SIGTERM))[0])
+    assert conduct(jobs(1, WAIT="1"), tmp_path, command)[0] == 130
     assert [e.get("outcome") for e in logs.events(tmp_path / "sweep" / "runs.jsonl")] == [None, "interrupted"]
 
 
