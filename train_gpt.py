@@ -181,7 +181,6 @@ class ModelKnobs(Knobs):
     num_heads: Size = 8  # query heads N; head width H = D / N must be even
     num_kv_heads: Size = 4  # key/value heads K; must divide NUM_HEADS
     mlp_mult: Positive = 4.0  # MLP width F as a multiple of D
-    mlp_rank: Count = 0  # each MLP matrix is a product of two of this rank; 0: whole
     mlp_slope: Share = 0.5  # slope below zero of LeakyReLU(x)^2 (#493, #549)
     ln_scale: bool = True  # the inputs of block i are scaled by 1/sqrt(i+1) (#315)
     rope_base: Positive = 10_000.0  # base of the rotary frequencies
@@ -211,7 +210,6 @@ class ModelKnobs(Knobs):
         self.expect("rope_dims", self.rope_dims % 2 == 0 and self.rope_dims <= head_dim,
                     f"an even number up to the head width {head_dim}")
         self.expect("mlp_mult", self.mlp_dim >= 2, "an MLP of at least two units")
-        self.expect("mlp_rank", self.mlp_rank <= self.model_dim, f"at most MODEL_DIM={self.model_dim}; 0: no rank")
         self.expect("loop_start", self.num_loops == 0 or self.loop_start <= self.loop_end < layers,
                     f"start <= LOOP_END={self.loop_end} < NUM_LAYERS={layers}; NUM_LOOPS=0 turns the recurrence off")
         self.expect("parallel_start_layer", self.parallel_residual == "none" or self.parallel_start_layer < layers,
@@ -1416,7 +1414,7 @@ def pick_kernels(cfg: Config, run: Run) -> Kernels:
     able = run.is_cuda and run.dtype == torch.bfloat16 and torch.cuda.get_device_capability(run.device) >= (8, 0)
     require(able or cfg.kernels != "triton",
             "KERNELS=triton: needs DTYPE=bfloat16 on a GPU of compute capability 8.0 or later; use auto")
-    if able and cfg.kernels != "plain" and not cfg.mlp_rank:  # a low-rank MLP has four products, the fused one two
+    if able and cfg.kernels != "plain":
         seconds = {"triton": math.inf, "plain": math.inf}
         try:
             mlp, (width, dim) = triton_mlp(), (cfg.mlp_dim, cfg.model_dim)
@@ -1480,28 +1478,23 @@ class Matrix(NamedTuple):
 
 # What writes into the residual stream starts at zero, so that every block starts as the identity.
 MATRICES = {
-    #                 bank              index product    after       O       I     scale         zero
-    "q":       Matrix("qo_bank",          0, "qkv",     (),         "D",    "D",  None,         False),
-    "o":       Matrix("qo_bank",          1, "o",       (),         "D",    "D",  "attn_scale", True),
-    "k":       Matrix("kv_bank",          0, "qkv",     ("D",),     "KV",   "D",  None,         False),
-    "v":       Matrix("kv_bank",          1, "qkv",     ("D", "KV"), "KV",  "D",  None,         False),
-    "up":      Matrix("mlp_up_bank",      0, "up",      (),         "F",    "Dr", None,         False),
-    "down":    Matrix("mlp_down_bank",    0, "down",    (),         "D",    "Fr", "mlp_scale",  True),
-    "up_in":   Matrix("mlp_up_in_bank",   0, "up_in",   (),         "rank", "D",  None,         False),
-    "down_in": Matrix("mlp_down_in_bank", 0, "down_in", (),         "rank", "F",  None,         False),
+    #              bank          index product after        O     I    scale         zero
+    "q":    Matrix("qo_bank",       0, "qkv",   (),          "D",  "D", None,         False),
+    "o":    Matrix("qo_bank",       1, "o",     (),          "D",  "D", "attn_scale", True),
+    "k":    Matrix("kv_bank",       0, "qkv",   ("D",),      "KV", "D", None,         False),
+    "v":    Matrix("kv_bank",       1, "qkv",   ("D", "KV"), "KV", "D", None,         False),
+    "up":   Matrix("mlp_up_bank",   0, "up",    (),          "F",  "D", None,         False),
+    "down": Matrix("mlp_down_bank", 0, "down",  (),          "D",  "F", "mlp_scale",  True),
 }
 
 def matrix_shapes(cfg: ModelKnobs) -> dict:
-    """Of each matrix that a model has: (rows of its product's output that it makes, its inputs).
-    Dr and Fr are the rank where the MLP is low-rank, else D and F; only then there are `up_in` and `down_in`."""
-    rank = cfg.mlp_rank
-    size = {"D": cfg.model_dim, "KV": cfg.num_kv_heads * cfg.head_dim, "F": cfg.mlp_dim, "rank": rank,
-            "Dr": rank or cfg.model_dim, "Fr": rank or cfg.mlp_dim}
+    """Of each matrix: (rows of its product's output that it makes, its inputs)."""
+    size = {"D": cfg.model_dim, "KV": cfg.num_kv_heads * cfg.head_dim, "F": cfg.mlp_dim}
     shapes = {}
     for name, m in MATRICES.items():
         first = sum(size[part] for part in m.before)
         shapes[name] = slice(first, first + size[m.outputs]), size[m.inputs]
-    return {name: shape for name, shape in shapes.items() if size[MATRICES[name].outputs]}
+    return shapes
 
 class Weights:
     """How a block reads its matrices: cast once a forward, parts of a product joined, channel scales multiplied in."""
@@ -1509,9 +1502,9 @@ class Weights:
 
     def __init__(self, model, dtype):
         layers, self.dtype, self.table = model.cfg.num_layers, dtype, model.tok_emb
-        parts, matrices = collections.defaultdict(list), [MATRICES[name] for name in matrix_shapes(model.cfg)]
-        banks = {bank: self.cast(bank, getattr(model, bank)).unbind() for bank in {m.bank for m in matrices}}
-        for m in matrices:
+        parts = collections.defaultdict(list)
+        banks = {bank: self.cast(bank, getattr(model, bank)).unbind() for bank in {m.bank for m in MATRICES.values()}}
+        for m in MATRICES.values():
             for i, values in enumerate(banks[m.bank][m.index * layers:(m.index + 1) * layers]):
                 if m.scale:  # goes into the matrix: the same product, without a pass over the activations
                     values = values * getattr(model, m.scale)[i].to(dtype).unsqueeze(1)
@@ -1834,10 +1827,8 @@ class GPT(nn.Module):
         n = self.convolved("mlp_conv", n.unsqueeze(2), layer, context).squeeze(2)
         if fused is not None and w.plain:
             return fused(n, w.matrices["up", layer.block], w.matrices["down", layer.block], cfg.mlp_slope)
-        narrow = w.linear("up_in", layer, n) if cfg.mlp_rank else n
-        post = F.leaky_relu(w.linear("up", layer, narrow), cfg.mlp_slope).square()  # LeakyReLU(x)^2 (#493, #549)
-        narrow = w.linear("down_in", layer, post) if cfg.mlp_rank else post
-        return w.linear("down", layer, narrow, side=n)
+        post = F.leaky_relu(w.linear("up", layer, n), cfg.mlp_slope).square()  # LeakyReLU(x)^2 (#493, #549)
+        return w.linear("down", layer, post, side=n)
 
     def convolved(self, name: str, x_RTNH: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
         """x plus a mixture of its own and the tokens' before in their segment, channel by channel; without taps x."""
@@ -2547,7 +2538,7 @@ class Quantizer:
 # checks digest, bounds and sizes before it allocates. Rank 0 writes, all score what was read back.
 # Safe to change: the coder of a stream, with a new format version.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 6
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 7
 ARTIFACT_HEAD = struct.Struct("<5sBI")
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 20, 1 << 28

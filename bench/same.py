@@ -55,7 +55,6 @@ CASES: dict[str, dict[str, str]] = {
     "one lane": dict(PARALLEL_RESIDUAL="single", LN_SCALE="0"),
     "no lanes, no loop": dict(PARALLEL_RESIDUAL="none", NUM_LOOPS="0", SKIP_GATES_ENABLED="0"),
     "bigram": dict(BIGRAM_BUCKETS="256", BIGRAM_DIM="16", CONV_TAPS="0", TTT="lora"),
-    "low rank": dict(MLP_RANK="12", TTT="lora"),
     "output gate": dict(ATTN_GATE="output", MUON_ROW_NORMALIZE="0"),
     "dense gate, classic": dict(ATTN_GATE="dense", MUON_COEFFICIENTS="classic", GRAD_CLIP_NORM="0"),
     "dense gate with bias": dict(ATTN_GATE="dense", GATED_ATTN_BIAS="2", SMEAR_GATE_ENABLED="0", ROPE_DIMS="0"),

@@ -13,7 +13,7 @@ import train_gpt as tg
 
 BOS = tg.BOS_ID
 # Knobs that give the tiny model a parameter of every kind.
-EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, mlp_rank=12, conv_taps=3)
+EVERYTHING = dict(attn_gate="dense", gated_attn_bias=1.5, bigram_buckets=16, bigram_dim=6, conv_taps=3)
 
 
 def noisy(cfg: tg.ModelKnobs, seed: int = 0, scale: float = 0.2) -> tg.GPT:
@@ -125,8 +125,6 @@ def reference_attention(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, n:
 
 def reference_mlp(p: dict[str, np.ndarray], cfg: tg.ModelKnobs, i: int, z: np.ndarray) -> np.ndarray:
     up, down, z = p["mlp_up_bank"][i], p["mlp_down_bank"][i], convolved(z, p["mlp_conv"][i] if cfg.conv_taps else None)
-    if cfg.mlp_rank:
-        up, down = up @ p["mlp_up_in_bank"][i], down @ p["mlp_down_in_bank"][i]
     a = z @ up.T
     return p["mlp_scale"][i] * ((np.maximum(a, 0) + cfg.mlp_slope * np.minimum(a, 0)) ** 2 @ down.T)
 
@@ -184,7 +182,7 @@ VARIANTS = {
     "two lanes from the first block on, no loop": dict(parallel_start_layer=0, num_loops=0),
     "three passes": dict(num_loops=2, num_layers=5, loop_start=1, loop_end=3, parallel_start_layer=4),
     "odd number of blocks": dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=2, xsa_last_n=2),
-    "low-rank MLP, no smear": dict(mlp_rank=5, smear_gate_enabled=False),
+    "no smear": dict(smear_gate_enabled=False),
     "bigram, no ln scale": dict(bigram_buckets=16, bigram_dim=6, ln_scale=False),
 }
 
@@ -241,11 +239,10 @@ def test_an_id_is_seen_from_its_place_to_the_end_of_its_document_and_nowhere_els
 
 # -- recording -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rank", [0, 6])
 @torch.no_grad()
-def test_recording_changes_no_bit_and_sums_the_input_of_every_product_of_all_layers(rank: int):
+def test_recording_changes_no_bit_and_sums_the_input_of_every_product_of_all_layers():
     """Weights that are listened to take every product by itself, whatever kernel there is for several."""
-    model, inputs = noisy(tiny(num_loops=2, mlp_rank=rank)), collections.defaultdict(list)
+    model, inputs = noisy(tiny(num_loops=2)), collections.defaultdict(list)
 
     class Spy(tg.Weights):
         plain = False
@@ -291,9 +288,8 @@ def test_stored_tensors_partition_the_parameters():
         stored[name] = values
     assert elements == {name: p.numel() for name, p in model.named_parameters()}
     places = {"q": ("qo", 0), "o": ("qo", 1), "k": ("kv", 0), "v": ("kv", 1), "up": ("mlp_up", 0),
-              "down": ("mlp_down", 0), "up_in": ("mlp_up_in", 0), "down_in": ("mlp_down_in", 0)}
+              "down": ("mlp_down", 0)}
     assert places.keys() == tg.MATRICES.keys() == tg.matrix_shapes(model.cfg).keys()
-    assert tg.matrix_shapes(tiny()).keys() == places.keys() - {"up_in", "down_in"}
     for name, (bank, half) in places.items():
         rows, inputs = tg.matrix_shapes(model.cfg)[name]
         for i in range(model.cfg.num_layers):

@@ -65,7 +65,7 @@ def test_on_the_command_line(knobs, status, said, called):
 
 
 @pytest.mark.parametrize("knobs", [
-    {}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3), dict(mlp_rank=7)])
+    {}, dict(bigram_buckets=64, bigram_dim=24, num_kv_heads=2, mlp_mult=3)])
 def test_flops_are_those_that_torch_counts(knobs: dict, run: tg.Run):
     """Backward of a model without gates: twice the forward's products; attention computes all T keys of a row."""
     cfg = tiny(attn_gate="none", smear_gate_enabled=False, **knobs)

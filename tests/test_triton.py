@@ -88,7 +88,7 @@ def missing():
 
 @pytest.mark.parametrize("generation, knobs, triton_mlp, expected", [
     (8, dict(kernels="triton"), tg.triton_mlp, "triton"), (9, dict(kernels="plain"), tg.triton_mlp, "plain"),
-    (9, dict(mlp_rank=8), tg.triton_mlp, "plain"), (7, {}, tg.triton_mlp, "plain"), (9, {}, missing, "plain"),
+    (7, {}, tg.triton_mlp, "plain"), (9, {}, missing, "plain"),
     (7, dict(kernels="triton"), tg.triton_mlp, "KERNELS=triton: needs .*; use auto"),
     (9, dict(kernels="triton"), missing, "KERNELS=triton: not to be had here .*; use auto"),
     (9, {}, tg.triton_mlp, "triton"), (9, dict(mlp_mult=3), tg.triton_mlp, "plain"),

@@ -42,8 +42,7 @@ def forward_flops(cfg: Any, layers: Sequence[Any], context: float) -> float:
     q, k, v, o, MLP, head and the bigram's projection, and attention's two; not norms, gates (0.1 %) and optimizer.
     """
     dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-    mlp = cfg.mlp_rank * (dim + cfg.mlp_dim) if cfg.mlp_rank else dim * cfg.mlp_dim
-    products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * mlp
+    products = 2 * dim * (2 * dim + 2 * kv_dim) + 4 * dim * cfg.mlp_dim
     bigram = 2 * dim * cfg.bigram_dim * bool(cfg.bigram_buckets)
     return len(layers) * products + 4 * dim * context * len(layers) + 2 * dim * cfg.vocab_size + bigram
 
