@@ -289,7 +289,9 @@ class EvalKnobs(Knobs):
     ttt_lora_on: Sites = "q,k,v,o,mlp,head"  # lora: what gets adapters
     ttt_lora_rank: Size = 80  # lora: rank of the adapters
     ttt_lora_alpha: NonNegative = 144.0  # lora: adapters are multiplied by this over their rank
-    ttt_lora_lr: NonNegative = 0.0001  # lora: rate of the adapters' AdamW
+    ttt_lora_lr: NonNegative = 0.0002  # lora: rate of the adapters' AdamW, for B (#1530: 0.0001)
+    ttt_lora_a_share: NonNegative = 0.2  # lora: rate of A as a share of B's (LoRA+, Hayou et al. 2024; #1530: 1)
+    ttt_eps: Positive = 0.001  # lora: its epsilon: smaller gradients, as of absent pieces, move less (#1530: 1e-10)
     ttt_weight_decay: NonNegative = 0.5  # lora: its weight decay
     phased_ttt_num_phases: Count = 3  # lora: times that the shared weights learn from what is scored (#1626); 0: never
     phased_ttt_prefix_docs: Count = 2500  # lora: these first documents of the stream are divided into the phases
@@ -324,7 +326,7 @@ PRESETS: dict[str, dict] = {
         ema_decay=0.97, max_wallclock_seconds=185.0, gptq_reserve_seconds=8.0, warmup_steps=1, train_log_every=20,
         gptq_calibration_batches=16, eval_seq_len=256, eval_stride=64, val_batch_tokens=65536,
         diagnostic_evals="quantized", eval_seconds_budget=75.0, ttt_context="cache", ttt_chunk_size=32,
-        ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_lr=0.006, phased_ttt_num_phases=0, ngram_base_beta=3.0,
+        ttt_lora_rank=32, ttt_lora_alpha=32.0, ttt_lora_lr=0.004, phased_ttt_num_phases=0, ngram_base_beta=3.0,
         ngram_rules="2:0.5:2,3:0.5:1,4:0.5:1,6:0.5:1,8:0.5:1,12:0.5:1,16:0.5:1"),
 }
 
@@ -3367,8 +3369,10 @@ def adapt_and_score(model: GPT, base: Weights, batch: DocumentBatch, scorer: Sco
     rows = DocumentRows(batch, scorer.val, run.device)
     scores = torch.zeros(len(rows.documents), rows.total, device=run.device)
     w = AdaptedWeights(base, model, layers, len(rows.documents), cfg)
+    a, b = w.parameters[::2], w.parameters[1::2]
+    groups = [dict(params=b), dict(params=a, lr=cfg.ttt_lora_a_share * cfg.ttt_lora_lr)]
     # Elementwise, so that documents stay independent.
-    optimizer = torch.optim.AdamW(w.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,
+    optimizer = torch.optim.AdamW(groups, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=cfg.ttt_eps,
                                   weight_decay=cfg.ttt_weight_decay, fused=True)
     cache, forward, compiles = KeyValueCache(cfg.eval_seq_len), model.forward, False
     if cfg.ttt_context == "recompute":

@@ -94,12 +94,13 @@ def merged(model: tg.GPT, cfg: tg.Config) -> tuple[list[torch.Tensor], object]:
 def test_adaptation_equals_a_loop_over_documents_with_merged_matrices(run: tg.Run):
     """One document at a time, W + s B A written into the matrices, whole windows, steps on the chunk's mean loss."""
     cfg = tiny(num_loops=0, ttt_lora_on="q,k,v,head", ttt_context="recompute", ttt_weight_decay=0.1, ttt_lora_alpha=32,
-               ttt_lora_lr=0.005, **ALONE)
+               ttt_lora_lr=0.005, ttt_lora_a_share=0.4, ttt_eps=0.01, **ALONE)
     val, model = val_data(FIVE), noisy(cfg)
     expected = torch.full((val.num_targets,), torch.nan)
     for begin, stop in zip(val.starts.tolist(), val.stops.tolist()):
         leaves, weights = merged(model, cfg)
-        rule = torch.optim.AdamW(leaves, lr=0.005, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.1)
+        rule = torch.optim.AdamW([dict(params=leaves[::2], lr=0.002), dict(params=leaves[1::2])], lr=0.005,
+                                 betas=(0.0, 0.99), eps=0.01, weight_decay=0.1)
         for at in range(begin, stop, 8):
             end, first = min(at + 8, stop), max(begin, at + 8 - 32)
             nats = nats_of(model, tg.make_batch([val.ids[first:end + 1]], 1, end - first), weights())[0, at - first:]

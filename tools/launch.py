@@ -35,7 +35,7 @@ MIRROR_SECONDS = 30
 SIZES = {
     "large": {"NUM_LAYERS": "3", "MODEL_DIM": "256", "XSA_LAST_N": "3", "PARALLEL_START_LAYER": "2",
               "TRAIN_BATCH_TOKENS": "2048", "MICRO_BATCH_TOKENS": "2048", "GPTQ_CALIBRATION_BATCHES": "8",
-              "TTT_CHUNK_SIZE": "48", "TTT_LORA_LR": "0.004"},
+              "TTT_CHUNK_SIZE": "48"},
     "small": {},
     "tiny": {"MODEL_DIM": "64"},
 }

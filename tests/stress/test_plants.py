@@ -494,9 +494,9 @@ FIXED = {
         "        soft = softcap * torch.tanh(logits.double() / softcap)\n"
         "        nats = F.cross_entropy(soft, targets, ignore_index=IGNORE, reduction='none').float()\n")]),
     "adapters learn by plain SGD": ("cache", [(
-        "torch.optim.AdamW(w.parameters, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=1e-10,\n"
+        "torch.optim.AdamW(groups, lr=cfg.ttt_lora_lr, betas=(0.0, 0.99), eps=cfg.ttt_eps,\n"
         "                                  weight_decay=cfg.ttt_weight_decay, fused=True)",
-        "torch.optim.SGD(w.parameters, lr=cfg.ttt_lora_lr, momentum=0.9)")], ALONE),
+        "torch.optim.SGD(groups, lr=cfg.ttt_lora_lr, momentum=0.9)")], ALONE),
     "the last batch of documents first": ("cache", [("        for batch in batches:\n            for cost",
                                                      "        for batch in batches[::-1]:\n            for cost")]),
     "documents that end learn, too": ("lora", [("goes_on = rows.lengths > end\n", "goes_on = rows.lengths > begin\n"),
