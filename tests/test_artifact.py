@@ -188,7 +188,7 @@ def peak_while_refusing(blob: bytes) -> int:
 
 
 @pytest.mark.parametrize("lies", [
-    dict(version=7), dict(head_bytes=2**32 - 1), dict(head_bytes=4), dict(header_bytes=2**32 - 1), dict(header_bytes=0),
+    dict(version=8), dict(head_bytes=2**32 - 1), dict(head_bytes=4), dict(header_bytes=2**32 - 1), dict(header_bytes=0),
     dict(header_bytes=1 << 20), dict(content=b""), dict(content=b"\xff" * 40), dict(content=BOMB),
     dict(content=BOMB, header_bytes=10**8)], ids=lambda lies: "-".join(lies))
 def test_lies_about_the_header_are_refused(small: bytes, lies: dict):
