@@ -57,8 +57,8 @@ COMMON = dict(
     EVAL_STRIDE="64", BITS_PER_WEIGHT="9", DIAGNOSTIC_EVALS="ema,quantized,sliding", TTT="lora", TTT_CHUNK_SIZE="48",
     TTT_LORA_LR="0.01")
 """The demo's rates and schedule without what only a small text rewards: no bigram table, no hints. The cap binds. The
-average is short, for there are few steps: over 33 of 600 it lags by 0.009 bits; and the model knows
-little, so that adapters learn faster."""
+average is short, for there are few steps: over 33 of 600 it lags by 0.009 bits; and the model knows little,
+so that its adapters should learn faster."""
 SIZES: dict[str, dict[str, str]] = {
     "small": dict(
         COMMON, NUM_LAYERS="4", MODEL_DIM="128", XSA_LAST_N="4", PARALLEL_START_LAYER="3", TRAIN_BATCH_TOKENS="1024",

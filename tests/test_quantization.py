@@ -219,8 +219,8 @@ def quantize(model: tg.GPT, cfg: tg.Config, run: tg.Run, global_scale: float, gr
 
 
 STORED = {"qo_bank": "gptq:attn", "kv_bank": "gptq:attn", "mlp_up_bank": "gptq:mlp", "mlp_down_bank": "gptq:mlp",
-          "tok_emb": "gptq:embed", "gate.weight": "int8",
-          "bigram.table": "int8", "bigram.proj": "int8", "kv_conv": "int8", "mlp_conv": "int8"}  # the others: fp16
+          "tok_emb": "gptq:embed", "gate.weight": "int8", "bigram.table": "int8", "bigram.proj": "int8",
+          "kv_conv": "int8", "mlp_conv": "int8"}  # the others: fp16
 
 
 @pytest.mark.parametrize("quant, scale", [("sdclip", 0.25), ("waterfill", 0.05)])
